@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: MIT
+#
+# The front door: every target calls CMake, pip or a script in tools/.  What they need is installed
+# into .venv on first use.  `make help` lists the targets.
+
+PYTHON ?= python3
+TORCH_VERSION ?= 2.13.0
+CUDA ?= AUTO
+JOBS ?= $(shell nproc)
+PREFIX ?= /usr/local
+DIST ?= dist
+CHECK ?=
+Q ?=
+
+# Scripts find the tools of .venv first.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export PYTHON TORCH_VERSION CUDA JOBS
+VENV := tools/venv.sh
+BUILD := tools/build.sh
+
+.PHONY: help demo test build check asan tsan bench wheel install dev lint fmt abi clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: dev ## search Python's documentation; make demo Q="how do I copy a file"
+	@$(VENV) demo
+	@.venv/bin/python demo/search.py $(if $(Q),"$(Q)")
+
+test: ## everything: C checks, sanitizers, Python, clients, demo, wheels, lint
+	@$(VENV) test
+	@tools/test.sh
+
+build: ## libattn.so and the binding, into build/release
+	@$(VENV) build
+	@$(BUILD) release
+
+check: ## the C program: every kernel against the oracle (CHECK="--op mha_fwd --bench")
+	@$(VENV) build
+	@$(BUILD) release attn_check
+	build/release/attn_check $(CHECK)
+
+asan: ## the C program under the address and undefined-behaviour sanitizers
+	@$(VENV) build
+	@$(BUILD) asan attn_check
+	build/asan/attn_check $(CHECK)
+
+tsan: ## the C program under the thread sanitizer: one OpenMP thread, many callers
+	@$(VENV) build
+	@$(BUILD) tsan attn_check
+	OMP_NUM_THREADS=1 build/tsan/attn_check $(CHECK)
+
+bench: dev ## the figures: a table, one row a shape (ARGS are bench/run.py's)
+	@$(VENV) demo
+	@.venv/bin/python bench/run.py $(ARGS)
+
+wheel: ## the wheels, into dist/
+	@$(VENV) build
+	@tools/wheels.sh $(DIST)
+
+install: ## library, headers, CMake and pkg-config files, into PREFIX
+	@$(VENV) build
+	@$(BUILD) release
+	@.venv/bin/cmake --install build/release --prefix $(PREFIX)
+
+dev: ## the Python packages, editable, into .venv
+	@$(VENV) build
+	@tools/dev.sh
+
+lint: ## formatting, ruff, warnings as errors (gcc, and clang where it is), SPDX lines
+	@$(VENV) test
+	@tools/lint.sh
+
+fmt: ## format C and Python in place
+	@$(VENV) test
+	@git ls-files '*.c' '*.h' | xargs .venv/bin/clang-format -i
+	@.venv/bin/ruff check -q --fix . ; .venv/bin/ruff format .
+
+abi: build ## exported names against tools/abi.txt, and instruction sets against file names
+	@.venv/bin/python tools/abi.py build/release
+	@.venv/bin/python tools/isa.py build/release
+
+clean: ## everything that was built; .venv stays
+	rm -rf build dist .pytest_cache .hypothesis .ruff_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

