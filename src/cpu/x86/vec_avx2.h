@@ -237,14 +237,15 @@ VEC_INLINE void vec_store_part_elem(enum attn_dtype t, void *p, vec x, int n)
 /* 1 / x.  The 12-bit estimate and a Newton step would miss fp32. */
 VEC_INLINE vec vec_recip(vec x) { return vec_div(vec_set1(1.0f), x); }
 
-/* 2^x for x <= 127.  2^round(x) times a polynomial on [-1/2, 1/2] of degree 5, relative error at
- * most 1.7e-7 and none at integers; below -126 exactly 0, NaN stays NaN.
+/* 2^x.  2^round(x) times a polynomial on [-1/2, 1/2] of degree 5, relative error at most 1.7e-7
+ * and none at integers; below -126 exactly 0, from 127.5 on inf, NaN stays NaN.
  * Adding 1.5 * 2^23 + 127 leaves round(x) + 127, the biased exponent, in the low bits. */
 VEC_INLINE vec vec_exp2(vec x)
 {
     const vec magic = vec_set1(0x1.8p23f + 127.0f);
     vec live = _mm256_cmp_ps(x, vec_set1(-126.0f), _CMP_NLT_UQ);
-    vec shifted = vec_add(vec_max(vec_set1(-126.0f), x), magic);
+    x = vec_max(vec_set1(-126.0f), vec_min(vec_set1(128.0f), x));
+    vec shifted = vec_add(x, magic);
     vec f = vec_sub(x, vec_sub(shifted, magic));
     vec p = vec_fma(vec_set1(0x1.5bba14p-10f), f, vec_set1(0x1.3cea88p-7f));
     p = vec_fma(p, f, vec_set1(0x1.c6b752p-5f));

@@ -220,9 +220,9 @@ VEC_INLINE vec vec_recip(vec x)
     return vec_fma(r, _mm512_fnmadd_ps(x, r, vec_set1(1.0f)), r);
 }
 
-/* 2^x for x <= 127.  2^floor(x) times a polynomial on [0, 1) of degree 5, relative error at most
- * 1.5e-7 and none at integers; -inf gives exactly 0, NaN stays NaN, results below 2^-126 are
- * flushed where MXCSR flushes. */
+/* 2^x.  2^floor(x) times a polynomial on [0, 1) of degree 5, relative error at most 1.5e-7 and none
+ * at integers; -inf gives exactly 0, inf gives inf, NaN stays NaN, results below 2^-126 are flushed
+ * where MXCSR flushes. */
 VEC_INLINE vec vec_exp2(vec x)
 {
     vec f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); /* x - floor(x) */

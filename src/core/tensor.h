@@ -1,0 +1,56 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * DLTensor, read safely: element type, extents, strides and the address of element 0.  The checks
+ * here are those every tensor argument goes through; an op adds its own on top.
+ */
+#ifndef ATTN_CORE_TENSOR_H
+#define ATTN_CORE_TENSOR_H
+
+#include <stdbool.h>
+
+#include "core/dtype.h"
+#include "core/status.h"
+
+#define ATTN_EXTENT_MAX ((int64_t)INT32_MAX) /* an extent that is a length, a count or a width */
+
+/* ATTN_OK and *dtype, or ATTN_E_DTYPE with a message that names `name` and `wish`. */
+attn_status attn_tensor_dtype(const DLTensor *t, const char *name, const char *wish,
+                              enum attn_dtype *dtype);
+
+/* "int32", "bf16", "float8_e5m2", "uint17": what a message calls the tensor's type. */
+const char *attn_tensor_dtype_text(const DLTensor *t, char text[32]);
+
+/* "[2, 128, 8, 64]". */
+const char *attn_tensor_shape_text(const DLTensor *t, char text[128]);
+
+static inline int64_t attn_tensor_stride(const DLTensor *t, int32_t dim)
+{
+    if (t->strides) return t->strides[dim];
+    int64_t stride = 1;
+    for (int32_t i = t->ndim - 1; i > dim; --i) stride *= t->shape[i];
+    return stride;
+}
+
+static inline char *attn_tensor_data(const DLTensor *t)
+{
+    return (char *)t->data + t->byte_offset;
+}
+
+static inline bool attn_tensor_empty(const DLTensor *t)
+{
+    for (int32_t i = 0; i < t->ndim; ++i)
+        if (t->shape[i] == 0) return true;
+    return false;
+}
+
+/* Rank (against `wish`, the shape in words), extents in [0, ATTN_EXTENT_MAX], strides >= 0, byte
+ * span within int64, a pointer aligned to the element and not NULL unless the tensor is empty. */
+attn_status attn_tensor_check(const DLTensor *t, const char *name, int32_t ndim, const char *wish);
+
+/* attn_tensor_check and int32 elements on `device`; one dimension of extent n, contiguous. */
+attn_status attn_index_check(const DLTensor *t, const char *name, int64_t n, DLDevice device);
+
+/* The same device as q's. */
+attn_status attn_device_check(const DLTensor *t, const char *name, DLDevice device);
+
+#endif

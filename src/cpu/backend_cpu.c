@@ -1,0 +1,14 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * The CPU's row in the table of back ends.
+ */
+#include "cpu/mha_fwd.h"
+#include "cpu/split_combine.h"
+#include "ops/backend.h"
+
+const struct attn_backend attn_backend_cpu = {
+    .device = kDLCPU,
+    .mha_fwd_plan = attn_mha_fwd_cpu_plan,
+    .mha_fwd_run = attn_mha_fwd_cpu_run,
+    .split_combine_run = attn_split_combine_cpu_run,
+};

@@ -1,0 +1,535 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * mha_fwd on a CPU: from a problem to kernel tasks.
+ *
+ *   read lengths -> append -> rotate q -> [pack K, V of some KV heads -> their tasks]* -> combine
+ *
+ * The query axis of a KV head is flat: row r is token r / G, head r % G of the group, so GQA and
+ * MQA fill a tile of rows as MHA does and K and V are read once a group.  A task is
+ *   prefill  (sequence, KV head, block of rows, split of the keys)
+ *   decode   (sequence, split, several KV heads), for kernels that walk the cache in address order
+ * Every mask is an interval [lo, hi) of keys a row: see visible().
+ *
+ * What may depend on the number of threads: rows and heads a task, the order of tasks, how many KV
+ * heads are packed at once.  None of these changes a bit (kernels.h).  What may not: the kernel,
+ * the splits and their grid; they follow from shapes.
+ *
+ * Workspace, each part 64-byte aligned:
+ *   seqs [b] | first task of each sequence [b + 1] | score and out scales [b, h_k] | sinks [h_q] |
+ *   rotated q [b s_q or t_q, h_q, d_qk] | packed K, V [slots] | scratch [threads]
+ */
+#include "cpu/mha_fwd.h"
+
+#include <omp.h>
+#include <stdio.h>
+
+#include "core/env.h"
+#include "cpu/threads.h"
+
+typedef struct attn_mha_fwd_problem problem_t;
+typedef struct attn_mha_fwd_plan plan_t;
+typedef struct attn_cpu_seq seq_t;
+
+enum form { FORM_REF, FORM_PREFILL, FORM_DECODE };
+enum { TILE_FORM, TILE_ROWS, TILE_SLOTS, TILE_SLOT_BYTES, TILE_THREADS, TILE_SCRATCH }; /* plan.tile */
+
+#define SHORT_ROWS 128                    /* below this a pack of K and V is not repaid */
+#define PACK_BYTES_MAX ((int64_t)256 << 20)
+#define SPLITS_MAX 256
+#define SMALL_WORK 4e6                    /* FLOP below which waking threads costs more */
+
+static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+static int64_t floor_div(int64_t a, int64_t b)
+{
+    int64_t q = a / b;
+    return a % b < 0 ? q - 1 : q;
+}
+
+/* ---- plan ------------------------------------------------------------------------------------ */
+
+static const struct attn_mha_kernel *choose_kernel(const struct attn_cpu_kernels *table,
+                                                   const problem_t *p)
+{
+    int64_t rows = p->s_q * (p->h_q / p->h_k);
+    const struct attn_mha_kernel *decode = table->mha_decode[p->dtype];
+    const struct attn_mha_kernel *few = table->mha_fwd_short[p->dtype];
+    if (decode && rows <= decode->rows_max) return decode;
+    if (few && rows < SHORT_ROWS) return few;
+    return table->mha_fwd[p->dtype];
+}
+
+/* Splits and keys a split.  Shapes only: about 64 pieces of work in all, none below 256 keys. */
+static void choose_splits(const problem_t *p, const struct attn_mha_kernel *kernel, plan_t *plan)
+{
+    int64_t n = kernel->n, rows = p->s_q * (p->h_q / p->h_k), piece = p->s_k;
+    if (p->num_splits > 1) {
+        piece = ceil_div(p->s_k, p->num_splits);
+        plan->splits = p->num_splits;
+        plan->piece = max64(round_up(piece, n), n);
+        return;
+    }
+    if (p->num_splits <= 0) {
+        int64_t units = kernel->decode ? p->b : p->b * p->h_k * ceil_div(rows, kernel->rows_max);
+        piece = 64 * ceil_div(p->s_k * max64(units, 1), 64 * 64);
+        piece = max64(kernel->decode ? min64(max64(piece, 256), 4096) : max64(piece, 512),
+                      ceil_div(p->s_k, SPLITS_MAX));
+    }
+    plan->piece = max64(round_up(piece, n), n);
+    plan->splits = (int32_t)max64(ceil_div(p->s_k, plan->piece), 1);
+}
+
+struct layout {
+    int64_t seqs, first_task, scales, sinks, q, packs, scratch, bytes;
+};
+
+/* Where the parts of the workspace begin; needs plan.tile. */
+static struct layout lay_out(const problem_t *p, const plan_t *plan)
+{
+    struct layout l = {0};
+    int64_t at = 0;
+    l.seqs = at;
+    at += round_up(p->b * (int64_t)sizeof(seq_t), 64);
+    l.first_task = at;
+    at += round_up((p->b + 1) * (int64_t)sizeof(int64_t), 64);
+    l.scales = at;
+    at += round_up(2 * p->b * p->h_k * (int64_t)sizeof(float), 64);
+    l.sinks = at;
+    at += p->sinks ? round_up(p->h_q * (int64_t)sizeof(float), 64) : 0;
+    l.q = at;
+    at += p->rotary_cos ? round_up(p->t_q * p->h_q * p->d_qk * attn_dtype_bytes(p->dtype), 64) : 0;
+    l.packs = at;
+    at += plan->tile[TILE_SLOTS] * plan->tile[TILE_SLOT_BYTES];
+    l.scratch = at;
+    l.bytes = at + plan->tile[TILE_THREADS] * plan->tile[TILE_SCRATCH];
+    return l;
+}
+
+/* A thread's scratch begins with the task's row tables, in this order. */
+static int64_t row_table_bytes(int64_t rows, int64_t heads)
+{
+    int64_t each = 4 * (int64_t)sizeof(int64_t) + 2 * (int64_t)sizeof(int32_t);
+    return round_up(rows * each + rows * heads * (int64_t)sizeof(float), 128);
+}
+
+attn_status attn_mha_fwd_cpu_plan_with(const struct attn_cpu_kernels *table, const problem_t *p,
+                                       plan_t *plan)
+{
+    const struct attn_mha_kernel *kernel = choose_kernel(table, p);
+    if (!kernel) {
+        plan->tile[TILE_FORM] = FORM_REF;
+        snprintf(plan->kernel, sizeof plan->kernel, "attn_mha_fwd_%s_ref",
+                 attn_dtype_name(p->dtype));
+        return ATTN_OK;
+    }
+    snprintf(plan->kernel, sizeof plan->kernel, "%s", kernel->name);
+    choose_splits(p, kernel, plan);
+
+    int64_t d_s = p->d_qk + (p->qv.data ? p->d_v : 0);
+    int64_t rows = p->s_q * (p->h_q / p->h_k), heads = kernel->decode ? p->h_k : 1;
+    rows = min64(round_up(max64(rows, 1), kernel->rows_step), kernel->rows_max);
+    double work = 2.0 * (double)(p->t_q * p->h_q) * (double)p->s_k * (double)(d_s + p->d_v);
+    plan->tile[TILE_FORM] = kernel->decode ? FORM_DECODE : FORM_PREFILL;
+    plan->tile[TILE_ROWS] = rows;
+    plan->tile[TILE_THREADS] = work < SMALL_WORK ? 1 : attn_threads(p->threads, INT64_MAX);
+    plan->tile[TILE_SCRATCH] =
+        row_table_bytes(rows, heads) +
+        round_up(kernel->scratch_bytes(d_s, p->d_v, rows, heads), 128);
+    if (kernel->pack) {
+        int64_t slot = round_up(ceil_div(max64(p->s_k, 1), kernel->n) *
+                                    kernel->pack_bytes(d_s, p->d_v), 64);
+        int64_t units = p->b * p->h_k;
+        plan->tile[TILE_SLOT_BYTES] = slot;
+        plan->tile[TILE_SLOTS] = min64(units, max64(PACK_BYTES_MAX / slot, 1));
+    }
+    plan->workspace_bytes = lay_out(p, plan).bytes;
+    return ATTN_OK;
+}
+
+/* ---- run ------------------------------------------------------------------------------------- */
+
+/* What all tasks of one call share. */
+struct call {
+    problem_t p; /* q replaced by its rotated copy where there is a rotary table */
+    const plan_t *plan;
+    const struct attn_mha_kernel *kernel;
+    seq_t *seqs;
+    int64_t *first_task;      /* [b + 1] row blocks of the sequences before */
+    float *score_scale, *out_scale; /* [b, h_k] */
+    float *sinks;             /* [h_q] or NULL */
+    char *packs, *scratch;
+    int64_t group;            /* query heads a KV head */
+    int64_t block_rows;       /* rows a prefill task */
+    int64_t block_heads;      /* KV heads a decode task */
+    int threads;
+};
+
+/* Keys visible to query row i: lo <= j < hi, within [0, k_len]; lo >= hi: none.  Both ends rise
+ * with i. */
+static void visible(const problem_t *p, const seq_t *s, int64_t i, int64_t *lo, int64_t *hi)
+{
+    int64_t first = 0, end = s->k_len, at = i + s->k_len - s->q_len;
+    if (p->cp_world > 1) {
+        end = min64(end, ceil_div(max64(s->total - p->cp_rank, 0), p->cp_world));
+        if (p->causal)
+            end = min64(end, floor_div(i + s->total - s->q_len - p->cp_rank, p->cp_world) + 1);
+    } else {
+        if (p->window_left >= 0) first = max64(first, at - p->window_left);
+        if (p->window_right >= 0) end = min64(end, at + p->window_right + 1);
+        if (p->chunk > 0) {
+            int64_t start = floor_div(at, p->chunk) * p->chunk;
+            first = max64(first, start);
+            end = min64(end, start + p->chunk);
+        }
+    }
+    *lo = first;
+    *hi = max64(end, 0);
+}
+
+static struct attn_kv_view kv_view(const problem_t *p, const seq_t *s, int64_t head)
+{
+    int64_t bytes = attn_dtype_bytes(p->dtype);
+    struct attn_kv_view kv = {
+        .k = p->k.data + bytes * head * p->k.head, .v = p->v.data + bytes * head * p->v.head,
+        .k_row = bytes * p->k.row, .v_row = bytes * p->v.row,
+        .k_head = bytes * p->k.head, .v_head = bytes * p->v.head,
+        .first = s->leftpad,
+    };
+    if (p->page_table) {
+        kv.k_page = bytes * p->k.batch;
+        kv.v_page = bytes * p->v.batch;
+        kv.pages = p->page_table + s->row * p->page_table_row;
+        kv.page = p->page;
+    } else {
+        kv.k += bytes * (s->row * p->k.batch + s->k_start * p->k.row);
+        kv.v += bytes * (s->row * p->v.batch + s->k_start * p->v.row);
+    }
+    return kv;
+}
+
+/* Fills the task for rows [r0, r0 + rows) of `heads` KV heads from `head`, keys of `split`, and
+ * runs the kernel. */
+static void run_task(const struct call *c, int64_t i, int64_t head, int64_t heads, int64_t r0,
+                     int64_t rows, int64_t split, const char *packed, char *scratch)
+{
+    const problem_t *p = &c->p;
+    const seq_t *s = &c->seqs[i];
+    int64_t in = attn_dtype_bytes(p->dtype), group = c->group, q_head = head * group;
+    bool partial = c->plan->splits > 1;
+    int64_t out_bytes = partial ? 4 : attn_dtype_bytes(p->out_dtype);
+    const struct attn_rows *out = partial ? &p->out_accum : &p->out;
+    int64_t lse_head = partial ? p->lse_accum_head : p->lse_head;
+
+    int64_t *q_row = (int64_t *)scratch, *qv_row = q_row + rows, *out_row = qv_row + rows;
+    int64_t *lse_row = out_row + rows;
+    int32_t *lo = (int32_t *)(lse_row + rows), *hi = lo + rows;
+    float *sinks = (float *)(hi + rows);
+    scratch += row_table_bytes(rows, heads);
+
+    int64_t first = INT64_MAX, end = 0, from = 0, to = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+        int64_t token = (r0 + r) / group, g = (r0 + r) % group;
+        if (r == 0 || g == 0) visible(p, s, token, &from, &to);
+        q_row[r] = in * (token * p->q.row + g * p->q.head);
+        qv_row[r] = in * (token * p->qv.row + g * p->qv.head);
+        out_row[r] = out_bytes * (token * out->row + g * out->head);
+        lse_row[r] = token + g * lse_head;
+        lo[r] = from < to ? (int32_t)from : 0;
+        hi[r] = from < to ? (int32_t)to : 0;
+        if (from < to) {
+            first = min64(first, from);
+            end = max64(end, to);
+        }
+    }
+    if (c->sinks && !partial)
+        for (int64_t h = 0; h < heads; ++h)
+            for (int64_t r = 0; r < rows; ++r)
+                sinks[h * rows + r] = c->sinks[(head + h) * group + (r0 + r) % group];
+
+    int64_t n = c->kernel->n, k_begin = max64(split * c->plan->piece, first / n * n);
+    int64_t k_end = split == c->plan->splits - 1 ? end : min64(end, (split + 1) * c->plan->piece);
+    if (first > end || k_begin >= k_end) k_begin = k_end = 0;
+
+    struct attn_mha_task task = {
+        .rows = (int32_t)rows, .heads = (int32_t)heads,
+        .d_qk = (int32_t)p->d_qk, .d_v = (int32_t)p->d_v,
+        .q = p->q.data + in * (i * p->q.batch + s->q_start * p->q.row + q_head * p->q.head),
+        .qv = p->qv.data ? p->qv.data + in * (i * p->qv.batch + s->q_start * p->qv.row +
+                                              q_head * p->qv.head) : NULL,
+        .out = out->data + out_bytes * (i * out->batch + s->q_start * out->row +
+                                        q_head * out->head +
+                                        (partial ? split * p->out_accum_split : 0)),
+        .lse = partial ? p->lse_accum + split * p->lse_accum_split + i * p->lse_accum_batch +
+                             s->q_start + q_head * lse_head
+                       : p->lse + i * p->lse_batch + s->q_start + q_head * lse_head,
+        .q_row = q_row, .qv_row = qv_row, .out_row = out_row, .lse_row = lse_row,
+        .q_head = in * group * p->q.head, .qv_head = in * group * p->qv.head,
+        .out_head = out_bytes * group * out->head, .lse_head = group * lse_head,
+        .lo = lo, .hi = hi, .k_begin = k_begin, .k_end = k_end,
+        .kv = kv_view(p, s, head), .packed = packed,
+        .score_scale = c->score_scale + i * p->h_k + head,
+        .out_scale = c->out_scale + i * p->h_k + head,
+        .softcap = (float)p->softcap, .sinks = c->sinks && !partial ? sinks : NULL,
+        .partial = partial,
+    };
+    c->kernel->run(&task, scratch);
+}
+
+/* Index of the sequence that task t belongs to: first_task is sorted. */
+static int64_t find_sequence(const int64_t *first_task, int64_t b, int64_t t)
+{
+    int64_t low = 0, high = b;
+    while (high - low > 1) {
+        int64_t middle = low + (high - low) / 2;
+        if (first_task[middle] <= t) low = middle;
+        else high = middle;
+    }
+    return low;
+}
+
+/* Packs block n of the keys of unit u = (sequence, KV head) into its slot. */
+static void pack_block(const struct call *c, int64_t u, int64_t n, char *slot)
+{
+    const problem_t *p = &c->p;
+    int64_t i = u / p->h_k, j0 = n * c->kernel->n, first, end, unused;
+    const seq_t *s = &c->seqs[i];
+    int64_t d_s = p->d_qk + (p->qv.data ? p->d_v : 0);
+    visible(p, s, 0, &first, &unused);
+    visible(p, s, s->q_len - 1, &unused, &end);
+    if (j0 >= end || j0 + c->kernel->n <= first) return; /* no task reads it */
+    struct attn_kv_view kv = kv_view(p, s, u % p->h_k);
+    c->kernel->pack(&kv, (int32_t)p->d_qk, (int32_t)p->d_v, p->qv.data != NULL, j0, first, end,
+                    slot + n * c->kernel->pack_bytes(d_s, p->d_v));
+}
+
+/* Prefill: waves of units, each packed (where the kernel wants it) and then attended. */
+static void run_prefill(const struct call *c)
+{
+    const problem_t *p = &c->p;
+    const plan_t *plan = c->plan;
+    int64_t splits = plan->splits, units = p->b * p->h_k;
+    int64_t wave = c->kernel->pack ? plan->tile[TILE_SLOTS] : units;
+    int64_t slot_bytes = plan->tile[TILE_SLOT_BYTES];
+    int64_t blocks = ceil_div(max64(p->s_k, 1), c->kernel->n);
+#pragma omp parallel num_threads(c->threads)
+    {
+        uint32_t state = attn_fp_enter();
+        char *scratch = c->scratch + omp_get_thread_num() * plan->tile[TILE_SCRATCH];
+        for (int64_t u0 = 0; u0 < units; u0 += wave) {
+            int64_t u1 = min64(u0 + wave, units);
+            if (c->kernel->pack) {
+#pragma omp for schedule(dynamic)
+                for (int64_t t = 0; t < (u1 - u0) * blocks; ++t)
+                    if (c->seqs[(u0 + t / blocks) / p->h_k].q_len > 0)
+                        pack_block(c, u0 + t / blocks, t % blocks,
+                                   c->packs + t / blocks * slot_bytes);
+            }
+            /* Task order: sequence, KV head, row blocks from the last (the longest, if causal). */
+            int64_t b0 = u0 / p->h_k, b1 = (u1 - 1) / p->h_k;
+            int64_t n0 = c->first_task[b0 + 1] - c->first_task[b0];
+            int64_t n1 = c->first_task[b1 + 1] - c->first_task[b1];
+            int64_t t0 = splits * (c->first_task[b0] * p->h_k + u0 % p->h_k * n0);
+            int64_t t1 = splits * (c->first_task[b1] * p->h_k + ((u1 - 1) % p->h_k + 1) * n1);
+#pragma omp for schedule(dynamic)
+            for (int64_t t = t0; t < t1; ++t) {
+                int64_t i = find_sequence(c->first_task, p->b, t / splits / p->h_k);
+                int64_t n = c->first_task[i + 1] - c->first_task[i];
+                int64_t rest = t - c->first_task[i] * p->h_k * splits;
+                int64_t head = rest / (n * splits), block = n - 1 - rest / splits % n;
+                int64_t r0 = block * c->block_rows, rows = c->seqs[i].q_len * c->group - r0;
+                const char *packed = c->packs + (i * p->h_k + head - u0) * slot_bytes;
+                run_task(c, i, head, 1, r0, min64(rows, c->block_rows), rest % splits,
+                         c->kernel->pack ? packed : NULL, scratch);
+            }
+        }
+        attn_fp_leave(state);
+    }
+}
+
+static void run_decode(const struct call *c)
+{
+    const problem_t *p = &c->p;
+    int64_t splits = c->plan->splits, chunks = ceil_div(p->h_k, c->block_heads);
+#pragma omp parallel num_threads(c->threads)
+    {
+        uint32_t state = attn_fp_enter();
+        char *scratch = c->scratch + omp_get_thread_num() * c->plan->tile[TILE_SCRATCH];
+#pragma omp for schedule(dynamic)
+        for (int64_t t = 0; t < p->b * splits * chunks; ++t) {
+            int64_t i = t / (splits * chunks), head = t % chunks * c->block_heads;
+            if (c->seqs[i].q_len == 0) continue;
+            run_task(c, i, head, min64(c->block_heads, p->h_k - head), 0,
+                     c->seqs[i].q_len * c->group, t / chunks % splits, NULL, scratch);
+        }
+        attn_fp_leave(state);
+    }
+}
+
+/* Merges the splits of every live row. */
+static void combine(const struct call *c, const struct attn_split_combine_kernel *kernel)
+{
+    const problem_t *p = &c->p;
+    int64_t out_bytes = attn_dtype_bytes(p->out_dtype);
+#pragma omp parallel num_threads(c->threads)
+    {
+        uint32_t state = attn_fp_enter();
+#pragma omp for schedule(static) collapse(2)
+        for (int64_t i = 0; i < p->b; ++i) {
+            for (int64_t h = 0; h < p->h_q; ++h) {
+                for (int64_t t = c->seqs[i].q_start; t < c->seqs[i].q_start + c->seqs[i].q_len; ++t)
+                    kernel->run((const float *)(const void *)p->out_accum.data +
+                                    i * p->out_accum.batch + t * p->out_accum.row +
+                                    h * p->out_accum.head,
+                                p->out_accum_split,
+                                p->lse_accum + i * p->lse_accum_batch + h * p->lse_accum_head + t,
+                                p->lse_accum_split, c->plan->splits, (int32_t)p->d_v,
+                                c->sinks ? c->sinks + h : NULL,
+                                p->out.data + out_bytes * (i * p->out.batch + t * p->out.row +
+                                                           h * p->out.head),
+                                p->out_dtype, p->lse + i * p->lse_batch + h * p->lse_head + t);
+            }
+        }
+        attn_fp_leave(state);
+    }
+}
+
+/* No key storage at all: every live row gives 0 and +inf. */
+static void write_no_keys(const problem_t *p, const seq_t *seqs)
+{
+    int64_t bytes = attn_dtype_bytes(p->out_dtype);
+    for (int64_t i = 0; i < p->b; ++i) {
+        for (int64_t t = seqs[i].q_start; t < seqs[i].q_start + seqs[i].q_len; ++t) {
+            for (int64_t h = 0; h < p->h_q; ++h) {
+                memset(p->out.data + bytes * (i * p->out.batch + t * p->out.row + h * p->out.head),
+                       0, (size_t)(bytes * p->d_v));
+                p->lse[i * p->lse_batch + h * p->lse_head + t] = INFINITY;
+            }
+        }
+    }
+}
+
+static void rotate_queries(struct call *c, const struct attn_rotary_kernel *rotary, char *to)
+{
+    problem_t *p = &c->p;
+    struct attn_rows from = p->q;
+    int64_t bytes = attn_dtype_bytes(p->dtype), half_bytes = p->rotary_width / 2 * bytes;
+    p->q = (struct attn_rows){to, p->cu_seqlens_q ? 0 : p->s_q * p->h_q * p->d_qk,
+                              p->h_q * p->d_qk, p->d_qk};
+#pragma omp parallel num_threads(c->threads)
+    {
+        uint32_t state = attn_fp_enter();
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < p->b; ++i) {
+            for (int64_t token = 0; token < c->seqs[i].q_len; ++token) {
+                int64_t t = c->seqs[i].q_start + token;
+                int64_t at = attn_rotary_query_position(p, &c->seqs[i], token) * half_bytes;
+                for (int64_t h = 0; h < p->h_q; ++h)
+                    rotary->run(from.data + bytes * (i * from.batch + t * from.row + h * from.head),
+                                to + bytes * (i * p->q.batch + t * p->q.row + h * p->q.head),
+                                (const char *)p->rotary_cos + at, (const char *)p->rotary_sin + at,
+                                (int32_t)p->d_qk, (int32_t)p->rotary_width, p->rotary_interleaved);
+            }
+        }
+        attn_fp_leave(state);
+    }
+}
+
+static void fill_scales(struct call *c)
+{
+    const problem_t *p = &c->p;
+    for (int64_t i = 0; i < p->b; ++i) {
+        for (int64_t h = 0; h < p->h_k; ++h) {
+            double scale = p->scale;
+            if (p->q_descale) scale *= p->q_descale[i * p->q_descale_batch + h * p->q_descale_head];
+            if (p->k_descale) scale *= p->k_descale[i * p->k_descale_batch + h * p->k_descale_head];
+            c->score_scale[i * p->h_k + h] = (float)scale;
+            c->out_scale[i * p->h_k + h] =
+                p->v_descale ? p->v_descale[i * p->v_descale_batch + h * p->v_descale_head] : 1.0f;
+        }
+    }
+    for (int64_t h = 0; c->sinks && h < p->h_q; ++h)
+        c->sinks[h] = attn_load(p->sinks_dtype, p->sinks, h * p->sinks_stride);
+}
+
+/* Rows a prefill task: as many as leave every thread four tasks, evenly shared out. */
+static int64_t choose_rows(const struct call *c, int64_t *tasks)
+{
+    const problem_t *p = &c->p;
+    int64_t step = c->kernel->rows_step, rows = c->plan->tile[TILE_ROWS];
+    for (;;) {
+        *tasks = 0;
+        for (int64_t i = 0; i < p->b; ++i)
+            *tasks += ceil_div(c->seqs[i].q_len * c->group, rows) * p->h_k * c->plan->splits;
+        if (rows <= step || *tasks >= 4 * c->plan->tile[TILE_THREADS]) return rows;
+        rows = round_up(rows / 2, step);
+    }
+}
+
+attn_status attn_mha_fwd_cpu_run_with(const struct attn_cpu_kernels *table, const problem_t *p,
+                                      const plan_t *plan, char *workspace, int64_t workspace_bytes)
+{
+    if (plan->tile[TILE_FORM] == FORM_REF)
+        return attn_mha_fwd_ref_run(p, attn_threads(p->threads, p->b * p->h_q));
+
+    struct layout l = lay_out(p, plan);
+    ATTN_CHECK(workspace_bytes >= l.bytes, ATTN_E_WORKSPACE,
+               "workspace: expected %lld bytes, got %lld", (long long)l.bytes,
+               (long long)workspace_bytes);
+    struct call c = {
+        .p = *p, .plan = plan, .kernel = choose_kernel(table, p),
+        .seqs = (seq_t *)(void *)(workspace + l.seqs),
+        .first_task = (int64_t *)(void *)(workspace + l.first_task),
+        .score_scale = (float *)(void *)(workspace + l.scales),
+        .out_scale = (float *)(void *)(workspace + l.scales) + p->b * p->h_k,
+        .sinks = p->sinks ? (float *)(void *)(workspace + l.sinks) : NULL,
+        .packs = workspace + l.packs, .scratch = workspace + l.scratch,
+        .group = p->h_q / p->h_k,
+    };
+    for (int64_t i = 0; i < p->b; ++i) ATTN_TRY(attn_cpu_seq_read(p, i, &c.seqs[i]));
+
+    int threads = attn_threads(p->threads, INT64_MAX); /* fewer than planned after a fork */
+    c.threads = (int)min64(threads, plan->tile[TILE_THREADS]);
+    const struct attn_rotary_kernel *rotary = table->rotary[p->dtype];
+    if (attn_log_on() && p->rotary_cos) attn_log("%s", rotary->name);
+    if (p->k_new.data) attn_kv_append_cpu(p, c.seqs, rotary, c.threads);
+    if (p->no_keys) {
+        write_no_keys(p, c.seqs);
+        return ATTN_OK;
+    }
+    fill_scales(&c);
+    if (p->rotary_cos) rotate_queries(&c, rotary, workspace + l.q);
+
+    if (c.kernel->decode) {
+        int64_t pieces = p->b * plan->splits;
+        c.block_heads = min64(p->h_k, max64(1, p->h_k * pieces / (4 * c.threads)));
+        run_decode(&c);
+    } else {
+        int64_t tasks;
+        c.block_rows = choose_rows(&c, &tasks);
+        c.first_task[0] = 0;
+        for (int64_t i = 0; i < p->b; ++i)
+            c.first_task[i + 1] =
+                c.first_task[i] + ceil_div(c.seqs[i].q_len * c.group, c.block_rows);
+        if (tasks > 0) run_prefill(&c);
+    }
+    if (plan->splits > 1) {
+        if (attn_log_on()) attn_log("%s", table->split_combine->name);
+        combine(&c, table->split_combine);
+    }
+    return ATTN_OK;
+}
+
+attn_status attn_mha_fwd_cpu_plan(const problem_t *p, plan_t *plan)
+{
+    return attn_mha_fwd_cpu_plan_with(attn_cpu_kernels(), p, plan);
+}
+
+attn_status attn_mha_fwd_cpu_run(const problem_t *p, const plan_t *plan, char *workspace,
+                                 int64_t workspace_bytes, void *stream)
+{
+    (void)stream;
+    return attn_mha_fwd_cpu_run_with(attn_cpu_kernels(), p, plan, workspace, workspace_bytes);
+}

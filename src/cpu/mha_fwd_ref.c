@@ -1,0 +1,206 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * mha_fwd straight from its definition: scalar C, fp64 sums, one predicate that says whether a key
+ * is visible.  It shares no blocking, no masks and no mathematics with the kernels it judges; of
+ * the driver it uses only the reading of lengths and the cache's address rule.  It is also what
+ * runs on a machine below AVX2.
+ *
+ *   s(i, j) = scale qd kd (q_i . k_j + qv_i . v_j);  softcap: s = c tanh(s / c)
+ *   out_i = vd sum_j exp(s(i, j) - m) v_j / l,  lse = m + ln l,  the sink in m and l
+ */
+#include "cpu/mha_fwd.h"
+#include "cpu/threads.h"
+
+#define WIDTH_MAX 512
+
+static int64_t floor_div(int64_t a, int64_t b)
+{
+    int64_t q = a / b;
+    return a % b < 0 ? q - 1 : q;
+}
+
+/* Section 2.1 and 2.10 of the specification, word for word. */
+static bool visible(const struct attn_mha_fwd_problem *p, const struct attn_cpu_seq *seq, int64_t i,
+                    int64_t j)
+{
+    if (j < 0 || j >= seq->k_len) return false;
+    if (p->cp_world > 1) {
+        int64_t global = j * p->cp_world + p->cp_rank;
+        if (global >= seq->total) return false;
+        return !p->causal || global <= i + seq->total - seq->q_len;
+    }
+    int64_t at = i + seq->k_len - seq->q_len;
+    if (p->causal && j > at) return false;
+    if (p->window_left >= 0 && j < at - p->window_left) return false;
+    if (p->window_right >= 0 && j > at + p->window_right) return false;
+    if (p->chunk > 0) {
+        int64_t c = floor_div(at, p->chunk);
+        if (j < c * p->chunk || j >= (c + 1) * p->chunk) return false;
+    }
+    return true;
+}
+
+/* y = x rotated and rounded to the dtype, as fp32. */
+static void rotate(const struct attn_mha_fwd_problem *p, const void *x, int64_t position, float *y)
+{
+    int64_t r = p->rotary_width, half = r / 2;
+    for (int64_t c = 0; c < p->d_qk; ++c) y[c] = attn_load(p->dtype, x, c);
+    for (int64_t m = 0; m < half; ++m) {
+        int64_t a = p->rotary_interleaved ? 2 * m : m, b = p->rotary_interleaved ? a + 1 : m + half;
+        float cosine = attn_load(p->dtype, p->rotary_cos, position * half + m);
+        float sine = attn_load(p->dtype, p->rotary_sin, position * half + m);
+        float u = attn_load(p->dtype, x, a), v = attn_load(p->dtype, x, b);
+        float rotated[2] = {u * cosine - v * sine, u * sine + v * cosine};
+        uint32_t rounded[2] = {0, 0};
+        for (int k = 0; k < 2; ++k) attn_store(p->dtype, &rounded[k], 0, rotated[k]);
+        y[a] = attn_load(p->dtype, &rounded[0], 0);
+        y[b] = attn_load(p->dtype, &rounded[1], 0);
+    }
+}
+
+struct row {
+    const struct attn_mha_fwd_problem *p;
+    const struct attn_cpu_seq *seq;
+    int64_t i, h, hk;
+    double scale, v_scale;
+    float q[WIDTH_MAX], qv[WIDTH_MAX];
+};
+
+static const char *key_row(const struct row *r, const struct attn_rows *cache, int64_t j)
+{
+    int64_t head = r->hk * cache->head * attn_dtype_bytes(r->p->dtype);
+    return cache->data + attn_cpu_cache_offset(r->p, cache, r->seq, r->seq->leftpad + j) + head;
+}
+
+static double score(const struct row *r, int64_t j)
+{
+    const struct attn_mha_fwd_problem *p = r->p;
+    const char *k = key_row(r, &p->k, j), *v = key_row(r, &p->v, j);
+    double dot = 0;
+    for (int64_t c = 0; c < p->d_qk; ++c) dot += (double)r->q[c] * attn_load(p->dtype, k, c);
+    if (p->qv.data)
+        for (int64_t c = 0; c < p->d_v; ++c) dot += (double)r->qv[c] * attn_load(p->dtype, v, c);
+    double s = r->scale * dot;
+    return p->softcap > 0 ? p->softcap * tanh(s / p->softcap) : s;
+}
+
+static double load_descale(const float *d, int64_t batch, int64_t head, int64_t i, int64_t h)
+{
+    return d ? (double)d[i * batch + h * head] : 1.0;
+}
+
+static void write_row(const struct row *r, const double *out, double lse, int64_t b)
+{
+    const struct attn_mha_fwd_problem *p = r->p;
+    int64_t t = r->seq->q_start + r->i;
+    int64_t at = b * p->out.batch + t * p->out.row + r->h * p->out.head;
+    for (int64_t c = 0; c < p->d_v; ++c)
+        attn_store(p->out_dtype, p->out.data, at + c, (float)out[c]);
+    p->lse[b * p->lse_batch + r->h * p->lse_head + t] = (float)lse;
+}
+
+static void attend(const struct attn_mha_fwd_problem *p, const struct attn_cpu_seq *seq, int64_t b,
+                   int64_t h, int64_t i)
+{
+    struct row r = {.p = p, .seq = seq, .i = i, .h = h, .hk = h / (p->h_q / p->h_k)};
+    double out[WIDTH_MAX] = {0}, m = -INFINITY, l = 0, v_scale;
+    int64_t bytes = attn_dtype_bytes(p->dtype), t = seq->q_start + i;
+    r.scale = p->scale * load_descale(p->q_descale, p->q_descale_batch, p->q_descale_head, b, r.hk) *
+              load_descale(p->k_descale, p->k_descale_batch, p->k_descale_head, b, r.hk);
+    v_scale = load_descale(p->v_descale, p->v_descale_batch, p->v_descale_head, b, r.hk);
+
+    const char *q = p->q.data + bytes * (b * p->q.batch + t * p->q.row + h * p->q.head);
+    if (p->rotary_cos) rotate(p, q, attn_rotary_query_position(p, seq, i), r.q);
+    else for (int64_t c = 0; c < p->d_qk; ++c) r.q[c] = attn_load(p->dtype, q, c);
+    const char *qv = p->qv.data + bytes * (b * p->qv.batch + t * p->qv.row + h * p->qv.head);
+    for (int64_t c = 0; p->qv.data && c < p->d_v; ++c) r.qv[c] = attn_load(p->dtype, qv, c);
+
+    if (p->no_keys) {
+        write_row(&r, out, INFINITY, b);
+        return;
+    }
+    bool nan = false; /* a NaN score must show whatever the order of comparisons */
+    for (int64_t j = 0; j < seq->k_len; ++j) {
+        if (!visible(p, seq, i, j)) continue;
+        double s = score(&r, j);
+        nan = nan || isnan(s);
+        if (s > m) m = s;
+    }
+    if (p->sinks) {
+        double s = attn_load(p->sinks_dtype, p->sinks, h * p->sinks_stride);
+        nan = nan || isnan(s);
+        if (s > m) m = s;
+    }
+    if (nan || m == INFINITY) {
+        for (int64_t c = 0; c < p->d_v; ++c) out[c] = NAN;
+        write_row(&r, out, m == INFINITY && !nan ? INFINITY : NAN, b);
+        return;
+    }
+    if (m == -INFINITY) {
+        write_row(&r, out, -INFINITY, b);
+        return;
+    }
+    for (int64_t j = 0; j < seq->k_len; ++j) {
+        if (!visible(p, seq, i, j)) continue;
+        double weight = exp(score(&r, j) - m);
+        const char *v = key_row(&r, &p->v, j);
+        l += weight;
+        for (int64_t c = 0; c < p->d_v; ++c) out[c] += weight * attn_load(p->dtype, v, c);
+    }
+    if (p->sinks) l += exp((double)attn_load(p->sinks_dtype, p->sinks, h * p->sinks_stride) - m);
+    for (int64_t c = 0; c < p->d_v; ++c) out[c] *= v_scale / l;
+    write_row(&r, out, m + log(l), b);
+}
+
+/* Stores one new token's K and V, K rotated. */
+static void append(const struct attn_mha_fwd_problem *p, const struct attn_cpu_seq *seq, int64_t b,
+                   int64_t t)
+{
+    int64_t bytes = attn_dtype_bytes(p->dtype), at = seq->new_start + t, x = seq->cached + t;
+    char *k = p->k.data + attn_cpu_cache_offset(p, &p->k, seq, x);
+    char *v = p->v.data + attn_cpu_cache_offset(p, &p->v, seq, x);
+    for (int64_t h = 0; h < p->h_k; ++h) {
+        const char *from = p->k_new.data +
+                           bytes * (b * p->k_new.batch + at * p->k_new.row + h * p->k_new.head);
+        char *to = k + bytes * h * p->k.head;
+        if (p->rotary_cos) {
+            float y[WIDTH_MAX];
+            rotate(p, from, seq->rotary + t, y);
+            for (int64_t c = 0; c < p->d_qk; ++c) attn_store(p->dtype, to, c, y[c]);
+        } else {
+            memcpy(to, from, (size_t)(p->d_qk * bytes));
+        }
+        memcpy(v + bytes * h * p->v.head,
+               p->v_new.data + bytes * (b * p->v_new.batch + at * p->v_new.row + h * p->v_new.head),
+               (size_t)(p->d_v * bytes));
+    }
+}
+
+attn_status attn_mha_fwd_ref_run(const struct attn_mha_fwd_problem *p, int threads)
+{
+    struct attn_cpu_seq seq;
+    for (int64_t b = 0; b < p->b; ++b) ATTN_TRY(attn_cpu_seq_read(p, b, &seq));
+    for (int64_t b = 0; p->k_new.data && b < p->b; ++b) {
+        attn_cpu_seq_read(p, b, &seq);
+        for (int64_t t = 0; t < seq.new_len; ++t) append(p, &seq, b, t);
+    }
+#pragma omp parallel for schedule(dynamic) num_threads(threads) collapse(2)
+    for (int64_t b = 0; b < p->b; ++b) {
+        for (int64_t h = 0; h < p->h_q; ++h) {
+            struct attn_cpu_seq s;
+            attn_cpu_seq_read(p, b, &s);
+            for (int64_t i = 0; i < s.q_len; ++i) attend(p, &s, b, h, i);
+        }
+    }
+    return ATTN_OK;
+}
+
+attn_status attn_mha_fwd_ref(const struct attn_mha_fwd_args *args)
+{
+    struct attn_mha_fwd_problem p;
+    ATTN_TRY(attn_mha_fwd_check(args, &p, true));
+    ATTN_CHECK(p.device.device_type == kDLCPU, ATTN_E_DEVICE,
+               "q: expected on a CPU for the reference, got DLPack device type %d",
+               (int)p.device.device_type);
+    return attn_mha_fwd_ref_run(&p, attn_threads(p.threads, p.b * p.h_q));
+}

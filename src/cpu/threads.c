@@ -1,0 +1,56 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * Thread counts by the OpenMP run time, fork detection, MXCSR.
+ */
+#include "cpu/threads.h"
+
+#include <omp.h>
+#include <pthread.h>
+#include <stdatomic.h>
+
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
+static atomic_int forked; /* this process is a fork's child: its OpenMP pool died with the parent */
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+
+static void note_fork(void)
+{
+    atomic_store(&forked, 1);
+}
+
+static void watch_forks(void)
+{
+    pthread_atfork(NULL, NULL, note_fork);
+}
+
+int attn_threads(int32_t wish, int64_t tasks)
+{
+    pthread_once(&once, watch_forks);
+    if (tasks <= 1 || atomic_load(&forked) || omp_in_parallel()) return 1;
+    int n = omp_get_max_threads();
+    if (wish > 0 && wish < n) n = wish;
+    if (wish > n) n = wish < 1024 ? wish : 1024;
+    return tasks < n ? (int)tasks : n;
+}
+
+uint32_t attn_fp_enter(void)
+{
+#if defined(__x86_64__)
+    uint32_t old = _mm_getcsr();
+    _mm_setcsr(0x9fc0); /* FTZ, DAZ, all masks, round to nearest, no flags */
+    return old;
+#else
+    return 0;
+#endif
+}
+
+void attn_fp_leave(uint32_t state)
+{
+#if defined(__x86_64__)
+    _mm_setcsr(state);
+#else
+    (void)state;
+#endif
+}

@@ -1,0 +1,28 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * The ladder: each rung overwrites the entries it does better.
+ */
+#include "cpu/x86/kernels_x86.h"
+
+void attn_cpu_init_x86(struct attn_cpu_kernels *t, unsigned have)
+{
+    *t = (struct attn_cpu_kernels){0};
+    if (!(have & ATTN_CPU_AVX2) || !attn_mha_fwd_avx2 || !attn_mha_decode_avx2 || !attn_rotary_avx2 || !&attn_split_combine_avx2) return;
+    for (int i = 0; i < ATTN_DTYPES; ++i) {
+        t->mha_fwd[i] = t->mha_fwd_short[i] = &attn_mha_fwd_avx2[i];
+        t->mha_decode[i] = &attn_mha_decode_avx2[i];
+        t->rotary[i] = &attn_rotary_avx2[i];
+    }
+    t->split_combine = &attn_split_combine_avx2;
+
+    if (!(have & ATTN_CPU_AVX512) || !attn_mha_fwd_avx512 || !attn_mha_decode_avx512 || !attn_rotary_avx512 || !&attn_split_combine_avx512) return;
+    for (int i = 0; i < ATTN_DTYPES; ++i) {
+        t->mha_fwd[i] = t->mha_fwd_short[i] = &attn_mha_fwd_avx512[i];
+        t->mha_decode[i] = &attn_mha_decode_avx512[i];
+        t->rotary[i] = &attn_rotary_avx512[i];
+    }
+    t->split_combine = &attn_split_combine_avx512;
+
+    if (!(have & ATTN_CPU_AMX) || !&attn_mha_fwd_bf16_amx) return;
+    t->mha_fwd[ATTN_BF16] = &attn_mha_fwd_bf16_amx;
+}

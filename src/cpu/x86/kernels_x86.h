@@ -1,0 +1,34 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * Every x86 kernel's descriptor, by rung.  init_x86.c builds the ladder from these names.
+ */
+#ifndef ATTN_CPU_X86_KERNELS_X86_H
+#define ATTN_CPU_X86_KERNELS_X86_H
+
+#include "cpu/kernels.h"
+
+/* Indexed by enum attn_dtype. */
+extern const struct attn_mha_kernel attn_mha_fwd_avx2[ATTN_DTYPES];
+extern const struct attn_mha_kernel attn_mha_fwd_avx512[ATTN_DTYPES];
+extern const struct attn_mha_kernel attn_mha_fwd_bf16_amx;
+
+extern const struct attn_mha_kernel attn_mha_decode_avx2[ATTN_DTYPES];
+extern const struct attn_mha_kernel attn_mha_decode_avx512[ATTN_DTYPES];
+
+extern const struct attn_rotary_kernel attn_rotary_avx2[ATTN_DTYPES];
+extern const struct attn_rotary_kernel attn_rotary_avx512[ATTN_DTYPES];
+
+extern const struct attn_split_combine_kernel attn_split_combine_avx2;
+extern const struct attn_split_combine_kernel attn_split_combine_avx512;
+
+#pragma weak attn_mha_fwd_avx2
+#pragma weak attn_mha_fwd_avx512
+#pragma weak attn_mha_fwd_bf16_amx
+#pragma weak attn_mha_decode_avx2
+#pragma weak attn_mha_decode_avx512
+#pragma weak attn_rotary_avx2
+#pragma weak attn_rotary_avx512
+#pragma weak attn_split_combine_avx2
+#pragma weak attn_split_combine_avx512
+
+#endif

@@ -1,0 +1,27 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * A back end: a device type and the functions that plan and run each op there on checked problems.
+ * Adding one is a folder beside cpu/ and a row in backend.c.
+ */
+#ifndef ATTN_OPS_BACKEND_H
+#define ATTN_OPS_BACKEND_H
+
+#include "ops/mha_fwd.h"
+#include "ops/split_combine.h"
+
+struct attn_backend {
+    DLDeviceType device;
+    /* Fills splits, piece, workspace_bytes, tile and kernel; the rest is filled already. */
+    attn_status (*mha_fwd_plan)(const struct attn_mha_fwd_problem *problem,
+                                struct attn_mha_fwd_plan *plan);
+    attn_status (*mha_fwd_run)(const struct attn_mha_fwd_problem *problem,
+                               const struct attn_mha_fwd_plan *plan, char *workspace,
+                               int64_t workspace_bytes, void *stream);
+    attn_status (*split_combine_run)(const struct attn_split_combine_problem *problem, void *stream);
+};
+
+extern const struct attn_backend attn_backend_cpu, attn_backend_cuda;
+
+const struct attn_backend *attn_backend_for(DLDeviceType device); /* NULL: not built */
+
+#endif
