@@ -13,21 +13,20 @@
 #endif
 
 static atomic_int forked; /* this process is a fork's child: its OpenMP pool died with the parent */
-static pthread_once_t once = PTHREAD_ONCE_INIT;
 
 static void note_fork(void)
 {
     atomic_store(&forked, 1);
 }
 
-static void watch_forks(void)
+/* At load: the pool may be torch's, used before our first call. */
+__attribute__((constructor)) static void watch_forks(void)
 {
     pthread_atfork(NULL, NULL, note_fork);
 }
 
 int attn_threads(int32_t wish, int64_t tasks)
 {
-    pthread_once(&once, watch_forks);
     if (tasks <= 1 || atomic_load(&forked) || omp_in_parallel()) return 1;
     int n = omp_get_max_threads();
     if (wish > 0 && wish < n) n = wish;
