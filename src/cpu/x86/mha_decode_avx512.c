@@ -1,0 +1,15 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * mha_decode for AVX-512: see mha_decode_vec.h.
+ */
+#include "cpu/x86/kernels_x86.h"
+#include "cpu/x86/row_avx512.h"
+
+#include "cpu/x86/mha_decode_vec.h"
+
+const struct attn_mha_kernel attn_mha_decode_avx512[ATTN_DTYPES] = {
+    [ATTN_F32] = DECODE_KERNEL(fp32, avx512),
+    [ATTN_BF16] = DECODE_KERNEL(bf16, avx512),
+    [ATTN_F16] = DECODE_KERNEL(fp16, avx512),
+    [ATTN_F8] = DECODE_KERNEL(fp8, avx512),
+};

@@ -1,0 +1,496 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * mha_decode: attention of a few query rows a KV head (G * s_q <= 8), bound by the reading of the
+ * cache.  This body is compiled once a rung over vec_ and row_ names; lanes run along the width d.
+ *
+ * Math, all in fp32, scores in base 2 units, for row r and the keys j it sees:
+ *   t_j = log2e * softcap(score_scale * (q . k_j + qv . v_j))
+ *   m'  = max(m, max_j t_j)      p_j = 2^(t_j - m')      a = 2^(m - m')
+ *   l'  = a l + sum_j p_j        O'  = a O + sum_j p_j v_j
+ * for one block of 32 keys after the other.  m starts at -FLT_MAX, so that a row which saw nothing
+ * keeps l = 0 and O = 0 without an infinity being subtracted from an infinity.
+ *
+ * Walk.  In the usual cache [s, h_k, d] one position's heads are neighbours, so all heads take a
+ * block before any takes the next: the cache streams through in the order of its addresses, and
+ * each head asks for its own rows of the next block while it works on this one.
+ *
+ *            head 0      head 1            head h_k - 1
+ *   block 0  K V         K V        ...    K V             here:  32 row offsets, found once,
+ *   block 1  prefetch    prefetch   ...    prefetch        next:  32 more; both serve all heads
+ *
+ * Tiles.  Rows go R = 4, 2 or 1 at a time, with KEYS = VEC_LANES / R keys: VEC_LANES dot products
+ * in as many accumulators, which vec_sums turns into one vector of scores.  Lane r * KEYS + i of
+ * score vector n is row r, key n * KEYS + i, and the softmax works on whole vectors like that.
+ *
+ *   q    [tile][step][R][pair]    widened; a step is the pair of vectors (2 VEC_LANES elements)
+ *   O    [tile][step][R][pair]    that row_<isa>.h defines, in the order in which it loads them
+ *   m, l [tile][VEC_LANES]        each row's value in all of its KEYS lanes
+ *
+ * A row's bits depend on nothing but its q, its visible keys and the blocks: a dot product is one
+ * chain of fma over the width, an output one chain over the visible keys, and l adds a block's 32
+ * p as one fixed tree (key ^ 16, ^ 8, ... ^ 1) however many lanes hold them.  Rows of a tile that
+ * see different keys of a block take their V one row at a time, so no row meets a V row it does
+ * not see.
+ */
+#ifndef ATTN_CPU_X86_MHA_DECODE_VEC_H
+#define ATTN_CPU_X86_MHA_DECODE_VEC_H
+
+#include <float.h>
+
+#include "cpu/kernels.h"
+
+enum {
+    BLOCK = 32,
+    ROWS_MAX = 8,
+    ROWS = 4, /* most rows of a tile */
+    TILES_MAX = ROWS_MAX / ROWS,
+    STEP = 2 * VEC_LANES,
+    GROUP = VEC_LANES / ROWS,   /* keys whose rows are walked together */
+    PV_STEPS = VEC_LANES / 8,   /* steps of ROWS rows of O that fit the registers */
+};
+
+static const float log2e = 1.44269504088896341f, ln2 = 0.69314718055994531f;
+
+/* Byte offsets of the rows of a block's keys, KV head 0.  Keys past the last live one have its. */
+struct block {
+    int64_t k[BLOCK], v[BLOCK];
+};
+
+/* Rows row0 .. row0 + rows - 1 of a task, computed as R rows, and what they see of a block. */
+struct tile {
+    int32_t row0, rows, R;
+    int32_t lo[ROWS], hi[ROWS]; /* relative to the block, 0 <= lo <= hi <= BLOCK */
+    int32_t begin, end;         /* the union */
+    bool same;                  /* all rows see [begin, end) */
+};
+
+/* What a KV head keeps in scratch. */
+struct head {
+    float *q, *o, *m, *l;
+};
+
+static int64_t round_up(int64_t x, int64_t to)
+{
+    return (x + to - 1) / to * to;
+}
+
+static int64_t head_floats(int64_t d_s, int64_t d_v, int64_t rows)
+{
+    /* d_s may be d_qk + d_v, each rounded up by itself. */
+    int64_t width = round_up(d_s, STEP) + STEP + round_up(d_v, STEP);
+    return round_up(rows, ROWS) * width + 2 * TILES_MAX * VEC_LANES;
+}
+
+static int64_t scratch_bytes(int64_t d_s, int64_t d_v, int64_t rows, int64_t heads)
+{
+    return heads * head_floats(d_s, d_v, rows) * (int64_t)sizeof(float);
+}
+
+static struct head head_at(const struct attn_mha_task *task, char *scratch, int32_t h)
+{
+    int64_t d_s = task->d_qk + (task->qv ? task->d_v : 0);
+    int64_t rows = round_up(task->rows, ROWS);
+    float *base = (float *)(void *)scratch + h * head_floats(d_s, task->d_v, task->rows);
+    struct head head = {.m = base, .l = base + TILES_MAX * VEC_LANES};
+    head.o = head.l + TILES_MAX * VEC_LANES;
+    head.q = head.o + rows * round_up(task->d_v, STEP);
+    return head;
+}
+
+/* Cuts rows into tiles: fours, then one of 1, 2 or 4 (the last row thrice never pays). */
+static int cut_rows(int32_t rows, struct tile tiles[TILES_MAX])
+{
+    int n = 0;
+    for (int32_t row0 = 0; row0 < rows; row0 += tiles[n++].rows) {
+        int32_t left = rows - row0;
+        tiles[n] = (struct tile){
+            .row0 = row0, .rows = left < ROWS ? left : ROWS, .R = left < 3 ? left : ROWS};
+    }
+    return n;
+}
+
+static int32_t clamp_key(int64_t j)
+{
+    return (int32_t)(j < 0 ? 0 : j > BLOCK ? BLOCK : j);
+}
+
+/* What a tile sees of the block at j0; rows that only pad the tile repeat its last. */
+static void see_block(const struct attn_mha_task *task, int64_t j0, struct tile *tile)
+{
+    tile->begin = BLOCK, tile->end = 0, tile->same = true;
+    for (int32_t i = 0; i < tile->R; i++) {
+        int32_t r = tile->row0 + (i < tile->rows ? i : tile->rows - 1);
+        int64_t end = task->hi[r] < task->k_end ? task->hi[r] : task->k_end;
+        int32_t lo = clamp_key(task->lo[r] - j0), hi = clamp_key(end - j0);
+        if (hi <= lo) lo = hi = 0;
+        tile->lo[i] = lo, tile->hi[i] = hi;
+        tile->same = tile->same && lo == tile->lo[0] && hi == tile->hi[0];
+        if (lo == hi) continue;
+        tile->begin = lo < tile->begin ? lo : tile->begin;
+        tile->end = hi > tile->end ? hi : tile->end;
+    }
+}
+
+/* Finds the rows of keys j0 .. j0 + live - 1, page by page; live > 0. */
+static void find_rows(const struct attn_kv_view *kv, int64_t j0, int64_t live, struct block *b)
+{
+    int64_t x = kv->first + j0, size = kv->pages ? kv->page : INT64_MAX;
+    int64_t page = x / size, slot = x % size, i = 0;
+    while (i < live) {
+        int64_t base = kv->pages ? kv->pages[page++] : 0;
+        int64_t k = base * kv->k_page + slot * kv->k_row;
+        int64_t v = base * kv->v_page + slot * kv->v_row;
+        int64_t stop = live - i < size - slot ? live : i + size - slot;
+        for (; i < stop; i++, k += kv->k_row, v += kv->v_row) b->k[i] = k, b->v[i] = v;
+        slot = 0;
+    }
+    for (; i < BLOCK; i++) b->k[i] = b->k[live - 1], b->v[i] = b->v[live - 1];
+}
+
+/* Asks for the cache lines of n elements at p. */
+VEC_INLINE void prefetch(enum attn_dtype t, const char *p, int n)
+{
+    int bytes = n * (int)attn_dtype_bytes(t);
+#pragma GCC unroll 4
+    for (int i = 0; i < bytes; i += 64) _mm_prefetch(p + i, _MM_HINT_T0);
+}
+
+/* acc[r * KEYS + i] += q[r] . row[i] over d elements, for R rows of q and the GROUP keys whose rows
+ * lie at row[i]; next[i] are the same keys' rows of the next block. */
+VEC_INLINE void dot_group(enum attn_dtype t, int R, vec *acc, const float *q,
+                          const char *const row[GROUP], const char *const next[GROUP], int32_t d)
+{
+    const int keys = VEC_LANES / R;
+    const int64_t bytes = STEP * attn_dtype_bytes(t);
+    int64_t at = 0;
+    for (int32_t left = d; left > 0; left -= STEP, at += bytes, q += R * STEP) {
+        vec a[GROUP], b[GROUP];
+        if (left >= STEP) {
+#pragma GCC unroll 4
+            for (int i = 0; i < GROUP; i++) vec_load_pair(t, row[i] + at, &a[i], &b[i]);
+        } else {
+#pragma GCC unroll 4
+            for (int i = 0; i < GROUP; i++) vec_load_pair_part(t, row[i] + at, left, &a[i], &b[i]);
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < GROUP; i++) prefetch(t, next[i] + at, STEP);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) {
+            vec even = vec_load(q + r * STEP), odd = vec_load(q + r * STEP + VEC_LANES);
+#pragma GCC unroll 4
+            for (int i = 0; i < GROUP; i++) {
+                vec sum = vec_fma(a[i], even, acc[r * keys + i]);
+                acc[r * keys + i] = vec_fma(b[i], odd, sum);
+            }
+        }
+    }
+}
+
+/* s[n][VEC_LANES] = raw scores of the tile's rows and the KEYS keys of each score vector n. */
+VEC_INLINE void scores(enum attn_dtype t, int R, const struct attn_mha_task *task,
+                       const struct tile *tile, const struct block *here, const struct block *next,
+                       int32_t h, const float *q, float *s)
+{
+    const int keys = VEC_LANES / R;
+    const char *k = task->kv.k + h * task->kv.k_head, *v = task->kv.v + h * task->kv.v_head;
+    for (int j = 0; j < BLOCK; j += keys) {
+        vec acc[VEC_LANES];
+#pragma GCC unroll 16
+        for (int i = 0; i < VEC_LANES; i++) acc[i] = vec_zero();
+        if (j + keys > tile->begin && j < tile->end) {
+#pragma GCC unroll 4
+            for (int g = 0; g < keys; g += GROUP) {
+                const char *row[GROUP], *ahead[GROUP];
+#pragma GCC unroll 4
+                for (int i = 0; i < GROUP; i++)
+                    row[i] = k + here->k[j + g + i], ahead[i] = k + next->k[j + g + i];
+                dot_group(t, R, acc + g, q, row, ahead, task->d_qk);
+                if (!task->qv) continue;
+#pragma GCC unroll 4
+                for (int i = 0; i < GROUP; i++)
+                    row[i] = v + here->v[j + g + i], ahead[i] = v + next->v[j + g + i];
+                dot_group(t, R, acc + g, q + R * round_up(task->d_qk, STEP), row, ahead, task->d_v);
+            }
+        }
+        vec_store(s + j * R, vec_sums(acc));
+    }
+}
+
+/* Scores become p in place; m and l move on.  Returns a = 2^(m - m'), the factor of what was
+ * summed before. */
+VEC_INLINE vec softmax(int R, const struct attn_mha_task *task, const struct tile *tile, int32_t h,
+                       float *s, float *m, float *l)
+{
+    const int keys = VEC_LANES / R, vectors = BLOCK / keys;
+    const float cap = task->softcap, scale = task->score_scale[h];
+    const vec inner = vec_set1(cap != 0.0f ? scale / cap : 1.0f);
+    const vec outer = vec_set1((cap != 0.0f ? cap : scale) * log2e);
+    const bool masked = !(tile->same && tile->begin == 0 && tile->end == BLOCK);
+    vec x[ROWS * BLOCK / VEC_LANES];
+    vec top = vec_set1(-INFINITY);
+#pragma GCC unroll 16
+    for (int n = 0; n < vectors; n++) {
+        x[n] = vec_load(s + n * VEC_LANES);
+        if (cap != 0.0f) x[n] = vec_tanh(vec_mul(x[n], inner));
+        x[n] = vec_mul(x[n], outer);
+    }
+    if (masked) { /* lane r * keys + i sees key j + i from lo[r] - i on */
+        _Alignas(64) int32_t lo[VEC_LANES], hi[VEC_LANES];
+        for (int i = 0; i < VEC_LANES; i++)
+            lo[i] = tile->lo[i / keys] - i % keys, hi[i] = tile->hi[i / keys] - i % keys;
+#pragma GCC unroll 16
+        for (int n = 0; n < vectors; n++)
+            x[n] = vec_select(vec_within(n * keys, vec_int_load(lo), vec_int_load(hi)), x[n],
+                              vec_set1(-INFINITY));
+    }
+#pragma GCC unroll 16
+    for (int n = 0; n < vectors; n++) top = vec_max(top, x[n]);
+#pragma GCC unroll 4
+    for (int i = keys / 2; i > 0; i /= 2) top = vec_max(top, vec_swap(top, i));
+
+    vec old = vec_load(m), now = vec_max(old, top), factor = vec_exp2(vec_sub(old, now));
+#pragma GCC unroll 16
+    for (int n = 0; n < vectors; n++) {
+        x[n] = vec_exp2(vec_sub(x[n], now));
+        vec_store(s + n * VEC_LANES, x[n]);
+    }
+#pragma GCC unroll 4
+    for (int half = vectors / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+        for (int n = 0; n < half; n++) x[n] = vec_add(x[n], x[n + half]);
+#pragma GCC unroll 4
+    for (int i = keys / 2; i > 0; i /= 2) x[0] = vec_add(x[0], vec_swap(x[0], i));
+    vec_store(m, now);
+    vec_store(l, vec_fma(vec_load(l), factor, x[0]));
+    return factor;
+}
+
+/* O = a O + sum of p V over keys [begin, end) for `rows` rows, from row r0 of the tile, and for
+ * `steps` steps of columns, or only `part` columns of one step when part > 0.
+ * o is [step][R][pair], a and p have row r at lane r * KEYS; v is KV head h's first such column. */
+VEC_INLINE void pv_columns(enum attn_dtype t, int R, int rows, int steps, int32_t part, int r0,
+                           int32_t begin, int32_t end, const float *a, const float *p,
+                           const char *v, const struct block *here, const struct block *next,
+                           float *o)
+{
+    const int keys = VEC_LANES / R;
+    const int64_t bytes = STEP * attn_dtype_bytes(t);
+    vec acc[ROWS][2 * PV_STEPS];
+    a += r0 * keys, p += r0 * keys, o += r0 * STEP;
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int c = 0; c < 2 * steps; c++)
+            acc[r][c] = vec_mul(vec_set1(a[r * keys]),
+                                vec_load(o + (c / 2 * R + r) * STEP + c % 2 * VEC_LANES));
+    for (int32_t j = begin; j < end; j++) {
+        const char *row = v + here->v[j], *ahead = v + next->v[j];
+        const float *pj = p + j / keys * VEC_LANES + j % keys;
+        vec x[2 * PV_STEPS];
+#pragma GCC unroll 2
+        for (int c = 0; c < steps; c++) {
+            if (part)
+                vec_load_pair_part(t, row, part, &x[0], &x[1]);
+            else
+                vec_load_pair(t, row + c * bytes, &x[2 * c], &x[2 * c + 1]);
+        }
+        prefetch(t, ahead, steps * STEP);
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++) {
+            vec weight = vec_set1(pj[r * keys]);
+#pragma GCC unroll 4
+            for (int c = 0; c < 2 * steps; c++) acc[r][c] = vec_fma(weight, x[c], acc[r][c]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int c = 0; c < 2 * steps; c++)
+            vec_store(o + (c / 2 * R + r) * STEP + c % 2 * VEC_LANES, acc[r][c]);
+}
+
+VEC_INLINE void pv(enum attn_dtype t, int R, int rows, int r0, int32_t begin, int32_t end,
+                   const float *a, const float *p, const char *v, const struct block *here,
+                   const struct block *next, int32_t d_v, float *o)
+{
+    const int64_t bytes = STEP * attn_dtype_bytes(t);
+    for (; d_v >= PV_STEPS * STEP; d_v -= PV_STEPS * STEP) {
+        pv_columns(t, R, rows, PV_STEPS, 0, r0, begin, end, a, p, v, here, next, o);
+        v += PV_STEPS * bytes, o += PV_STEPS * R * STEP;
+    }
+    for (; PV_STEPS > 1 && d_v >= STEP; d_v -= STEP) {
+        pv_columns(t, R, rows, 1, 0, r0, begin, end, a, p, v, here, next, o);
+        v += bytes, o += R * STEP;
+    }
+    if (d_v > 0) pv_columns(t, R, rows, 1, d_v, r0, begin, end, a, p, v, here, next, o);
+}
+
+/* One block of one KV head for the R rows of a tile. */
+VEC_INLINE void attend(enum attn_dtype t, int R, const struct attn_mha_task *task,
+                       const struct tile *tile, const struct block *here, const struct block *next,
+                       int32_t h, struct head head)
+{
+    _Alignas(64) float s[ROWS * BLOCK], a[VEC_LANES];
+    int64_t state = tile->row0 / ROWS * VEC_LANES;
+    int64_t d_s = round_up(task->d_qk, STEP) + (task->qv ? round_up(task->d_v, STEP) : 0);
+    float *o = head.o + tile->row0 * round_up(task->d_v, STEP);
+    const char *v = task->kv.v + h * task->kv.v_head;
+
+    scores(t, R, task, tile, here, next, h, head.q + tile->row0 * d_s, s);
+    vec_store(a, softmax(R, task, tile, h, s, head.m + state, head.l + state));
+    if (tile->same) {
+        pv(t, R, R, 0, tile->begin, tile->end, a, s, v, here, next, task->d_v, o);
+        return;
+    }
+    for (int r = 0; r < tile->rows; r++)
+        pv(t, R, 1, r, tile->lo[r], tile->hi[r], a, s, v, here, next, task->d_v, o);
+}
+
+/* Widens d elements of a query row into its places of q [step][R][pair]. */
+VEC_INLINE void widen_query(enum attn_dtype t, const char *from, int32_t d, int R, float *q)
+{
+    for (; d > 0; d -= STEP, from += STEP * attn_dtype_bytes(t), q += R * STEP) {
+        vec a, b;
+        if (d >= STEP)
+            vec_load_pair(t, from, &a, &b);
+        else
+            vec_load_pair_part(t, from, d, &a, &b);
+        vec_store(q, a);
+        vec_store(q + VEC_LANES, b);
+    }
+}
+
+VEC_INLINE void begin_head(enum attn_dtype t, const struct attn_mha_task *task,
+                           const struct tile *tile, int32_t h, struct head head)
+{
+    int64_t d_k = round_up(task->d_qk, STEP), d_v = round_up(task->d_v, STEP);
+    int64_t d_s = d_k + (task->qv ? d_v : 0), state = tile->row0 / ROWS * VEC_LANES;
+    float *q = head.q + tile->row0 * d_s, *o = head.o + tile->row0 * d_v;
+    for (int64_t i = 0; i < tile->R * d_v; i += VEC_LANES) vec_store(o + i, vec_zero());
+    vec_store(head.m + state, vec_set1(-FLT_MAX));
+    vec_store(head.l + state, vec_zero());
+    if (tile->rows < tile->R)
+        for (int64_t i = 0; i < tile->R * d_s; i += VEC_LANES) vec_store(q + i, vec_zero());
+    for (int32_t i = 0; i < tile->rows; i++) {
+        int32_t r = tile->row0 + i;
+        widen_query(t, task->q + h * task->q_head + task->q_row[r], task->d_qk, tile->R,
+                    q + i * STEP);
+        if (task->qv)
+            widen_query(t, task->qv + h * task->qv_head + task->qv_row[r], task->d_v, tile->R,
+                        q + tile->R * d_k + i * STEP);
+    }
+}
+
+/* Writes scale * O, of which o [step][R][pair] holds this row, as elements of `type`. */
+VEC_INLINE void store_out(enum attn_dtype t, enum attn_dtype type, const float *o, int R,
+                          int32_t d_v, float scale, char *out)
+{
+    const int64_t bytes = VEC_LANES * attn_dtype_bytes(type);
+    for (; d_v > 0; d_v -= STEP, o += R * STEP, out += 2 * bytes) {
+        vec a = vec_mul(vec_load(o), vec_set1(scale));
+        vec b = vec_mul(vec_load(o + VEC_LANES), vec_set1(scale));
+        vec_unpair(t, &a, &b);
+        if (d_v >= STEP) {
+            vec_store_elem(type, out, a);
+            vec_store_elem(type, out + bytes, b);
+        } else if (d_v > VEC_LANES) {
+            vec_store_elem(type, out, a);
+            vec_store_part_elem(type, out + bytes, b, d_v - VEC_LANES);
+        } else {
+            vec_store_part_elem(type, out, a, d_v);
+        }
+    }
+}
+
+VEC_INLINE void end_head(enum attn_dtype t, const struct attn_mha_task *task,
+                         const struct tile *tile, int32_t h, struct head head)
+{
+    int64_t state = tile->row0 / ROWS * VEC_LANES;
+    for (int32_t i = 0; i < tile->rows; i++) {
+        int32_t r = tile->row0 + i, lane = i * (VEC_LANES / tile->R);
+        float m = head.m[state + lane], l = head.l[state + lane], scale = task->out_scale[h];
+        if (task->sinks) { /* one more score, without a V row */
+            float sink = task->sinks[h * task->rows + r] * log2e, top = m > sink ? m : sink;
+            float factor = exp2f(m - top);
+            l = l * factor + exp2f(sink - top);
+            scale *= factor;
+            m = top;
+        }
+        scale = l == 0.0f ? 0.0f : scale / l;
+        task->lse[h * task->lse_head + task->lse_row[r]] =
+            l == 0.0f ? -INFINITY : logf(l) + m * ln2;
+        const float *o = head.o + tile->row0 * round_up(task->d_v, STEP) + i * STEP;
+        char *out = task->out + h * task->out_head + task->out_row[r];
+        if (task->partial)
+            store_out(t, ATTN_F32, o, tile->R, task->d_v, scale, out);
+        else
+            store_out(t, attn_dtype_out(t), o, tile->R, task->d_v, scale, out);
+    }
+}
+
+VEC_INLINE void run(enum attn_dtype t, const struct attn_mha_task *task, char *scratch)
+{
+    struct tile tiles[TILES_MAX];
+    struct block blocks[2];
+    const int n = cut_rows(task->rows, tiles);
+    for (int32_t h = 0; h < task->heads; h++)
+        for (int i = 0; i < n; i++) begin_head(t, task, &tiles[i], h, head_at(task, scratch, h));
+
+    struct block *here = &blocks[0], *next = &blocks[1];
+    int64_t left = task->k_end - task->k_begin;
+    if (left > 0) find_rows(&task->kv, task->k_begin, left < BLOCK ? left : BLOCK, here);
+    for (int64_t j0 = task->k_begin; left > 0; j0 += BLOCK) {
+        left -= BLOCK;
+        if (left > 0)
+            find_rows(&task->kv, j0 + BLOCK, left < BLOCK ? left : BLOCK, next);
+        else
+            next = here;
+        for (int i = 0; i < n; i++) see_block(task, j0, &tiles[i]);
+        for (int32_t h = 0; h < task->heads; h++) {
+            struct head head = head_at(task, scratch, h);
+            for (int i = 0; i < n; i++) {
+                const struct tile *tile = &tiles[i];
+                const struct block *ahead = i == 0 ? next : here; /* asking once is enough */
+                if (tile->begin >= tile->end) continue;
+                switch (tile->R) {
+                case 1: attend(t, 1, task, tile, here, ahead, h, head); break;
+                case 2: attend(t, 2, task, tile, here, ahead, h, head); break;
+                default: attend(t, ROWS, task, tile, here, ahead, h, head); break;
+                }
+            }
+        }
+        struct block *done = here;
+        here = next, next = done;
+    }
+
+    for (int32_t h = 0; h < task->heads; h++)
+        for (int i = 0; i < n; i++) end_head(t, task, &tiles[i], h, head_at(task, scratch, h));
+}
+
+static void run_fp32(const struct attn_mha_task *task, char *scratch)
+{
+    run(ATTN_F32, task, scratch);
+}
+
+static void run_bf16(const struct attn_mha_task *task, char *scratch)
+{
+    run(ATTN_BF16, task, scratch);
+}
+
+static void run_fp16(const struct attn_mha_task *task, char *scratch)
+{
+    run(ATTN_F16, task, scratch);
+}
+
+static void run_fp8(const struct attn_mha_task *task, char *scratch)
+{
+    run(ATTN_F8, task, scratch);
+}
+
+#define DECODE_KERNEL(dtype, isa)                                                              \
+    {                                                                                          \
+        .name = "attn_mha_decode_" #dtype "_" #isa, .rows_max = ROWS_MAX, .rows_step = 1,      \
+        .n = BLOCK, .decode = true, .scratch_bytes = scratch_bytes, .run = run_##dtype,        \
+    }
+
+#endif
