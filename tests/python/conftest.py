@@ -36,7 +36,10 @@ def pytest_configure(config):
 def pytest_report_header(config):
     from hypothesis.version import __version__ as drawn_by
 
-    return f"attn: seed {SEED} (ATTN_SEED), rounds x{ROUNDS:g} (ATTN_ROUNDS), hypothesis {drawn_by}, torch {torch.__version__}"
+    return (
+        f"attn: seed {SEED} (ATTN_SEED), rounds x{ROUNDS:g} (ATTN_ROUNDS), "
+        f"hypothesis {drawn_by}, torch {torch.__version__}"
+    )
 
 
 def pytest_generate_tests(metafunc):

@@ -65,8 +65,10 @@ def attend(q, k, v, mask, scale, softcap=0.0, qv=None, descale=None, sinks=None,
     """
     low = torch.bfloat16 if math == torch.float8_e4m3fn else math
     group = q.shape[1] // max(k.shape[1], 1)
-    q, k, v = (x.to(torch.float32).to(low).transpose(0, 1) if low != torch.float64
-               else x.double().transpose(0, 1) for x in (q, k, v))
+    q, k, v = (
+        x.to(torch.float32).to(low).transpose(0, 1) if low != torch.float64 else x.double().transpose(0, 1)
+        for x in (q, k, v)
+    )
     k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
     score = q @ k.transpose(1, 2)
     if qv is not None:
@@ -150,7 +152,9 @@ def forward(
             return page_table.cpu()[row].long()[x // page], x % page
         return torch.full_like(x, row), x
 
-    kind = torch.float64 if math == torch.float64 else (torch.bfloat16 if math == torch.float8_e4m3fn else math)
+    kind = (
+        torch.float64 if math == torch.float64 else (torch.bfloat16 if math == torch.float8_e4m3fn else math)
+    )
     out = torch.zeros(*q.shape[:-1], d_v, dtype=kind)
     lse = torch.zeros((h_q, q.shape[0]) if cu_q is not None else (b, h_q, q.shape[1]), dtype=torch.float64)
     live = torch.zeros(q.shape[:-2], dtype=torch.bool)
