@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: MIT
+"""The forward as upstream's Python layer calls it, on real tensors: conversions, then libattn.
+
+The operators of _C and the functions of flash_attn_interface both rest on this file.  Shapes are
+checked by libattn.
+"""
+
+import torch
+from libattn import DtypeError, NotBuiltError, ShapeError, mha
+
+
+def unit_stride(x):
+    """x, copied when its last stride is not 1; None stays None."""
+    return x if x is None or x.is_contiguous() or x.stride(-1) == 1 else x.contiguous()
+
+
+def unit_stride_value(v):
+    """v, copied unless its width or its row dimension has stride 1 (the second is rejected below,
+    as upstream's column-major V)."""
+    if v.is_contiguous() or v.stride(-1) == 1 or (v.dim() >= 3 and v.stride(-3) == 1):
+        return v
+    return v.contiguous()
+
+
+def default_scale(q, qv=None):
+    """Width of the score's products to the power -1/2: d_qk, plus d_v when there is qv."""
+    width = q.shape[-1] if q.dim() else 1
+    if qv is not None and qv.dim():
+        width += qv.shape[-1]
+    return width**-0.5 if width > 0 else 1.0
+
+
+def length(value):
+    """max_seqlen as an int: an int, a 0-dim integer tensor, or -1 for None."""
+    return -1 if value is None else int(value)
+
+
+def window_sides(window_size):
+    """(left, right) from a pair, list or 1-D tensor of two, or None; None sides are unlimited."""
+    if window_size is None:
+        return -1, -1
+    left, right = window_size
+    if type(left) is not int:
+        left = -1 if left is None else int(left)
+    if type(right) is not int:
+        right = -1 if right is None else int(right)
+    return left, right
+
+
+def raw_forward(
+    q,
+    k,
+    v,
+    k_new=None,
+    v_new=None,
+    qv=None,
+    out=None,
+    cu_seqlens_q=None,
+    cu_seqlens_k=None,
+    cu_seqlens_k_new=None,
+    seqused_q=None,
+    seqused_k=None,
+    max_seqlen_q=None,
+    max_seqlen_k=None,
+    page_table=None,
+    kv_batch_idx=None,
+    leftpad_k=None,
+    rotary_cos=None,
+    rotary_sin=None,
+    seqlens_rotary=None,
+    q_descale=None,
+    k_descale=None,
+    v_descale=None,
+    softmax_scale=None,
+    is_causal=False,
+    window_size_left=-1,
+    window_size_right=-1,
+    attention_chunk=0,
+    softcap=0.0,
+    is_rotary_interleaved=False,
+    scheduler_metadata=None,
+    num_splits=0,
+    pack_gqa=None,
+    sm_margin=0,
+    sinks=None,
+    cp_world_size=1,
+    cp_rank=0,
+    cp_tot_seqused_k=None,
+):
+    """flash_attn_3::fwd: (out, lse, out_accum, lse_accum); the pair is empty without splits."""
+    out, lse, out_accum, lse_accum = mha.mha_fwd(
+        q,
+        k,
+        v,
+        default_scale(q) if softmax_scale is None else softmax_scale,
+        is_causal,
+        window_size_left,
+        window_size_right,
+        softcap,
+        attention_chunk or 0,
+        num_splits,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        length(max_seqlen_q),
+        length(max_seqlen_k),
+        seqused_q,
+        seqused_k,
+        page_table,
+        kv_batch_idx,
+        leftpad_k,
+        k_new,
+        v_new,
+        cu_seqlens_k_new,
+        rotary_cos,
+        rotary_sin,
+        seqlens_rotary,
+        is_rotary_interleaved,
+        qv,
+        q_descale,
+        k_descale,
+        v_descale,
+        sinks,
+        cp_world_size,
+        cp_rank,
+        cp_tot_seqused_k,
+        scheduler_metadata,
+        -1 if pack_gqa is None else pack_gqa,
+        sm_margin,
+        out,
+        True,
+    )
+    if out_accum is None:
+        out_accum = lse.new_empty(0)
+        lse_accum = lse.new_empty(0)
+    return out, lse, out_accum, lse_accum
+
+
+def forward(
+    q,
+    k,
+    v,
+    k_new=None,
+    v_new=None,
+    qv=None,
+    out_=None,
+    cu_seqlens_q=None,
+    cu_seqlens_k=None,
+    cu_seqlens_k_new=None,
+    seqused_q=None,
+    seqused_k=None,
+    max_seqlen_q=None,
+    max_seqlen_k=None,
+    page_table=None,
+    kv_batch_idx=None,
+    leftpad_k=None,
+    rotary_cos=None,
+    rotary_sin=None,
+    seqlens_rotary=None,
+    q_descale=None,
+    k_descale=None,
+    v_descale=None,
+    softmax_scale=None,
+    causal=False,
+    window_size_left=-1,
+    window_size_right=-1,
+    attention_chunk=0,
+    softcap=0.0,
+    rotary_interleaved=True,
+    scheduler_metadata=None,
+    num_splits=1,
+    pack_gqa=None,
+    sm_margin=0,
+    sinks=None,
+    cp_world_size=1,
+    cp_rank=0,
+    cp_tot_seqused_k=None,
+):
+    """_flash_attn_forward: raw_forward after the copies that upstream's Python layer makes."""
+    return raw_forward(
+        unit_stride(q),
+        unit_stride(k),
+        unit_stride_value(v),
+        unit_stride(k_new),
+        unit_stride(v_new),
+        qv,
+        out_,
+        unit_stride(cu_seqlens_q),
+        unit_stride(cu_seqlens_k),
+        unit_stride(cu_seqlens_k_new),
+        unit_stride(seqused_q),
+        unit_stride(seqused_k),
+        max_seqlen_q,
+        max_seqlen_k,
+        unit_stride(page_table),
+        unit_stride(kv_batch_idx),
+        unit_stride(leftpad_k),
+        unit_stride(rotary_cos),
+        unit_stride(rotary_sin),
+        unit_stride(seqlens_rotary),
+        q_descale,
+        k_descale,
+        v_descale,
+        softmax_scale,
+        causal,
+        window_size_left,
+        window_size_right,
+        attention_chunk,
+        softcap,
+        rotary_interleaved,
+        scheduler_metadata,
+        num_splits,
+        pack_gqa,
+        sm_margin,
+        sinks,
+        cp_world_size,
+        cp_rank,
+        cp_tot_seqused_k,
+    )
+
+
+def raw_backward(dout, q, k, v, out, softmax_lse, dq=None, dk=None, dv=None, *options):
+    """flash_attn_3::bwd: dq, dk, dv, softmax_d and four private tensors."""
+    raise NotBuiltError(
+        "flash_attn_3 backward: gradients of attention (mha_bwd) are not in this version of "
+        "libattn; only the forward is"
+    )
+
+
+def gradients(backward, dout, saved, without, options):
+    """(dq, dk, dv) by calling `backward`, which is _flash_attn_backward or its operator.
+
+    saved: q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k.
+    without: {feature: whether the forward used it} for what has no gradient at all.
+    options: max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_left, window_right, softcap,
+    deterministic, sm_margin.
+    """
+    used = [name for name, is_used in without.items() if is_used]
+    if used:
+        raise NotImplementedError(f"flash_attn_3 backward: no gradient with {', '.join(used)}")
+    q, k, v, out, lse, *lengths = saved
+    max_seqlen_q, max_seqlen_k, *rest = options
+    grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    backward(dout, q, k, v, out, lse, *lengths, max_seqlen_q, max_seqlen_k, *grads, *rest)
+    return grads
+
+
+def combine(out_partial, lse_partial, out=None, out_dtype=None):
+    """flash_attn_3::fwd_combine: out [b, s, h, d_v] and lse [b, s, h], a view of [b, h, s]."""
+    if out_partial.dim() != 5:
+        raise ShapeError(
+            f"out_partial: expected [splits, b, s, h, d_v], got {out_partial.dim()} dimensions"
+        )
+    if out_dtype is None:
+        out_dtype = torch.float32
+    _, b, s, h, d_v = out_partial.shape
+    if out is None:
+        out = torch.empty((b, s, h, d_v), dtype=out_dtype, device=out_partial.device)
+    elif out.dtype != out_dtype:
+        raise DtypeError(f"out: expected dtype {out_dtype} (out_dtype), got {out.dtype}")
+    lse = torch.empty((b, h, s), dtype=torch.float32, device=out_partial.device).transpose(1, 2)
+    return mha.split_combine(out_partial, lse_partial, out, lse)
+
+
+def scheduler_metadata(
+    batch_size,
+    max_seqlen_q,
+    max_seqlen_k,
+    headdim,
+    page_size,
+    causal,
+    window_left,
+    window_right,
+    attention_chunk,
+    device,
+):
+    """int32 tensor of upstream's length; its contents are private and mean nothing to libattn."""
+    n = mha.mha_metadata_length(
+        batch_size,
+        max_seqlen_q,
+        max_seqlen_k,
+        headdim,
+        page_size is not None,
+        causal,
+        window_left,
+        window_right,
+        attention_chunk or 0,
+    )
+    return torch.zeros(n, dtype=torch.int32, device=device)

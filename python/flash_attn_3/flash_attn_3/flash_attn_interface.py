@@ -1,0 +1,1024 @@
+# SPDX-License-Identifier: MIT
+"""FlashAttention-3's Python interface: upstream's names, order, defaults and return values.
+
+Shapes, dense and packed: q (b, s_q, h_q, d_qk) or (t_q, h_q, d_qk); k, v (b, s_k, h_k, d) or
+(t_k, h_k, d); out as q with d_v last; lse fp32 (b, h_q, s_q) or (h_q, t_q), the natural logarithm of
+the sum of exp(score).  docs/compatibility/flash_attn_3.md says what runs where.
+
+A call takes one of four ways: straight to libattn (plain CPU and CUDA tensors, no gradient wanted);
+through an autograd class; through torch.ops when it is traced or a mode looks on; or to MATE for
+tensors on MUSA.
+"""
+
+import torch
+from libattn import NotBuiltError, mha, musa
+
+from . import _C as _operators  # registers torch.ops.flash_attn_3
+from . import _eager
+from ._eager import default_scale, length, unit_stride, unit_stride_value, window_sides
+
+__all__ = [
+    "FlashAttnFunc",
+    "FlashAttnQKVPackedFunc",
+    "FlashAttnVarlenFunc",
+    "flash_attn_combine",
+    "flash_attn_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_with_kvcache",
+    "get_scheduler_metadata",
+]
+
+_Tensor = torch.Tensor
+_Parameter = torch.nn.Parameter
+_is_traced = torch.compiler.is_dynamo_compiling
+_modes = torch._C._len_torch_dispatch_stack
+_grad_on = torch.is_grad_enabled
+_mha_fwd = mha.mha_fwd
+
+
+# ---- the four ways ---------------------------------------------------------------------------------
+
+
+def _wants_grad(q, k, v, qv=None, sinks=None):
+    return _grad_on() and (
+        q.requires_grad
+        or k.requires_grad
+        or v.requires_grad
+        or (qv is not None and qv.requires_grad)
+        or (sinks is not None and sinks.requires_grad)
+    )
+
+
+def _direct(q, k, v, qv=None, sinks=None):
+    """Whether a call may go straight to libattn."""
+    return (
+        not _is_traced()
+        and type(q) is _Tensor
+        and type(k) is _Tensor
+        and type(v) is _Tensor
+        and (q.is_cpu or q.is_cuda)
+        and not _modes()
+        and not (_grad_on() and _wants_grad(q, k, v, qv, sinks))
+    )
+
+
+def _by_class(q, k, v, qv, sinks):
+    """Whether a call that is not direct goes through an autograd class; else through torch.ops."""
+    return (
+        not _is_traced()
+        and type(q) in (_Tensor, _Parameter)
+        and not _modes()
+        and _wants_grad(q, k, v, qv, sinks)
+    )
+
+
+def _forward(*args):
+    """(out, lse, out_accum, lse_accum) for the arguments of _eager.forward, up to num_splits at
+    least, by the first way that is open."""
+    if _direct(*args[:3]):
+        return _eager.forward(*args)
+    if not _is_traced() and args[0].device.type == "musa":
+        raise NotBuiltError("_flash_attn_forward: MATE has no such function for tensors on MUSA")
+    if len(args) > 34 and (args[34] is not None or args[35] > 1):
+        return torch.ops.flash_attn_3._flash_attn_forward_ext(*args)
+    return torch.ops.flash_attn_3._flash_attn_forward(*args[:34])
+
+
+class _ForwardOnly(torch.autograd.Function):
+    """A call whose gradient upstream does not have either: its backward says so."""
+
+    @staticmethod
+    def forward(ctx, name, run, *tensors):
+        ctx.name = name
+        return run()
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise NotImplementedError(f"{ctx.name} has no backward: call it under torch.no_grad()")
+
+
+# ---- autograd classes ------------------------------------------------------------------------------
+
+
+def _keep(ctx, q, k, v, out, lse, lengths, without, options):
+    ctx.without, ctx.options = without, options
+    ctx.save_for_backward(q, k, v, out, lse, *lengths)
+
+
+def _gradients(ctx, dout):
+    return _eager.gradients(_flash_attn_backward, dout, ctx.saved_tensors, ctx.without, ctx.options)
+
+
+def _without(qv, attention_chunk, sinks, cp_world_size, page_table=None):
+    return {
+        "qv": qv is not None,
+        "attention_chunk": bool(attention_chunk),
+        "sinks": sinks is not None,
+        "context parallelism": cp_world_size > 1,
+        "pages": page_table is not None,
+    }
+
+
+class FlashAttnFunc(torch.autograd.Function):
+    """flash_attn_func with gradients; apply()'s arguments are upstream's, then ours."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        q,
+        k,
+        v,
+        softmax_scale,
+        causal,
+        qv=None,
+        q_descale=None,
+        k_descale=None,
+        v_descale=None,
+        window_size=(-1, -1),
+        attention_chunk=0,
+        softcap=0.0,
+        num_splits=1,
+        pack_gqa=None,
+        deterministic=False,
+        sm_margin=0,
+        return_softmax=False,
+        sinks=None,
+        cp_world_size=1,
+        cp_rank=0,
+        cp_tot_seqused_k=None,
+    ):
+        left, right = window_sides(window_size)
+        scale = default_scale(q, qv) if softmax_scale is None else softmax_scale
+        out, lse, *_ = _forward(
+            *(q, k, v, None, None, qv, None),
+            *(None,) * 13,
+            *(q_descale, k_descale, v_descale, scale, causal, left, right, attention_chunk or 0),
+            *(softcap, False, None, num_splits, pack_gqa, sm_margin),
+            *(sinks, cp_world_size, cp_rank, cp_tot_seqused_k),
+        )
+        without = _without(qv, attention_chunk, sinks, cp_world_size)
+        options = (None, None, scale, causal, left, right, softcap, deterministic, sm_margin)
+        _keep(ctx, q, k, v, out, lse, (None,) * 4, without, options)
+        return (out, lse) if return_softmax else out
+
+    @staticmethod
+    def backward(ctx, dout, *unused):
+        assert not ctx.without["attention_chunk"], "backward: attention_chunk is not supported"
+        return (*_gradients(ctx, dout), *(None,) * 18)
+
+
+class FlashAttnVarlenFunc(torch.autograd.Function):
+    """flash_attn_varlen_func with gradients; apply()'s arguments are upstream's, then ours."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        seqused_q,
+        seqused_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        softmax_scale,
+        causal,
+        qv=None,
+        q_descale=None,
+        k_descale=None,
+        v_descale=None,
+        window_size=(-1, -1),
+        attention_chunk=0,
+        softcap=0.0,
+        num_splits=1,
+        pack_gqa=None,
+        deterministic=False,
+        sm_margin=0,
+        return_softmax=False,
+        sinks=None,
+        cp_world_size=1,
+        cp_rank=0,
+        cp_tot_seqused_k=None,
+        page_table=None,
+        scheduler_metadata=None,
+        out=None,
+    ):
+        left, right = window_sides(window_size)
+        scale = default_scale(q, qv) if softmax_scale is None else softmax_scale
+        if out is not None:
+            ctx.mark_dirty(out)
+        out, lse, *_ = _forward(
+            *(q, k, v, None, None, qv, out, cu_seqlens_q, cu_seqlens_k, None),
+            *(seqused_q, seqused_k, max_seqlen_q, max_seqlen_k, page_table),
+            *(None,) * 5,
+            *(q_descale, k_descale, v_descale, scale, causal, left, right, attention_chunk or 0),
+            *(softcap, False, scheduler_metadata, num_splits, pack_gqa, sm_margin),
+            *(sinks, cp_world_size, cp_rank, cp_tot_seqused_k),
+        )
+        without = _without(qv, attention_chunk, sinks, cp_world_size, page_table)
+        lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+        options = (max_seqlen_q, max_seqlen_k, scale, causal, left, right, softcap)
+        _keep(ctx, q, k, v, out, lse, lengths, without, (*options, deterministic, sm_margin))
+        return (out, lse) if return_softmax else out
+
+    @staticmethod
+    def backward(ctx, dout, *unused):
+        assert not ctx.without["attention_chunk"], "backward: attention_chunk is not supported"
+        return (*_gradients(ctx, dout), *(None,) * 27)
+
+
+class FlashAttnQKVPackedFunc(torch.autograd.Function):
+    """flash_attn_qkvpacked_func with gradients; apply()'s arguments are upstream's."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        qkv,
+        softmax_scale,
+        causal,
+        q_descale=None,
+        k_descale=None,
+        v_descale=None,
+        window_size=(-1, -1),
+        attention_chunk=0,
+        softcap=0.0,
+        deterministic=False,
+        num_heads_q=None,
+        sm_margin=0,
+        return_softmax=False,
+    ):
+        q, k, v = _unpack(qkv, num_heads_q)
+        left, right = window_sides(window_size)
+        scale = default_scale(q) if softmax_scale is None else softmax_scale
+        out, lse, *_ = _forward(
+            *(q, k, v),
+            *(None,) * 17,
+            *(q_descale, k_descale, v_descale, scale, causal, left, right, attention_chunk or 0),
+            *(softcap, False, None, 1, None, sm_margin),
+        )
+        ctx.packed_dims = qkv.dim()
+        without = _without(None, attention_chunk, None, 1)
+        options = (None, None, scale, causal, left, right, softcap, deterministic, sm_margin)
+        _keep(ctx, q, k, v, out, lse, (None,) * 4, without, options)
+        return (out, lse) if return_softmax else out
+
+    @staticmethod
+    def backward(ctx, dout, *unused):
+        assert not ctx.without["attention_chunk"], "backward: attention_chunk is not supported"
+        grads = _gradients(ctx, dout)
+        join = torch.stack if ctx.packed_dims == 5 else torch.cat
+        return (join(grads, dim=2), *(None,) * 12)
+
+
+# ---- public functions ------------------------------------------------------------------------------
+
+
+def flash_attn_func(
+    q,
+    k,
+    v,
+    softmax_scale=None,
+    causal=False,
+    qv=None,
+    q_descale=None,
+    k_descale=None,
+    v_descale=None,
+    window_size=(-1, -1),
+    attention_chunk=0,
+    softcap=0.0,
+    num_splits=1,
+    pack_gqa=None,
+    deterministic=False,
+    sm_margin=0,
+    return_attn_probs=False,
+    *,
+    sinks=None,
+    s_aux=None,
+    cp_world_size=1,
+    cp_rank=0,
+    cp_tot_seqused_k=None,
+    return_softmax_lse=False,
+):
+    """Attention over a dense batch.
+
+    q (b, s_q, h_q, d_qk), k (b, s_k, h_k, d_qk), v (b, s_k, h_k, d_v), of one dtype: bf16, fp16, fp8
+    e4m3fn, on a CPU also fp32.  h_q is a multiple of h_k; query head h uses KV head h // (h_q / h_k).
+
+    softmax_scale: None means (d_qk + d_v if qv)^-1/2.  causal: bottom-right aligned.  qv
+    (b, s_q, h_q, d_v): a second score term qv . v.  q_descale, k_descale, v_descale: fp32 (b, h_k),
+    for fp8.  window_size: keys to the left and right of the diagonal, -1 or None for no limit.
+    attention_chunk: keys of the query's own chunk only; 0 or None is off.  softcap: softcap *
+    tanh(score / softcap); 0 is off.  sinks, or s_aux: (h_q), one more logit a head.  cp_*: local key
+    j is global key j * cp_world_size + cp_rank, of cp_tot_seqused_k int32 (b).
+    num_splits, pack_gqa, deterministic, sm_margin are for tuning.
+
+    Returns out (b, s_q, h_q, d_v), bf16 for fp8; with return_attn_probs or return_softmax_lse
+    (out, lse), lse fp32 (b, h_q, s_q).  Raises classes of libattn.errors, which are RuntimeErrors.
+    """
+    if sinks is None:
+        sinks = s_aux
+    if _direct(q, k, v, qv, sinks):
+        left, right = window_sides(window_size)
+        out, lse = _mha_fwd(
+            q if q.is_contiguous() else unit_stride(q),
+            k if k.is_contiguous() else unit_stride(k),
+            v if v.is_contiguous() else unit_stride_value(v),
+            default_scale(q, qv) if softmax_scale is None else softmax_scale,
+            causal,
+            left,
+            right,
+            softcap,
+            attention_chunk or 0,
+            num_splits,
+            None,
+            None,
+            -1,
+            -1,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            False,
+            qv,
+            q_descale,
+            k_descale,
+            v_descale,
+            sinks,
+            cp_world_size,
+            cp_rank,
+            cp_tot_seqused_k,
+            None,
+            -1 if pack_gqa is None else pack_gqa,
+            sm_margin,
+        )
+    elif not _is_traced() and q.device.type == "musa":
+        return musa.flash_attn_varlen_func(
+            q=q,
+            k=k,
+            v=v,
+            softmax_scale=softmax_scale,
+            causal=causal,
+            qv=qv,
+            q_descale=q_descale,
+            k_descale=k_descale,
+            v_descale=v_descale,
+            window_size=window_size,
+            sinks=sinks,
+            attention_chunk=attention_chunk,
+            softcap=softcap,
+            num_splits=num_splits,
+            pack_gqa=pack_gqa,
+            deterministic=deterministic,
+            sm_margin=sm_margin,
+            return_softmax_lse=return_attn_probs or return_softmax_lse,
+            cp_world_size=cp_world_size,
+            cp_rank=cp_rank,
+            cp_tot_seqused_k=cp_tot_seqused_k,
+        )
+    elif _by_class(q, k, v, qv, sinks):
+        out, lse = FlashAttnFunc.apply(
+            *(q, k, v, softmax_scale, causal, qv, q_descale, k_descale, v_descale, window_size),
+            *(attention_chunk, softcap, num_splits, pack_gqa, deterministic, sm_margin, True),
+            *(sinks, cp_world_size, cp_rank, cp_tot_seqused_k),
+        )
+    else:
+        left, right = window_sides(window_size)
+        scale = default_scale(q, qv) if softmax_scale is None else softmax_scale
+        out, lse, _, _ = _forward(
+            *(q, k, v, None, None, qv, None),
+            *(None,) * 13,
+            *(q_descale, k_descale, v_descale, scale, causal, left, right, attention_chunk or 0),
+            *(softcap, False, None, num_splits, pack_gqa, sm_margin),
+            *(sinks, cp_world_size, cp_rank, cp_tot_seqused_k),
+        )
+    return (out, lse) if return_attn_probs or return_softmax_lse else out
+
+
+def flash_attn_varlen_func(
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    seqused_q=None,
+    seqused_k=None,
+    softmax_scale=None,
+    causal=False,
+    qv=None,
+    q_descale=None,
+    k_descale=None,
+    v_descale=None,
+    window_size=(-1, -1),
+    attention_chunk=0,
+    softcap=0.0,
+    num_splits=1,
+    pack_gqa=None,
+    deterministic=False,
+    sm_margin=0,
+    return_attn_probs=False,
+    *,
+    sinks=None,
+    s_aux=None,
+    cp_world_size=1,
+    cp_rank=0,
+    cp_tot_seqused_k=None,
+    return_softmax_lse=False,
+    page_table=None,
+    block_table=None,
+    scheduler_metadata=None,
+    out=None,
+):
+    """Attention over sequences of different lengths, packed without padding.
+
+    q (t_q, h_q, d_qk) with cu_seqlens_q int32 (b + 1) and max_seqlen_q; k, v (t_k, h_k, d) with
+    cu_seqlens_k and max_seqlen_k.  Either side may instead be dense with None for its cu_seqlens,
+    and k, v may be pages (num_pages, page, h_k, d) with page_table, or block_table, int32
+    (b, max_pages).  max_seqlen_* is an int or a 0-dim tensor, and may be too large.  seqused_q,
+    seqused_k: int32 (b), live rows of each sequence.  out: given to be written.  The rest is
+    flash_attn_func's.
+
+    Returns out (t_q, h_q, d_v); with return_attn_probs or return_softmax_lse (out, lse), lse fp32
+    (h_q, t_q).
+    """
+    if sinks is None:
+        sinks = s_aux
+    if page_table is None:
+        page_table = block_table
+    if _direct(q, k, v, qv, sinks):
+        left, right = window_sides(window_size)
+        out, lse = _mha_fwd(
+            q if q.is_contiguous() else unit_stride(q),
+            k if k.is_contiguous() else unit_stride(k),
+            v if v.is_contiguous() else unit_stride_value(v),
+            default_scale(q, qv) if softmax_scale is None else softmax_scale,
+            causal,
+            left,
+            right,
+            softcap,
+            attention_chunk or 0,
+            num_splits,
+            unit_stride(cu_seqlens_q),
+            unit_stride(cu_seqlens_k),
+            max_seqlen_q if type(max_seqlen_q) is int else length(max_seqlen_q),
+            max_seqlen_k if type(max_seqlen_k) is int else length(max_seqlen_k),
+            unit_stride(seqused_q),
+            unit_stride(seqused_k),
+            unit_stride(page_table),
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            False,
+            qv,
+            q_descale,
+            k_descale,
+            v_descale,
+            sinks,
+            cp_world_size,
+            cp_rank,
+            cp_tot_seqused_k,
+            scheduler_metadata,
+            -1 if pack_gqa is None else pack_gqa,
+            sm_margin,
+            out,
+        )
+    elif not _is_traced() and q.device.type == "musa":
+        return musa.flash_attn_varlen_func(
+            q=q,
+            k=k,
+            v=v,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            max_seqlen_q=max_seqlen_q,
+            max_seqlen_k=max_seqlen_k,
+            seqused_q=seqused_q,
+            seqused_k=seqused_k,
+            page_table=page_table,
+            softmax_scale=softmax_scale,
+            causal=causal,
+            qv=qv,
+            q_descale=q_descale,
+            k_descale=k_descale,
+            v_descale=v_descale,
+            window_size=window_size,
+            sinks=sinks,
+            attention_chunk=attention_chunk,
+            softcap=softcap,
+            scheduler_metadata=scheduler_metadata,
+            num_splits=num_splits,
+            pack_gqa=pack_gqa,
+            deterministic=deterministic,
+            sm_margin=sm_margin,
+            return_softmax_lse=return_attn_probs or return_softmax_lse,
+            cp_world_size=cp_world_size,
+            cp_rank=cp_rank,
+            cp_tot_seqused_k=cp_tot_seqused_k,
+            out=out,
+        )
+    else:
+        max_seqlen_q = None if max_seqlen_q is None else int(max_seqlen_q)
+        max_seqlen_k = None if max_seqlen_k is None else int(max_seqlen_k)
+        if _by_class(q, k, v, qv, sinks):
+            out, lse = FlashAttnVarlenFunc.apply(
+                *(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q),
+                *(max_seqlen_k, softmax_scale, causal, qv, q_descale, k_descale, v_descale),
+                *(window_size, attention_chunk, softcap, num_splits, pack_gqa, deterministic),
+                *(sm_margin, True, sinks, cp_world_size, cp_rank, cp_tot_seqused_k, page_table),
+                *(scheduler_metadata, out),
+            )
+        else:
+            left, right = window_sides(window_size)
+            scale = default_scale(q, qv) if softmax_scale is None else softmax_scale
+            out, lse, _, _ = _forward(
+                *(q, k, v, None, None, qv, out, cu_seqlens_q, cu_seqlens_k, None),
+                *(seqused_q, seqused_k, max_seqlen_q, max_seqlen_k, page_table),
+                *(None,) * 5,
+                *(q_descale, k_descale, v_descale, scale, causal, left, right),
+                *(attention_chunk or 0, softcap, False, scheduler_metadata, num_splits),
+                *(pack_gqa, sm_margin, sinks, cp_world_size, cp_rank, cp_tot_seqused_k),
+            )
+    return (out, lse) if return_attn_probs or return_softmax_lse else out
+
+
+def _unpack(qkv, num_heads_q):
+    """q, k, v as views of (b, s, 3, h, d) or of (b, s, h_q + 2 h_k, d)."""
+    if qkv.dim() == 5:
+        assert qkv.shape[2] == 3, f"qkv: expected (b, s, 3, h, d), got {tuple(qkv.shape)}"
+        return qkv.unbind(2)
+    assert qkv.dim() == 4, f"qkv: expected 4 or 5 dimensions, got {qkv.dim()}"
+    assert num_heads_q is not None, "num_heads_q: needed with a qkv of 4 dimensions"
+    num_heads_k, odd = divmod(qkv.shape[2] - num_heads_q, 2)
+    assert num_heads_k > 0 and odd == 0, (
+        f"qkv: expected {num_heads_q} + 2 h_k heads, got {qkv.shape[2]}"
+    )
+    return qkv.split([num_heads_q, num_heads_k, num_heads_k], dim=2)
+
+
+def flash_attn_qkvpacked_func(
+    qkv,
+    softmax_scale=None,
+    causal=False,
+    q_descale=None,
+    k_descale=None,
+    v_descale=None,
+    window_size=(-1, -1),
+    attention_chunk=0,
+    softcap=0.0,
+    deterministic=False,
+    num_heads_q=None,
+    sm_margin=0,
+    return_attn_probs=False,
+):
+    """flash_attn_func on one tensor: (b, s, 3, h, d), or (b, s, h_q + 2 h_k, d) with num_heads_q.
+
+    Returns out (b, s, h_q, d); with return_attn_probs (out, lse).  Raises AssertionError when qkv
+    does not split.
+    """
+    if _by_class(qkv, qkv, qkv, None, None) and qkv.device.type != "musa":
+        out, lse = FlashAttnQKVPackedFunc.apply(
+            *(qkv, softmax_scale, causal, q_descale, k_descale, v_descale, window_size),
+            *(attention_chunk, softcap, deterministic, num_heads_q, sm_margin, True),
+        )
+        return (out, lse) if return_attn_probs else out
+    q, k, v = _unpack(qkv, num_heads_q)
+    return flash_attn_func(
+        q,
+        k,
+        v,
+        softmax_scale,
+        causal,
+        None,
+        q_descale,
+        k_descale,
+        v_descale,
+        window_size,
+        attention_chunk,
+        softcap,
+        deterministic=deterministic,
+        sm_margin=sm_margin,
+        return_attn_probs=return_attn_probs,
+    )
+
+
+def flash_attn_with_kvcache(
+    q,
+    k_cache,
+    v_cache,
+    k=None,
+    v=None,
+    qv=None,
+    rotary_cos=None,
+    rotary_sin=None,
+    cache_seqlens=None,
+    cache_batch_idx=None,
+    cache_leftpad=None,
+    page_table=None,
+    cu_seqlens_q=None,
+    cu_seqlens_k_new=None,
+    max_seqlen_q=None,
+    rotary_seqlens=None,
+    q_descale=None,
+    k_descale=None,
+    v_descale=None,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    attention_chunk=0,
+    softcap=0.0,
+    rotary_interleaved=True,
+    scheduler_metadata=None,
+    num_splits=0,
+    pack_gqa=None,
+    sm_margin=0,
+    return_softmax_lse=False,
+    *,
+    sinks=None,
+    s_aux=None,
+    cp_world_size=1,
+    cp_rank=0,
+    cp_tot_seqused_k=None,
+):
+    """Attention over a KV cache, after appending new keys and values to it.
+
+    q (b, s_q, h_q, d_qk), or packed with cu_seqlens_q and max_seqlen_q.  k_cache, v_cache
+    (rows, s_k, h_k, d), or pages (num_pages, page, h_k, d) with page_table int32 (rows, max_pages);
+    changed in place when k and v are given.  k, v (b, s_new, h_k, d), or packed with
+    cu_seqlens_k_new: the new tokens.  cache_seqlens int or int32 (b): positions in use before them;
+    None is the whole cache.  cache_batch_idx int32 (b): the row of each sequence.  cache_leftpad
+    int32 (b): positions to skip.  rotary_cos, rotary_sin (>= positions, r / 2): turn the new keys
+    and q, from rotary_seqlens, by default cache_seqlens, on.  The rest is flash_attn_func's.
+
+    Returns out as q with d_v last; with return_softmax_lse (out, lse, out_accum, lse_accum), the
+    last two empty unless the call was split.  Raises AssertionError when a cache's last stride is
+    not 1.  There is no gradient.
+    """
+    assert k_cache.stride(-1) == 1, "k_cache must have contiguous last dimension"
+    assert v_cache.stride(-1) == 1, "v_cache must have contiguous last dimension"
+    if sinks is None:
+        sinks = s_aux
+    direct = _direct(q, k_cache, v_cache, qv, sinks)
+    if not direct and not _is_traced() and q.device.type == "musa":
+        return musa.flash_attn_with_kvcache(
+            q=q,
+            k_cache=k_cache,
+            v_cache=v_cache,
+            k=k,
+            v=v,
+            qv=qv,
+            rotary_cos=rotary_cos,
+            rotary_sin=rotary_sin,
+            cache_seqlens=cache_seqlens,
+            cache_batch_idx=cache_batch_idx,
+            cache_leftpad=cache_leftpad,
+            page_table=page_table,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k_new=cu_seqlens_k_new,
+            max_seqlen_q=max_seqlen_q,
+            rotary_seqlens=rotary_seqlens,
+            q_descale=q_descale,
+            k_descale=k_descale,
+            v_descale=v_descale,
+            softmax_scale=softmax_scale,
+            causal=causal,
+            window_size=window_size,
+            sinks=sinks,
+            attention_chunk=attention_chunk,
+            softcap=softcap,
+            rotary_interleaved=rotary_interleaved,
+            scheduler_metadata=scheduler_metadata,
+            num_splits=num_splits,
+            pack_gqa=pack_gqa,
+            sm_margin=sm_margin,
+            return_softmax_lse=return_softmax_lse,
+            cp_world_size=cp_world_size,
+            cp_rank=cp_rank,
+            cp_tot_seqused_k=cp_tot_seqused_k,
+        )
+    left, right = window_sides(window_size)
+    if softmax_scale is None:
+        softmax_scale = default_scale(q, qv)
+    if isinstance(cache_seqlens, int):
+        batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+        cache_seqlens = torch.full(
+            (batch,), cache_seqlens, dtype=torch.int32, device=k_cache.device
+        )
+    if direct:
+        result = _mha_fwd(
+            q if q.is_contiguous() else unit_stride(q),
+            k_cache,
+            v_cache,
+            softmax_scale,
+            causal,
+            left,
+            right,
+            softcap,
+            attention_chunk or 0,
+            num_splits,
+            unit_stride(cu_seqlens_q),
+            None,
+            -1 if max_seqlen_q is None else int(max_seqlen_q),
+            -1,
+            None,
+            unit_stride(cache_seqlens),
+            unit_stride(page_table),
+            unit_stride(cache_batch_idx),
+            unit_stride(cache_leftpad),
+            unit_stride(k),
+            unit_stride(v),
+            unit_stride(cu_seqlens_k_new),
+            unit_stride(rotary_cos),
+            unit_stride(rotary_sin),
+            unit_stride(rotary_seqlens),
+            rotary_interleaved,
+            qv,
+            q_descale,
+            k_descale,
+            v_descale,
+            sinks,
+            cp_world_size,
+            cp_rank,
+            cp_tot_seqused_k,
+            scheduler_metadata,
+            -1 if pack_gqa is None else pack_gqa,
+            sm_margin,
+            None,
+            return_softmax_lse,
+        )
+        if not return_softmax_lse:
+            return result[0]
+        out, lse, out_accum, lse_accum = result
+        if out_accum is None:
+            out_accum, lse_accum = lse.new_empty(0), lse.new_empty(0)
+        return out, lse, out_accum, lse_accum
+
+    def run():
+        return _forward(
+            *(q, k_cache, v_cache, k, v, qv, None, cu_seqlens_q, None, cu_seqlens_k_new),
+            *(None, cache_seqlens, None if max_seqlen_q is None else int(max_seqlen_q), None),
+            *(page_table, cache_batch_idx, cache_leftpad, rotary_cos, rotary_sin),
+            *(rotary_seqlens, q_descale, k_descale, v_descale, softmax_scale, causal, left, right),
+            *(attention_chunk or 0, softcap, rotary_interleaved, scheduler_metadata, num_splits),
+            *(pack_gqa, sm_margin, sinks, cp_world_size, cp_rank, cp_tot_seqused_k),
+        )
+
+    if _by_class(q, k_cache, v_cache, qv, sinks):
+        result = _ForwardOnly.apply(
+            "flash_attn_with_kvcache", run, q, k_cache, v_cache, k, v, qv, sinks
+        )
+    else:
+        result = run()
+    return result if return_softmax_lse else result[0]
+
+
+def flash_attn_combine(out_partial, lse_partial, out=None, out_dtype=None):
+    """Merges partial attention results by their LSE.
+
+    out_partial fp32 (splits, b, s, h, d_v), splits <= 256; lse_partial fp32 (splits, b, s, h).
+    out (b, s, h, d_v) may be given; its dtype must be out_dtype: fp32, fp16 or bf16, None for fp32.
+
+    Returns (out, lse), lse fp32 (b, s, h), a transposed view.  There is no gradient.
+    """
+    if _is_traced() or type(out_partial) is not _Tensor or _modes():
+        return torch.ops.flash_attn_3.fwd_combine(out_partial, lse_partial, out, out_dtype)
+    if out_partial.device.type == "musa":
+        raise NotBuiltError("flash_attn_combine: MATE has no such function for tensors on MUSA")
+    if _grad_on() and (out_partial.requires_grad or lse_partial.requires_grad):
+        return _ForwardOnly.apply(
+            "flash_attn_combine",
+            lambda: _eager.combine(out_partial, lse_partial, out, out_dtype),
+            out_partial,
+            lse_partial,
+        )
+    return _eager.combine(out_partial, lse_partial, out, out_dtype)
+
+
+def get_scheduler_metadata(
+    batch_size,
+    max_seqlen_q,
+    max_seqlen_k,
+    num_heads_q,
+    num_heads_kv,
+    headdim,
+    cache_seqlens,
+    qkv_dtype=torch.bfloat16,
+    headdim_v=None,
+    cu_seqlens_q=None,
+    cu_seqlens_k_new=None,
+    cache_leftpad=None,
+    page_size=None,
+    max_seqlen_k_new=0,
+    causal=False,
+    window_size=(-1, -1),
+    attention_chunk=0,
+    has_softcap=False,
+    num_splits=0,
+    pack_gqa=None,
+    sm_margin=0,
+):
+    """A tensor that later calls of the same shapes accept as scheduler_metadata.
+
+    int32, of upstream's length, on cache_seqlens's device (None: the current device).  libattn
+    checks its length and never reads it: plans are made in each call.
+    """
+    if cache_seqlens is None:
+        cuda = torch.cuda.is_available()
+        device = torch.device("cuda", torch.cuda.current_device()) if cuda else "cpu"
+    elif cache_seqlens.device.type == "musa":
+        return musa.get_scheduler_metadata(
+            batch_size=batch_size,
+            max_seqlen_q=max_seqlen_q,
+            max_seqlen_k=max_seqlen_k,
+            num_heads_q=num_heads_q,
+            num_heads_kv=num_heads_kv,
+            headdim=headdim,
+            cache_seqlens=cache_seqlens,
+            qkv_dtype=qkv_dtype,
+            headdim_v=headdim_v,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k_new=cu_seqlens_k_new,
+            cache_leftpad=cache_leftpad,
+            page_size=page_size,
+            max_seqlen_k_new=max_seqlen_k_new,
+            causal=causal,
+            window_size=window_size,
+            attention_chunk=attention_chunk,
+            has_softcap=has_softcap,
+            num_splits=num_splits,
+            pack_gqa=pack_gqa,
+            sm_margin=sm_margin,
+        )
+    else:
+        device = cache_seqlens.device
+    left, right = window_sides(window_size)
+    if _is_traced() and cache_seqlens is not None:
+        return torch.ops.flash_attn_3.get_scheduler_metadata(
+            *(batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim),
+            *(headdim_v or headdim, qkv_dtype, cache_seqlens, cu_seqlens_q, None),
+            *(cu_seqlens_k_new, None, cache_leftpad, page_size, max_seqlen_k_new, causal),
+            *(left, right, attention_chunk or 0, has_softcap, num_splits, pack_gqa, sm_margin),
+        )
+    return _eager.scheduler_metadata(
+        batch_size,
+        int(max_seqlen_q),
+        int(max_seqlen_k),
+        headdim,
+        page_size,
+        causal,
+        left,
+        right,
+        attention_chunk,
+        device,
+    )
+
+
+# ---- private names that clients import ---------------------------------------------------------------
+
+
+def _flash_attn_forward(
+    q,
+    k,
+    v,
+    k_new=None,
+    v_new=None,
+    qv=None,
+    out_=None,
+    cu_seqlens_q=None,
+    cu_seqlens_k=None,
+    cu_seqlens_k_new=None,
+    seqused_q=None,
+    seqused_k=None,
+    max_seqlen_q=None,
+    max_seqlen_k=None,
+    page_table=None,
+    kv_batch_idx=None,
+    leftpad_k=None,
+    rotary_cos=None,
+    rotary_sin=None,
+    seqlens_rotary=None,
+    q_descale=None,
+    k_descale=None,
+    v_descale=None,
+    softmax_scale=None,
+    causal=False,
+    window_size_left=-1,
+    window_size_right=-1,
+    attention_chunk=0,
+    softcap=0.0,
+    rotary_interleaved=True,
+    scheduler_metadata=None,
+    num_splits=1,
+    pack_gqa=None,
+    sm_margin=0,
+):
+    """Every feature of the forward in one function: (out, lse, out_accum, lse_accum).
+
+    The last two are empty 1-D tensors when the call was not split.  softmax_scale None is d_qk^-1/2,
+    with qv too.  k and v are the cache when k_new and v_new are given.
+    """
+    return _forward(
+        q,
+        k,
+        v,
+        k_new,
+        v_new,
+        qv,
+        out_,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        cu_seqlens_k_new,
+        seqused_q,
+        seqused_k,
+        None if max_seqlen_q is None else int(max_seqlen_q),
+        None if max_seqlen_k is None else int(max_seqlen_k),
+        page_table,
+        kv_batch_idx,
+        leftpad_k,
+        rotary_cos,
+        rotary_sin,
+        seqlens_rotary,
+        q_descale,
+        k_descale,
+        v_descale,
+        softmax_scale,
+        causal,
+        window_size_left,
+        window_size_right,
+        attention_chunk or 0,
+        softcap,
+        rotary_interleaved,
+        scheduler_metadata,
+        num_splits,
+        pack_gqa,
+        sm_margin,
+    )
+
+
+def _flash_attn_backward(
+    dout,
+    q,
+    k,
+    v,
+    out,
+    softmax_lse,
+    cu_seqlens_q=None,
+    cu_seqlens_k=None,
+    sequed_q=None,
+    sequed_k=None,
+    max_seqlen_q=None,
+    max_seqlen_k=None,
+    dq=None,
+    dk=None,
+    dv=None,
+    softmax_scale=None,
+    is_causal=False,
+    window_size_left=-1,
+    window_size_right=-1,
+    softcap=0.0,
+    deterministic=False,
+    sm_margin=0,
+):
+    """Gradients into dq, dk, dv; returns softmax_d.  Raises NotImplementedError: see CONFIG."""
+    backward = (
+        torch.ops.flash_attn_3._flash_attn_backward
+        if _is_traced() or _modes()
+        else _operators._backward
+    )
+    return backward(
+        dout,
+        q,
+        k,
+        v,
+        out,
+        softmax_lse,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        sequed_q,
+        sequed_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        dq,
+        dk,
+        dv,
+        softmax_scale,
+        is_causal,
+        window_size_left,
+        window_size_right,
+        softcap,
+        deterministic,
+        sm_margin,
+    )

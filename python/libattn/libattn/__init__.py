@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: MIT
+"""libattn: attention on CPUs and on NVIDIA Hopper, for torch tensors.
+
+The packages flash_attn_3, flash_mla and flash_kda give upstream's names to what is here.
+
+Importing loads the native library and raises ImportError, in a sentence, when that cannot be done.
+`python -m libattn` says what is installed and what this machine offers.
+"""
+
+import sys
+
+from .errors import (
+    ArgumentError,
+    DeviceError,
+    DriverError,
+    DtypeError,
+    InternalError,
+    NotBuiltError,
+    ShapeError,
+    VersionError,
+    WorkspaceError,
+)
+
+__version__ = "0.1.0"
+
+
+def _is_report() -> bool:
+    """True while `python -m libattn` starts: the report must come even where the library cannot."""
+    argv = sys.orig_argv
+    return sys.argv[:1] == ["-m"] and "-m" in argv and argv[argv.index("-m") + 1 :][:1] == [__name__]
+
+
+try:
+    from ._native import mha_fwd_plan as _loaded  # noqa: F401
+except ImportError:
+    if not _is_report():
+        raise
+else:
+    from .mha import (
+        MhaFwdPlan,
+        mha_fwd,
+        mha_fwd_plan,
+        mha_fwd_ref,
+        mha_metadata_length,
+        split_combine,
+    )
+
+__all__ = [
+    "ArgumentError",
+    "DeviceError",
+    "DriverError",
+    "DtypeError",
+    "InternalError",
+    "MhaFwdPlan",
+    "NotBuiltError",
+    "ShapeError",
+    "VersionError",
+    "WorkspaceError",
+    "mha_fwd",
+    "mha_fwd_plan",
+    "mha_fwd_ref",
+    "mha_metadata_length",
+    "split_combine",
+]

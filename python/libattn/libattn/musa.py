@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: MIT
+"""Tensors on a Moore Threads GPU (device type "musa") are handed to MATE, by keyword.
+
+The mapping is that of MATE 0.2.2's mate.mha_interface.  It is tested against a stand-in module only:
+none of it has run on the hardware.
+"""
+
+import importlib
+
+
+def mate_function(name: str):
+    """mate.mha_interface.<name>; ImportError that says how to get it."""
+    try:
+        module = importlib.import_module("mate.mha_interface")
+    except ImportError as error:
+        raise ImportError(
+            "tensors on MUSA are computed by MATE, which cannot be imported here "
+            f"({error}); install it from https://github.com/MooreThreads/mate"
+        ) from error
+    try:
+        return getattr(module, name)
+    except AttributeError:
+        raise ImportError(
+            f"this MATE has no mha_interface.{name}; version 0.2.2 or newer is needed, from "
+            "https://github.com/MooreThreads/mate"
+        ) from None
+
+
+def flash_attn_varlen_func(
+    q,
+    k,
+    v,
+    cu_seqlens_q=None,
+    cu_seqlens_k=None,
+    max_seqlen_q=None,
+    max_seqlen_k=None,
+    seqused_q=None,
+    seqused_k=None,
+    page_table=None,
+    softmax_scale=None,
+    causal=False,
+    qv=None,
+    q_descale=None,
+    k_descale=None,
+    v_descale=None,
+    window_size=(-1, -1),
+    sinks=None,
+    attention_chunk=0,
+    softcap=0.0,
+    scheduler_metadata=None,
+    num_splits=0,
+    pack_gqa=None,
+    deterministic=False,
+    sm_margin=0,
+    return_softmax_lse=False,
+    cp_world_size=1,
+    cp_rank=0,
+    cp_tot_seqused_k=None,
+    out=None,
+):
+    """Dense (no cu_seqlens) or packed attention by MATE; out, or (out, lse)."""
+    return mate_function("flash_attn_varlen_func")(
+        q=q,
+        k=k,
+        v=v,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        seqused_q=seqused_q,
+        seqused_k=seqused_k,
+        page_table=page_table,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        qv=qv,
+        q_descale=q_descale,
+        k_descale=k_descale,
+        v_descale=v_descale,
+        window_size=window_size,
+        learnable_sink=sinks,
+        attention_chunk=attention_chunk,
+        softcap=softcap,
+        scheduler_metadata=scheduler_metadata,
+        num_splits=num_splits,
+        pack_gqa=pack_gqa,
+        deterministic=deterministic,
+        sm_margin=sm_margin,
+        return_softmax_lse=return_softmax_lse,
+        cp_world_size=cp_world_size,
+        cp_rank=cp_rank,
+        cp_tot_seqused_k=cp_tot_seqused_k,
+        out=out,
+    )
+
+
+def flash_attn_with_kvcache(
+    q,
+    k_cache,
+    v_cache,
+    k=None,
+    v=None,
+    qv=None,
+    rotary_cos=None,
+    rotary_sin=None,
+    cache_seqlens=None,
+    cache_batch_idx=None,
+    cache_leftpad=None,
+    page_table=None,
+    cu_seqlens_q=None,
+    cu_seqlens_k_new=None,
+    max_seqlen_q=None,
+    rotary_seqlens=None,
+    q_descale=None,
+    k_descale=None,
+    v_descale=None,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    sinks=None,
+    attention_chunk=0,
+    softcap=0.0,
+    rotary_interleaved=True,
+    scheduler_metadata=None,
+    num_splits=0,
+    pack_gqa=None,
+    sm_margin=0,
+    return_softmax_lse=False,
+    cp_world_size=1,
+    cp_rank=0,
+    cp_tot_seqused_k=None,
+):
+    """Attention over a cache, with append and rotary, by MATE; out, or its tuple with the lse."""
+    return mate_function("flash_attn_with_kvcache")(
+        q=q,
+        k_cache=k_cache,
+        v_cache=v_cache,
+        k=k,
+        v=v,
+        qv=qv,
+        rotary_cos=rotary_cos,
+        rotary_sin=rotary_sin,
+        cache_seqlens=cache_seqlens,
+        cache_batch_idx=cache_batch_idx,
+        cache_leftpad=cache_leftpad,
+        page_table=page_table,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k_new=cu_seqlens_k_new,
+        max_seqlen_q=max_seqlen_q,
+        rotary_seqlens=rotary_seqlens,
+        q_descale=q_descale,
+        k_descale=k_descale,
+        v_descale=v_descale,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=window_size,
+        learnable_sink=sinks,
+        attention_chunk=attention_chunk,
+        softcap=softcap,
+        rotary_interleaved=rotary_interleaved,
+        scheduler_metadata=scheduler_metadata,
+        num_splits=num_splits,
+        pack_gqa=pack_gqa,
+        sm_margin=sm_margin,
+        return_softmax_lse=return_softmax_lse,
+        cp_world_size=cp_world_size,
+        cp_rank=cp_rank,
+        cp_tot_seqused_k=cp_tot_seqused_k,
+    )
+
+
+def get_scheduler_metadata(
+    batch_size,
+    max_seqlen_q,
+    max_seqlen_k,
+    num_heads_q,
+    num_heads_kv,
+    headdim,
+    cache_seqlens,
+    qkv_dtype,
+    headdim_v=None,
+    cu_seqlens_q=None,
+    cu_seqlens_k_new=None,
+    cache_leftpad=None,
+    page_size=None,
+    max_seqlen_k_new=0,
+    causal=False,
+    window_size=(-1, -1),
+    attention_chunk=0,
+    has_softcap=False,
+    num_splits=0,
+    pack_gqa=None,
+    sm_margin=0,
+):
+    """MATE's scheduler metadata, which only MATE's functions can use."""
+    return mate_function("get_scheduler_metadata")(
+        batch_size=batch_size,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        num_heads_q=num_heads_q,
+        num_heads_kv=num_heads_kv,
+        headdim=headdim,
+        seqused_q=None,
+        seqused_k=cache_seqlens,
+        qkv_dtype=qkv_dtype,
+        headdim_v=headdim_v,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=None,
+        cu_seqlens_k_new=cu_seqlens_k_new,
+        cache_leftpad=cache_leftpad,
+        page_size=page_size,
+        max_seqlen_k_new=max_seqlen_k_new,
+        causal=causal,
+        window_size=window_size,
+        attention_chunk=attention_chunk,
+        has_softcap=has_softcap,
+        num_splits=num_splits,
+        pack_gqa=pack_gqa,
+        mp_margin=sm_margin,
+    )
