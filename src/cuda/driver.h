@@ -1,0 +1,96 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * libcuda, opened when first asked for.  No header of the toolkit is needed: the few types and
+ * numbers used are declared here, and tests/unit_cuda compares them with cuda.h where there is one.
+ * Nothing here creates a context: a call runs in the one that is current in the calling thread.
+ */
+#ifndef ATTN_CUDA_DRIVER_H
+#define ATTN_CUDA_DRIVER_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "core/status.h"
+
+typedef int cu_result;
+typedef int cu_device;
+typedef struct cu_context_opaque *cu_context;
+typedef struct cu_stream_opaque *cu_stream;
+typedef struct cu_library_opaque *cu_library;
+typedef struct cu_kernel_opaque *cu_kernel;
+
+enum {
+    CU_DEVICE_MULTIPROCESSOR_COUNT = 16,
+    CU_DEVICE_CAPABILITY_MAJOR = 75,
+    CU_DEVICE_CAPABILITY_MINOR = 76,
+    CU_KERNEL_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8,
+    CU_LAUNCH_CLUSTER_DIMENSION = 4,
+    CU_TENSOR_FLOAT16 = 6,
+    CU_TENSOR_BFLOAT16 = 9,
+    CU_TENSOR_SWIZZLE_128B = 3,
+    CU_TENSOR_L2_PROMOTION_256B = 3,
+};
+
+struct cu_launch_attribute {
+    int id;
+    char pad[4];
+    union {
+        char bytes[64];
+        unsigned cluster[3];
+    } value;
+};
+
+struct cu_launch_config {
+    unsigned grid[3], block[3];
+    unsigned shared_bytes;
+    cu_stream stream;
+    struct cu_launch_attribute *attributes;
+    unsigned attribute_count;
+};
+
+/* Every entry point is always there once attn_cuda_driver() has returned ATTN_OK. */
+struct attn_cuda_driver {
+    cu_result (*init)(unsigned flags);
+    cu_result (*driver_get_version)(int *version);
+    cu_result (*get_error_name)(cu_result error, const char **text);
+    cu_result (*get_error_string)(cu_result error, const char **text);
+    cu_result (*device_get_count)(int *count);
+    cu_result (*device_get)(cu_device *device, int ordinal);
+    cu_result (*device_get_attribute)(int *value, int attribute, cu_device device);
+    cu_result (*ctx_get_device)(cu_device *device);
+    cu_result (*library_load_data)(cu_library *library, const void *code, int *jit_options,
+                                   void **jit_values, unsigned jit_count, int *options,
+                                   void **values, unsigned count);
+    cu_result (*library_get_kernel)(cu_kernel *kernel, cu_library library, const char *name);
+    cu_result (*kernel_set_attribute)(int attribute, int value, cu_kernel kernel,
+                                      cu_device device);
+    cu_result (*launch_kernel_ex)(const struct cu_launch_config *config, cu_kernel kernel,
+                                  void **arguments, void **extra);
+    cu_result (*tensor_map_encode_tiled)(void *map, int type, uint32_t rank, void *base,
+                                         const uint64_t *extents, const uint64_t *strides_bytes,
+                                         const uint32_t *box, const uint32_t *element_strides,
+                                         int interleave, int swizzle, int l2_promotion,
+                                         int out_of_bounds_fill);
+};
+
+/* The entry points, or ATTN_E_DRIVER with what is missing.  Opens and initialises once a process;
+ * a failure is remembered. */
+attn_status attn_cuda_driver(const struct attn_cuda_driver **driver);
+
+/* ATTN_OK, or ATTN_E_DRIVER with `what`, the driver's name of the error and its words. */
+attn_status attn_cuda_status(cu_result result, const char *what);
+
+/* A GPU this build has kernels for. */
+struct attn_cuda_device {
+    cu_device device;
+    int multiprocessors;
+};
+
+/* The device of the calling thread's context; ATTN_E_NOT_BUILT unless its compute capability is
+ * 9.0, ATTN_E_DEVICE when it is not the tensors' device `ordinal`. */
+attn_status attn_cuda_current_device(int ordinal, struct attn_cuda_device *device);
+
+/* Number of GPUs the driver reports, 0 without a driver; `text` (may be NULL) receives one line. */
+int attn_cuda_device_count(char *text, size_t text_bytes);
+
+#endif

@@ -1,0 +1,443 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * mha_fwd on Hopper: attention, forward.
+ *
+ * Math, a query row i over its visible keys j (mask.cuh: one interval a row):
+ *     S = q_i . k_j       P = 2^(S k - m k)       l = sum P       out_i = sum P v_j / l
+ *     lse_i = (m k + log2 l) ln 2                 k = scale log2 e, m = a running maximum of S
+ * S, m, l and O are fp32, P is rounded to the inputs' type.  Softcap: S = tanh(S scale / cap),
+ * k = cap log2 e.  A row without visible keys gives 0 and lse -inf.
+ *
+ * Layout.  q, out [b, s_q, h_q, d] or [t_q, h_q, d]; k, v [b, s_k, h_k, d], [t_k, h_k, d] or pages.
+ * A block has M / 64 consumer warpgroups of 64 rows and a producer warpgroup; sched.cuh says which
+ * rows.  Blocks of a cluster of two share every k and v tile: each loads half of it and the copy
+ * engine lands it in both.  Shared memory holds q and two stages each of k and v (tile.cuh), O
+ * stays in registers and P goes from accumulator to A operand without leaving them (wgmma.cuh).
+ *
+ * Pipeline: S = Q K^T of one step runs on the tensor cores beside the softmax of the step before.
+ *
+ *  turn     | 0         | 1                      | 2                      | last
+ *  producer | Q K0 V0   | K1 V1                  | K2 V2                  | next tile: Q K0 V0
+ *  wgmma    | S0        | S1        O += P0 V0   | S2        O += P1 V1   | O += Pn Vn
+ *  consumer |        P0 |        P1   rescale O  |        P2   rescale O  |        out, lse
+ *
+ * Key steps run from the last to the first, so that causal's masked steps come first.  A warpgroup
+ * that sees none of a step's keys waits for the tile and releases it, to keep the rings in step.
+ */
+#include "softmax.cuh"
+#include "tile.cuh"
+#include "wgmma.cuh"
+
+enum { DTYPE_bf16 = 0, DTYPE_fp16 = 1 };
+
+/* ---- the producer warpgroup ------------------------------------------------------------------ */
+
+/* One k or v tile of N rows in boxes, from the sequence's key `key` on.  Rows past the sequence's
+ * end become zero: their P is zero, but 0 times whatever lies there could be NaN.  The blocks of a
+ * cluster take boxes in turn.  A whole warp calls it. */
+template <int D, int N>
+ATTN_DEVICE void load_boxes(const attn_mha_fwd_params &p, const attn_tensor_map *map, uint32_t dst,
+                            uint32_t bar, const sequence &seq, int h_kv, int key, uint32_t rank)
+{
+    constexpr int PANELS = ATTN_MHA_FWD_PANELS(D);
+    int lane = (int)threadIdx.x % 32, boxes = N / p.box_rows * PANELS;
+    if (elect_one()) mbarrier_arrive_expect_tx(bar, PANELS * N * 128);
+    __syncwarp();
+    for (int i = (int)rank + lane * p.cluster; i < boxes; i += 32 * p.cluster) {
+        int panel = i % PANELS, row = i / PANELS * p.box_rows;
+        int live = min(max(seq.s_k - key - row, 0), p.box_rows);
+        int position = seq.k_offset + key + row, source = seq.k_row;
+        if (p.page_table) {
+            int page = position / p.page;
+            position -= page * p.page;
+            source = live > 0 ? __ldg(p.page_table + seq.k_row * p.page_table_stride + page) : 0;
+        }
+        if (live == 0) position = 0;
+        uint32_t to = dst + panel * N * 128 + row * 128;
+        if (p.cluster == 2)
+            tma_load_5d_multicast(to, map, bar, 3, panel * 64, p.box_rows - live, position + live,
+                                  h_kv, source);
+        else
+            tma_load_5d(to, map, bar, panel * 64, p.box_rows - live, position + live, h_kv, source);
+    }
+    __syncwarp();
+}
+
+/* The same tile by one 16-byte copy a thread: any page size, any strides.  Eight threads share a
+ * row; all four warps of the producer call it. */
+template <int D, int N>
+ATTN_DEVICE void load_gathered(const attn_mha_fwd_params &p, const uint16_t *base, int64_t stride_b,
+                               int64_t stride_s, int64_t stride_h, int width, uint32_t dst,
+                               uint32_t bar, const sequence &seq, int h_kv, int key)
+{
+    int t = (int)threadIdx.x % 128, chunk = t % 8;
+#pragma unroll 1
+    for (int row = t / 8; row < N; row += 16) {
+        int position = seq.k_offset + key + row, source = seq.k_row;
+        bool live = key + row < seq.s_k;
+        if (p.page_table && live) {
+            int page = position / p.page;
+            position -= page * p.page;
+            source = __ldg(p.page_table + seq.k_row * p.page_table_stride + page);
+        }
+        const uint16_t *from = base + source * stride_b + position * stride_s + h_kv * stride_h;
+        uint32_t to = dst + row * 128 + ((chunk ^ (row & 7)) << 4);
+#pragma unroll
+        for (int panel = 0; panel < ATTN_MHA_FWD_PANELS(D); panel++) {
+            int column = panel * 64 + chunk * 8;
+            bool inside = live && column < width;
+            cp_async_16(to + panel * N * 128, inside ? from + column : base, inside ? 16 : 0);
+        }
+    }
+    cp_async_mbarrier_arrive(bar);
+}
+
+/* Finds tiles, tells the consumers, and keeps q, k and v coming.  Warp 0 does all of it; with
+ * gathered loads the other three follow the same schedule and copy their share of the rows. */
+template <int DQK, int DV, int M, int N>
+ATTN_DEVICE void produce(const attn_mha_fwd_params &p, const attn_mha_fwd_maps &maps,
+                         mha_fwd_smem<DQK, DV, M, N> &sm, uint32_t rank, int warp)
+{
+    scheduler order;
+    scheduler_init(order, p);
+    ring tiles = {0, 1}, ks = {0, 1}, vs = {0, 1};
+    uint32_t q_parity = 1;
+    int b, h_kv, item;
+    while (next_item<M>(order, p, &b, &h_kv, &item)) {
+        sequence seq = locate_sequence(p, b);
+        row_tile tile = locate_tile<M, N>(p, seq, b, h_kv, item, (int)rank);
+        if (warp == 0) {
+            mbarrier_wait_parity(shared_address(&sm.tile_empty[tiles.stage]), tiles.parity);
+            mbarrier_wait_parity(shared_address(&sm.q_empty), q_parity);
+            if (elect_one()) {
+                sm.tile[tiles.stage] = tile;
+                mbarrier_arrive(shared_address(&sm.tile_full[tiles.stage]));
+                uint32_t bar = shared_address(&sm.q_full);
+                mbarrier_arrive_expect_tx(bar, sizeof sm.q);
+#pragma unroll
+                for (int panel = 0; panel < sm.QK_PANELS; panel++)
+                    tma_load_4d(shared_address(sm.q) + panel * M * 128, &maps.q, bar, panel * 64,
+                                tile.q_offset + tile.row, tile.h_q, p.cu_seqlens_q ? 0 : b);
+            }
+            __syncwarp();
+            q_parity ^= 1;
+        }
+        ring_next(tiles);
+        for (int n = tile.end - 1; n >= tile.begin; n--) {
+            uint32_t k_full = shared_address(&sm.k_full[ks.stage]);
+            uint32_t v_full = shared_address(&sm.v_full[vs.stage]);
+            uint32_t k_dst = shared_address(sm.k[ks.stage]), v_dst = shared_address(sm.v[vs.stage]);
+            mbarrier_wait_parity(shared_address(&sm.k_empty[ks.stage]), ks.parity);
+            if (p.gather)
+                load_gathered<DQK, N>(p, (const uint16_t *)p.k, p.k_stride_b, p.k_stride_s,
+                                      p.k_stride_h, p.d_qk, k_dst, k_full, seq, h_kv, n * N);
+            else
+                load_boxes<DQK, N>(p, &maps.k, k_dst, k_full, seq, h_kv, n * N, rank);
+            mbarrier_wait_parity(shared_address(&sm.v_empty[vs.stage]), vs.parity);
+            if (p.gather)
+                load_gathered<DV, N>(p, (const uint16_t *)p.v, p.v_stride_b, p.v_stride_s,
+                                     p.v_stride_h, p.d_v, v_dst, v_full, seq, h_kv, n * N);
+            else
+                load_boxes<DV, N>(p, &maps.v, v_dst, v_full, seq, h_kv, n * N, rank);
+            ring_next(ks);
+            ring_next(vs);
+        }
+    }
+    if (warp == 0) {
+        mbarrier_wait_parity(shared_address(&sm.tile_empty[tiles.stage]), tiles.parity);
+        if (elect_one()) {
+            sm.tile[tiles.stage].b = -1;
+            mbarrier_arrive(shared_address(&sm.tile_full[tiles.stage]));
+        }
+        __syncwarp();
+    }
+}
+
+/* ---- the consumer warpgroups ----------------------------------------------------------------- */
+
+/* Issues S = Q K^T for a warpgroup's 64 rows. */
+template <int FP16, int DQK, int M, int N>
+ATTN_DEVICE void issue_qk(float (&s)[N / 2], uint32_t q, uint32_t k)
+{
+    uint64_t a = wgmma_descriptor(q, 16), b = wgmma_descriptor(k, 16);
+#pragma unroll
+    for (int step = 0; step < DQK / 16; step++) {
+        int panel = step / 4, inside = step % 4 * 2;
+        wgmma_ss<FP16, N>(s, a + panel * (M * 8) + inside, b + panel * (N * 8) + inside, step != 0);
+    }
+    wgmma_commit_group();
+}
+
+/* Issues O += P V. */
+template <int FP16, int DV, int N>
+ATTN_DEVICE void issue_pv(float (&o)[DV / 2], uint32_t (&packed)[N / 4], uint32_t v)
+{
+    uint64_t b = wgmma_descriptor(v, N * 128);
+#pragma unroll
+    for (int step = 0; step < N / 16; step++)
+        wgmma_rs<FP16, DV>(o, packed + 4 * step, b + step * 128);
+    wgmma_commit_group();
+}
+
+/* Frees a stage in every block of the cluster; one thread a warpgroup. */
+ATTN_DEVICE void release(const attn_mha_fwd_params &p, const uint64_t *empty, ring &r)
+{
+    if (threadIdx.x % 128 == 0) {
+        uint32_t bar = shared_address(&empty[r.stage]);
+        if (p.cluster == 2) {
+            mbarrier_arrive_cluster(bar, 0);
+            mbarrier_arrive_cluster(bar, 1);
+        } else {
+            mbarrier_arrive(bar);
+        }
+    }
+    ring_next(r);
+}
+
+ATTN_DEVICE void wait_full(const uint64_t *full, const ring &r)
+{
+    mbarrier_wait_parity(shared_address(&full[r.stage]), r.parity);
+}
+
+/* Softcap, and a scale that is not positive. */
+template <int N> ATTN_DEVICE void transform_scores(const attn_mha_fwd_params &p, float (&s)[N / 2])
+{
+    if (p.score == ATTN_SCORE_CAPPED) {
+#pragma unroll
+        for (int i = 0; i < N / 2; i++)
+            s[i] = tanh_approx(s[i] * p.score_scale);
+    } else {
+#pragma unroll
+        for (int i = 0; i < N / 2; i++)
+            s[i] *= p.score_scale;
+    }
+}
+
+ATTN_DEVICE float load_sink(const attn_mha_fwd_params &p, int h_q)
+{
+    if (p.sink == ATTN_SINK_FP32) return __ldg((const float *)p.sinks + h_q);
+    uint32_t bits = __ldg((const uint16_t *)p.sinks + h_q);
+    return p.sink == ATTN_SINK_BF16 ? __uint_as_float(bits << 16) : half_to_float(bits);
+}
+
+/* Four registers x[j] of lane c of a quad become what lane j had in x[c]: so a lane ends with
+ * sixteen neighbouring bytes of a row instead of four times four. */
+ATTN_DEVICE void quad_transpose(uint32_t (&x)[4])
+{
+    bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+        uint32_t got = __shfl_xor_sync(0xffffffff, odd ? x[i] : x[i + 1], 1);
+        if (odd) x[i] = got;
+        else x[i + 1] = got;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        uint32_t got = __shfl_xor_sync(0xffffffff, high ? x[i] : x[i + 2], 2);
+        if (high) x[i] = got;
+        else x[i + 2] = got;
+    }
+}
+
+/* Writes out and lse of a warpgroup's live rows.  `row` is this thread's first row. */
+template <int FP16, int DV>
+ATTN_DEVICE void store_rows(const attn_mha_fwd_params &p, const row_tile &tile, int row,
+                            softmax_rows &rows, float (&o)[DV / 2])
+{
+    int c = (int)threadIdx.x % 4, b = p.cu_seqlens_q ? 0 : tile.b;
+    float sink = p.sink != ATTN_SINK_NONE ? load_sink(p, tile.h_q) : 0.0f;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        int i = row + 8 * h;
+        float normalise, lse;
+        softmax_finish(rows.max[h], quad_sum(rows.sum[h]), p.exp_scale, p.sink != ATTN_SINK_NONE,
+                       sink, p.lse_empty, &normalise, &lse);
+        int64_t at = (int64_t)tile.q_offset + i;
+        if (i < tile.s_q && c == 0)
+            p.lse[b * p.lse_stride_b + tile.h_q * p.lse_stride_h + at] = lse;
+        uint16_t *out = (uint16_t *)p.out + b * p.out_stride_b + at * p.out_stride_s +
+                        tile.h_q * p.out_stride_h;
+#pragma unroll
+        for (int j = 0; j < DV / 32; j++) {
+            uint32_t x[4];
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                x[e] = pack_16x2<FP16>(o[16 * j + 4 * e + 2 * h] * normalise,
+                                       o[16 * j + 4 * e + 2 * h + 1] * normalise);
+            quad_transpose(x);
+            int column = 32 * j + 8 * c;
+            if (i < tile.s_q && column < p.d_v)
+                *(uint4 *)(out + column) = make_uint4(x[0], x[1], x[2], x[3]);
+        }
+    }
+}
+
+template <int FP16, int DQK, int DV, int M, int N>
+ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, N> &sm, int group)
+{
+    int t = (int)threadIdx.x % 128, warp = t / 32, lane = t % 32;
+    int own_row = group * 64 + warp * 16 + lane / 4; /* of this thread, in the tile; and the 8th on */
+    uint32_t q = shared_address(sm.q) + group * 8192;
+    ring tiles = {0, 0}, ks = {0, 0}, vs = {0, 0};
+    uint32_t q_parity = 0;
+
+    for (;;) {
+        wait_full(sm.tile_full, tiles);
+        row_tile tile = sm.tile[tiles.stage];
+        if (tile.b < 0) break;
+
+        /* Bounds of the rows this warp owns; key steps that the warpgroup sees at all, and those
+         * that all its rows see whole. */
+        if (lane < 16) {
+            int r = group * 64 + warp * 16 + lane;
+            sm.bounds[r] = visible_keys(p, tile.row + r, tile.s_q, tile.s_k, tile.cp_tot);
+        }
+        int top = tile.row + group * 64, bottom = min(top + 64, tile.s_q) - 1;
+        key_interval high = visible_keys(p, top, tile.s_q, tile.s_k, tile.cp_tot);
+        key_interval low = visible_keys(p, bottom, tile.s_q, tile.s_k, tile.cp_tot);
+        int begin = high.lo / N, end = (low.hi + N - 1) / N;
+        int whole_begin = (low.lo + N - 1) / N, whole_end = high.hi / N;
+        if (top >= tile.s_q || end <= begin) begin = end = tile.begin;
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(shared_address(&sm.tile_empty[tiles.stage]));
+        ring_next(tiles);
+
+        float o[DV / 2], s[N / 2];
+        uint32_t packed[N / 4];
+        softmax_rows rows;
+        softmax_init(rows);
+#pragma unroll
+        for (int i = 0; i < DV / 2; i++)
+            o[i] = 0.0f;
+
+        auto skip = [&]() {
+            wait_full(sm.k_full, ks);
+            release(p, sm.k_empty, ks);
+            wait_full(sm.v_full, vs);
+            release(p, sm.v_empty, vs);
+        };
+        auto scores_to_probabilities = [&](int n) {
+            if (p.score != ATTN_SCORE_PLAIN) transform_scores<N>(p, s);
+            if (n >= whole_end || n < whole_begin)
+                mask_scores<N>(s, n * N + 2 * (lane % 4), sm.bounds[own_row], sm.bounds[own_row + 8]);
+            softmax_update_max<N>(rows, s, p.exp_scale);
+            softmax_exponentiate<N>(rows, s, p.exp_scale);
+        };
+        auto wait_k = [&]() {
+            wait_full(sm.k_full, ks);
+            if (p.gather) fence_proxy_async_shared();
+        };
+        auto wait_v = [&]() {
+            wait_full(sm.v_full, vs);
+            if (p.gather) fence_proxy_async_shared();
+        };
+
+        int n = tile.end - 1;
+        for (; n >= end; n--)
+            skip();
+        mbarrier_wait_parity(shared_address(&sm.q_full), q_parity);
+        q_parity ^= 1;
+        if (n >= begin) {
+            wait_k();
+            wgmma_pin(s);
+            wgmma_fence();
+            issue_qk<FP16, DQK, M, N>(s, q, shared_address(sm.k[ks.stage]));
+            wgmma_wait_group<0>();
+            wgmma_pin(s);
+            release(p, sm.k_empty, ks);
+            scores_to_probabilities(n);
+            softmax_pack<FP16, N>(packed, s);
+            for (n--; n >= begin; n--) {
+                wait_k();
+                wgmma_pin(s);
+                wgmma_pin(o);
+                wgmma_pin(packed);
+                wgmma_fence();
+                issue_qk<FP16, DQK, M, N>(s, q, shared_address(sm.k[ks.stage]));
+                wait_v();
+                issue_pv<FP16, DV, N>(o, packed, shared_address(sm.v[vs.stage]));
+                wgmma_wait_group<1>();
+                wgmma_pin(s);
+                release(p, sm.k_empty, ks);
+                scores_to_probabilities(n);
+                wgmma_wait_group<0>();
+                wgmma_pin(o);
+                release(p, sm.v_empty, vs);
+                softmax_pack<FP16, N>(packed, s);
+                softmax_rescale<DV>(rows, o);
+            }
+            wait_v();
+            wgmma_pin(o);
+            wgmma_pin(packed);
+            wgmma_fence();
+            issue_pv<FP16, DV, N>(o, packed, shared_address(sm.v[vs.stage]));
+            if (t == 0) mbarrier_arrive(shared_address(&sm.q_empty));
+            wgmma_wait_group<0>();
+            wgmma_pin(o);
+            release(p, sm.v_empty, vs);
+        } else if (t == 0) {
+            mbarrier_arrive(shared_address(&sm.q_empty));
+        }
+        for (; n >= tile.begin; n--)
+            skip();
+        if (top < tile.s_q) store_rows<FP16, DV>(p, tile, tile.row + own_row, rows, o);
+    }
+}
+
+/* ---- the kernel ------------------------------------------------------------------------------ */
+
+template <int FP16, int DQK, int DV, int M, int N>
+ATTN_DEVICE void mha_fwd_body(const attn_mha_fwd_params &p, const attn_mha_fwd_maps &maps)
+{
+    constexpr int CONSUMERS = M / 64;
+    typedef mha_fwd_smem<DQK, DV, M, N> smem;
+    static_assert(sizeof(smem) <= ATTN_MHA_FWD_SMEM(DQK, DV, M, N), "the host asks for less");
+    extern __shared__ __align__(1024) uint8_t raw[];
+    smem &sm = *(smem *)raw;
+
+    int group = __shfl_sync(0xffffffff, (int)threadIdx.x / 128, 0);
+    uint32_t rank = cluster_rank();
+    if (threadIdx.x == 0) {
+        uint32_t loads = p.gather ? 128 : 1, readers = CONSUMERS * p.cluster;
+        mbarrier_init(shared_address(&sm.q_full), 1);
+        mbarrier_init(shared_address(&sm.q_empty), CONSUMERS);
+        for (int i = 0; i < smem::STAGES; i++) {
+            mbarrier_init(shared_address(&sm.k_full[i]), loads);
+            mbarrier_init(shared_address(&sm.v_full[i]), loads);
+            mbarrier_init(shared_address(&sm.k_empty[i]), readers);
+            mbarrier_init(shared_address(&sm.v_empty[i]), readers);
+        }
+        for (int i = 0; i < 2; i++) {
+            mbarrier_init(shared_address(&sm.tile_full[i]), 1);
+            mbarrier_init(shared_address(&sm.tile_empty[i]), CONSUMERS * 4);
+        }
+        fence_mbarrier_init();
+        prefetch_tensormap(&maps.q);
+        prefetch_tensormap(&maps.k);
+        prefetch_tensormap(&maps.v);
+    }
+    cluster_sync();
+
+    if (group == CONSUMERS) {
+        setmaxnreg_dec<CONSUMERS == 3 ? 32 : 40>();
+        int warp = __shfl_sync(0xffffffff, (int)threadIdx.x % 128 / 32, 0);
+        if (warp == 0 || p.gather) produce<DQK, DV, M, N>(p, maps, sm, rank, warp);
+    } else {
+        setmaxnreg_inc<CONSUMERS == 3 ? 160 : 232>();
+        consume<FP16, DQK, DV, M, N>(p, sm, group);
+    }
+    __syncwarp();
+    cluster_sync();
+}
+
+/* The build compiles this file once a line of mha_fwd.def, with the line's fields as macros. */
+#define ATTN_KERNEL(op, arch, dtype, dqk, dv, rows, keys)                                          \
+    extern "C" __global__ void __launch_bounds__((rows) * 2 + 128, 1)                              \
+        attn_##op##_##arch##_##dtype##_d##dqk##x##dv##_m##rows##n##keys(                           \
+            const __grid_constant__ attn_mha_fwd_params p,                                         \
+            const __grid_constant__ attn_mha_fwd_maps maps)                                        \
+    {                                                                                              \
+        op##_body<DTYPE_##dtype, dqk, dv, rows, keys>(p, maps);                                    \
+    }
+#define ATTN_EXPAND(...) ATTN_KERNEL(__VA_ARGS__)
+ATTN_EXPAND(mha_fwd, sm90, VARIANT_DTYPE, VARIANT_DQK, VARIANT_DV, VARIANT_ROWS, VARIANT_KEYS)

@@ -1,0 +1,91 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * What the host hands to the mha_fwd kernels: plain C, the same bytes on both sides.
+ * Strides are in elements; a NULL pointer means the feature is off.
+ */
+#ifndef ATTN_MHA_FWD_PARAMS_H
+#define ATTN_MHA_FWD_PARAMS_H
+
+#include <stdint.h>
+
+/* A CUtensorMap: opaque, 128 bytes. */
+struct attn_tensor_map {
+    uint8_t bytes[128];
+} __attribute__((aligned(128)));
+
+/* q is (d_qk, s_q or t_q, h_q, b).  k and v are (d, box rows, rows + 1, h_k, batch or page): the
+ * second and the third extent have the same stride and the base lies `box_rows` rows early, so
+ * that the box at (0, box_rows - n, first + n, ...) holds n rows from `first` on and zeros below. */
+struct attn_mha_fwd_maps {
+    struct attn_tensor_map q, k, v;
+};
+
+enum attn_mha_fwd_score {
+    ATTN_SCORE_PLAIN,  /* exponent = score * exp_scale */
+    ATTN_SCORE_SCALED, /* exponent = score * score_scale * exp_scale: a scale that is not positive */
+    ATTN_SCORE_CAPPED, /* exponent = tanh(score * score_scale) * exp_scale: softcap */
+};
+
+enum attn_mha_fwd_sink { ATTN_SINK_NONE, ATTN_SINK_FP32, ATTN_SINK_BF16, ATTN_SINK_FP16 };
+
+/* "Unlimited" for a window edge; adding it to any position stays inside an int32. */
+#define ATTN_WINDOW_OFF (1 << 30)
+
+struct attn_mha_fwd_params {
+    void *out;                   /* [b, s_q, h_q, d_v] or [t_q, h_q, d_v], last stride 1 */
+    float *lse;                  /* [b, h_q, s_q] or [h_q, t_q], last stride 1 */
+    const int32_t *cu_seqlens_q; /* [b + 1] */
+    const int32_t *cu_seqlens_k; /* [b + 1] */
+    const int32_t *seqused_q;    /* [b] */
+    const int32_t *seqused_k;    /* [b] */
+    const int32_t *leftpad_k;    /* [b] */
+    const int32_t *kv_batch_idx; /* [b] */
+    const int32_t *page_table;   /* [rows, max_pages], row stride page_table_stride */
+    const int32_t *cp_tot;       /* [b] global key counts; with cp_world > 1 */
+    const void *sinks;           /* [h_q] */
+    const void *k, *v;           /* for gathered loads: [batch or page, rows, h_k, d] */
+
+    int64_t out_stride_b, out_stride_s, out_stride_h;
+    int64_t lse_stride_b, lse_stride_h;
+    int64_t k_stride_b, k_stride_s, k_stride_h;
+    int64_t v_stride_b, v_stride_s, v_stride_h;
+    int64_t page_table_stride;
+
+    int32_t b, s_q, s_k; /* static lengths; s_q and s_k unread where a pointer says otherwise */
+    int32_t h_k, group;  /* group = h_q / h_k */
+    int32_t d_qk, d_v;   /* true widths: at most the kernel's, multiples of 8 */
+    int32_t page;        /* rows of a page, 0 without a page table */
+    int32_t box_rows;    /* rows of a k or v box; divides the key tile (and the page) */
+    int32_t gather;      /* 1: k and v rows are copied one by one instead of in boxes */
+    int32_t cluster;     /* blocks of a cluster: 1, or 2 that share every k and v tile */
+    int32_t section;     /* KV heads walked together, so that their k and v stay in L2 */
+
+    int32_t window_left, window_right; /* ATTN_WINDOW_OFF: unlimited; causal is right = 0 */
+    int32_t chunk;                     /* 0: off */
+    int32_t cp_world, cp_rank;         /* 1, 0: off */
+    int32_t cp_causal;
+
+    int32_t score;     /* enum attn_mha_fwd_score */
+    int32_t sink;      /* enum attn_mha_fwd_sink */
+    float score_scale; /* before the tanh */
+    float exp_scale;   /* log2 e, times the softmax scale or the cap: positive */
+    float lse_empty;   /* LSE of a row without keys: -inf, or +inf when the call has no keys */
+};
+
+/* Shared memory of a kernel: q, two stages each of k and v (panels of 64 columns), then the row
+ * bounds, tile slots and barriers. */
+#define ATTN_MHA_FWD_PANELS(d) (((d) + 63) / 64)
+#define ATTN_MHA_FWD_STAGES 2
+#define ATTN_MHA_FWD_SMEM(d_qk, d_v, m, n)                                                         \
+    (128 * (ATTN_MHA_FWD_PANELS(d_qk) * ((m) + ATTN_MHA_FWD_STAGES * (n)) +                        \
+            ATTN_MHA_FWD_PANELS(d_v) * ATTN_MHA_FWD_STAGES * (n)) +                                \
+     8 * (m) + 256)
+
+#ifdef __cplusplus
+static_assert(sizeof(struct attn_mha_fwd_maps) == 384, "three tensor maps");
+static_assert(sizeof(struct attn_mha_fwd_params) == 296, "the host's and the kernel's layout");
+#else
+_Static_assert(sizeof(struct attn_mha_fwd_maps) == 384, "three tensor maps");
+_Static_assert(sizeof(struct attn_mha_fwd_params) == 296, "the host's and the kernel's layout");
+#endif
+#endif

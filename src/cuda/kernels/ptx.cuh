@@ -1,0 +1,221 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * One device function per PTX instruction that CUDA C has no name for; wgmma is in wgmma.cuh.
+ * Shared-memory addresses are 32-bit shared::cta addresses throughout.
+ */
+#pragma once
+#include <stdint.h>
+
+#define ATTN_DEVICE static __device__ __forceinline__
+
+ATTN_DEVICE uint32_t shared_address(const void *p)
+{
+    return (uint32_t)__cvta_generic_to_shared(p);
+}
+
+/* ---- warps, warpgroups, clusters ------------------------------------------------------------- */
+
+/* True in one lane of a converged warp.  PTX ISA: elect.sync */
+ATTN_DEVICE bool elect_one()
+{
+    uint32_t is_elected;
+    asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(is_elected));
+    return is_elected != 0;
+}
+
+/* Moves registers from the block's pool to this warpgroup, waiting for them.  PTX ISA: setmaxnreg */
+template <int REGISTERS> ATTN_DEVICE void setmaxnreg_inc()
+{
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+
+/* Gives registers of this warpgroup to the block's pool.  PTX ISA: setmaxnreg */
+template <int REGISTERS> ATTN_DEVICE void setmaxnreg_dec()
+{
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+
+/* Named barrier over `threads` threads.  The id is a literal: a run-time id would reserve all
+ * sixteen.  PTX ISA: bar.sync */
+template <int ID> ATTN_DEVICE void named_barrier_sync(int threads)
+{
+    asm volatile("bar.sync %0, %1;" ::"n"(ID), "r"(threads) : "memory");
+}
+
+/* Counts towards a named barrier without waiting.  PTX ISA: bar.arrive */
+template <int ID> ATTN_DEVICE void named_barrier_arrive(int threads)
+{
+    asm volatile("bar.arrive %0, %1;" ::"n"(ID), "r"(threads) : "memory");
+}
+
+/* PTX ISA: %cluster_ctarank */
+ATTN_DEVICE uint32_t cluster_rank()
+{
+    uint32_t rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+/* All threads of the cluster.  PTX ISA: barrier.cluster */
+ATTN_DEVICE void cluster_sync()
+{
+    asm volatile("barrier.cluster.arrive.aligned;\n"
+                 "barrier.cluster.wait.aligned;" ::: "memory");
+}
+
+/* ---- mbarrier -------------------------------------------------------------------------------- */
+
+/* PTX ISA: mbarrier.init */
+ATTN_DEVICE void mbarrier_init(uint32_t bar, uint32_t arrivals)
+{
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(arrivals) : "memory");
+}
+
+/* Makes initialised barriers visible to the cluster and the copy engine.
+ * PTX ISA: fence.mbarrier_init */
+ATTN_DEVICE void fence_mbarrier_init()
+{
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+/* PTX ISA: mbarrier.arrive */
+ATTN_DEVICE void mbarrier_arrive(uint32_t bar)
+{
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
+}
+
+/* Arrives on the barrier at the same offset in block `rank` of the cluster.  Unqualified on
+ * purpose: .release.cluster would add a fence of the whole GPU.  PTX ISA: mapa, mbarrier.arrive */
+ATTN_DEVICE void mbarrier_arrive_cluster(uint32_t bar, uint32_t rank)
+{
+    asm volatile("{ .reg .b32 remote;\n"
+                 "mapa.shared::cluster.u32 remote, %0, %1;\n"
+                 "mbarrier.arrive.shared::cluster.b64 _, [remote]; }" ::"r"(bar), "r"(rank)
+                 : "memory");
+}
+
+/* Arrives once and adds `bytes` to what the phase waits for.  PTX ISA: mbarrier.arrive.expect_tx */
+ATTN_DEVICE void mbarrier_arrive_expect_tx(uint32_t bar, uint32_t bytes)
+{
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes)
+                 : "memory");
+}
+
+/* Waits until the phase of `bar` with this parity is over.  PTX ISA: mbarrier.try_wait */
+ATTN_DEVICE void mbarrier_wait_parity(uint32_t bar, uint32_t parity)
+{
+    asm volatile("{ .reg .pred done;\n"
+                 "again_%=: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                 "@!done bra again_%=; }" ::"r"(bar), "r"(parity)
+                 : "memory");
+}
+
+/* ---- the copy engine ------------------------------------------------------------------------- */
+
+/* PTX ISA: prefetch.tensormap */
+ATTN_DEVICE void prefetch_tensormap(const void *map)
+{
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+/* One box of a 4-D tensor to shared memory; its bytes count on `bar`.
+ * PTX ISA: cp.async.bulk.tensor */
+ATTN_DEVICE void tma_load_4d(uint32_t dst, const void *map, uint32_t bar, int c0, int c1, int c2,
+                             int c3)
+{
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(dst),
+                 "l"(map), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+                 : "memory");
+}
+
+/* One box of a 5-D tensor.  PTX ISA: cp.async.bulk.tensor */
+ATTN_DEVICE void tma_load_5d(uint32_t dst, const void *map, uint32_t bar, int c0, int c1, int c2,
+                             int c3, int c4)
+{
+    asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(dst),
+                 "l"(map), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+                 : "memory");
+}
+
+/* The same box to the same offset in every block of `mask`, counted on each one's own barrier.
+ * PTX ISA: cp.async.bulk.tensor.multicast::cluster */
+ATTN_DEVICE void tma_load_5d_multicast(uint32_t dst, const void *map, uint32_t bar, uint16_t mask,
+                                       int c0, int c1, int c2, int c3, int c4)
+{
+    asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+                 ".multicast::cluster [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(dst),
+                 "l"(map), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "h"(mask)
+                 : "memory");
+}
+
+/* Orders this thread's ordinary accesses to shared memory before later ones of the tensor cores
+ * and the copy engine.  PTX ISA: fence.proxy.async */
+ATTN_DEVICE void fence_proxy_async_shared()
+{
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+/* ---- ordinary asynchronous copies ------------------------------------------------------------ */
+
+/* Sixteen bytes, of which the first `bytes` (0 or 16) are read and the rest is zero.
+ * PTX ISA: cp.async */
+ATTN_DEVICE void cp_async_16(uint32_t dst, const void *src, uint32_t bytes)
+{
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(bytes)
+                 : "memory");
+}
+
+/* Arrives on `bar` (inside its expected count) when this thread's earlier cp.async have landed.
+ * PTX ISA: cp.async.mbarrier.arrive */
+ATTN_DEVICE void cp_async_mbarrier_arrive(uint32_t bar)
+{
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
+}
+
+/* ---- arithmetic ------------------------------------------------------------------------------ */
+
+/* 2^x; subnormal results are zero.  PTX ISA: ex2 */
+ATTN_DEVICE float ex2_approx(float x)
+{
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+/* log2 x.  PTX ISA: lg2 */
+ATTN_DEVICE float lg2_approx(float x)
+{
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+/* Relative error 2^-11.  PTX ISA: tanh */
+ATTN_DEVICE float tanh_approx(float x)
+{
+    float y;
+    asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+/* The fp16 number in the low half of `bits`.  PTX ISA: cvt.f32.f16 */
+ATTN_DEVICE float half_to_float(uint32_t bits)
+{
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"((uint16_t)bits));
+    return y;
+}
+
+/* PTX ISA: cvt.rn.bf16x2.f32 and cvt.rn.f16x2.f32; `low` lands in bits 0 to 15 */
+template <int FP16> ATTN_DEVICE uint32_t pack_16x2(float low, float high)
+{
+    uint32_t packed;
+    if constexpr (FP16)
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    else
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    return packed;
+}

@@ -1,0 +1,120 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * The online softmax of a thread's two rows, scores in the accumulator layout of wgmma.cuh.
+ *
+ *     m' = max(m, row max of S)      p = 2^(S k - m' k)      l = l 2^((m - m') k) + row sum of p
+ *
+ * with k = exp_scale.  The rescale is lazy: while m' - m is at most 8 in units of the exponent the
+ * old m stays, so that p <= 2^8 (exact after normalising, in range for bf16 and fp16) and O keeps
+ * its scale.  m starts at a large negative finite number, not at -inf, so that a row with no
+ * visible key yet needs no special case: its scores are -inf and its p are 0.
+ */
+#pragma once
+#include "ptx.cuh"
+
+struct softmax_rows {
+    float max[2], sum[2]; /* `sum` holds this thread's columns only until softmax_finish */
+    float shrink[2];      /* by what O must be multiplied before the next P . V */
+};
+
+ATTN_DEVICE void softmax_init(softmax_rows &r)
+{
+    r.max[0] = r.max[1] = -1e30f;
+    r.sum[0] = r.sum[1] = 0.0f;
+    r.shrink[0] = r.shrink[1] = 1.0f;
+}
+
+/* Maximum or sum over the quad of lanes that shares a row. */
+ATTN_DEVICE float quad_max(float x)
+{
+    x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));
+    return fmaxf(x, __shfl_xor_sync(0xffffffff, x, 2));
+}
+
+ATTN_DEVICE float quad_sum(float x)
+{
+    x += __shfl_xor_sync(0xffffffff, x, 1);
+    return x + __shfl_xor_sync(0xffffffff, x, 2);
+}
+
+template <int N>
+ATTN_DEVICE void softmax_update_max(softmax_rows &r, const float (&s)[N / 2], float exp_scale)
+{
+    float top[2] = {s[0], s[2]};
+#pragma unroll
+    for (int i = 0; i < N / 2; i += 4) {
+        top[0] = fmaxf(top[0], fmaxf(s[i], s[i + 1]));
+        top[1] = fmaxf(top[1], fmaxf(s[i + 2], s[i + 3]));
+    }
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        float grown = fmaxf(r.max[h], quad_max(top[h]));
+        if ((grown - r.max[h]) * exp_scale <= 8.0f) grown = r.max[h];
+        r.shrink[h] = ex2_approx((r.max[h] - grown) * exp_scale);
+        r.max[h] = grown;
+    }
+}
+
+/* S becomes P, and P is added to the sums. */
+template <int N>
+ATTN_DEVICE void softmax_exponentiate(softmax_rows &r, float (&s)[N / 2], float exp_scale)
+{
+    float shift0 = r.max[0] * exp_scale, shift1 = r.max[1] * exp_scale;
+    float sum0 = 0.0f, sum1 = 0.0f;
+#pragma unroll
+    for (int i = 0; i < N / 2; i += 4) {
+        s[i] = ex2_approx(fmaf(s[i], exp_scale, -shift0));
+        s[i + 1] = ex2_approx(fmaf(s[i + 1], exp_scale, -shift0));
+        s[i + 2] = ex2_approx(fmaf(s[i + 2], exp_scale, -shift1));
+        s[i + 3] = ex2_approx(fmaf(s[i + 3], exp_scale, -shift1));
+        sum0 += s[i] + s[i + 1];
+        sum1 += s[i + 2] + s[i + 3];
+    }
+    r.sum[0] = fmaf(r.sum[0], r.shrink[0], sum0);
+    r.sum[1] = fmaf(r.sum[1], r.shrink[1], sum1);
+}
+
+/* The accumulator of P in the layout of an A operand. */
+template <int FP16, int N>
+ATTN_DEVICE void softmax_pack(uint32_t (&packed)[N / 4], const float (&s)[N / 2])
+{
+#pragma unroll
+    for (int i = 0; i < N / 4; i++)
+        packed[i] = pack_16x2<FP16>(s[2 * i], s[2 * i + 1]);
+}
+
+/* O *= shrink, in the warps where some row's maximum moved. */
+template <int DV> ATTN_DEVICE void softmax_rescale(const softmax_rows &r, float (&o)[DV / 2])
+{
+    if (__any_sync(0xffffffff, r.shrink[0] != 1.0f || r.shrink[1] != 1.0f)) {
+#pragma unroll
+        for (int i = 0; i < DV / 2; i += 4) {
+            o[i] *= r.shrink[0];
+            o[i + 1] *= r.shrink[0];
+            o[i + 2] *= r.shrink[1];
+            o[i + 3] *= r.shrink[1];
+        }
+    }
+}
+
+/* The factor that normalises a row of O, and the row's LSE (natural logarithm).  A sink is one more
+ * logit in the sum; the larger of it and the row's maximum carries the scale.  A sum of 0 means no
+ * visible key; a NaN is no 0 and goes through. */
+ATTN_DEVICE void softmax_finish(float max, float sum, float exp_scale, bool has_sink, float sink,
+                                float lse_empty, float *normalise, float *lse)
+{
+    const float log2e = 1.4426950408889634f, ln2 = 0.6931471805599453f;
+    float top = sum == 0.0f ? -INFINITY : max * exp_scale, factor = 1.0f;
+    if (has_sink) {
+        float logit = sink * log2e;
+        if (logit > top) {
+            factor = ex2_approx(top - logit);
+            sum = fmaf(sum, factor, 1.0f);
+            top = logit;
+        } else if (top > -INFINITY) {
+            sum += ex2_approx(logit - top);
+        }
+    }
+    *normalise = sum == 0.0f ? 0.0f : factor / sum;
+    *lse = sum == 0.0f ? lse_empty : (top + lg2_approx(sum)) * ln2;
+}

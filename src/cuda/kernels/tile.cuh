@@ -1,0 +1,39 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * Shared memory of the forward kernels, and its barriers.
+ */
+#pragma once
+#include "sched.cuh"
+
+/* Widths and tile of one kernel: M rows of q a block (64 a consumer warpgroup), N keys a step. */
+template <int DQK, int DV, int M, int N> struct mha_fwd_smem {
+    static constexpr int QK_PANELS = ATTN_MHA_FWD_PANELS(DQK), V_PANELS = ATTN_MHA_FWD_PANELS(DV);
+    static constexpr int STAGES = ATTN_MHA_FWD_STAGES;
+
+    /* Panels of 64 columns, swizzled: [panel][row][128 bytes]. */
+    uint8_t q[QK_PANELS * M * 128];
+    uint8_t k[STAGES][QK_PANELS * N * 128];
+    uint8_t v[STAGES][V_PANELS * N * 128];
+
+    key_interval bounds[M]; /* visible keys of each row; a warp writes and reads its own 16 */
+    row_tile tile[2];
+
+    /* full: 1 arrival and the bytes (gathered loads: 128 arrivals); empty: one a consumer
+     * warpgroup of the cluster, or of the block for q; tile: 1, and one a consumer warp. */
+    uint64_t q_full, q_empty;
+    uint64_t k_full[STAGES], k_empty[STAGES];
+    uint64_t v_full[STAGES], v_empty[STAGES];
+    uint64_t tile_full[2], tile_empty[2];
+};
+
+/* A place in a ring of two stages: which one, and the parity of its current phase.  A consumer
+ * starts at parity 0; a producer, whose stages start empty, at parity 1. */
+struct ring {
+    uint32_t stage, parity;
+};
+
+ATTN_DEVICE void ring_next(ring &r)
+{
+    r.stage ^= 1;
+    r.parity ^= r.stage == 0;
+}

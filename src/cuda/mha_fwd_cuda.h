@@ -1,0 +1,39 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * mha_fwd on Hopper: the plan, integers in and integers out, and the launch.
+ */
+#ifndef ATTN_CUDA_MHA_FWD_CUDA_H
+#define ATTN_CUDA_MHA_FWD_CUDA_H
+
+#include "cuda/module.h"
+#include "ops/mha_fwd.h"
+
+/* How one call runs. */
+struct attn_mha_fwd_cuda_plan {
+    int kernel;   /* index into attn_mha_fwd_kernels */
+    int gather;   /* 1: k and v rows copied one by one: pages or strides that no box fits */
+    int box_rows; /* rows of a k or v box */
+    int cluster;  /* blocks that share k and v tiles: 1 or 2 */
+    int section;  /* KV heads walked together */
+    int grid;     /* blocks, a multiple of cluster */
+};
+
+/* What a kernel of the table must be good at, so that plans can be tested without one. */
+struct attn_mha_fwd_cuda_tile {
+    int dtype, d_qk, d_v, rows, keys;
+};
+
+/* ATTN_E_NOT_BUILT names the feature that no kernel has; ATTN_E_SHAPE a tensor whose rows the
+ * kernels cannot read. */
+attn_status attn_mha_fwd_cuda_choose(const struct attn_mha_fwd_problem *problem,
+                                     const struct attn_mha_fwd_cuda_tile *tiles, int tile_count,
+                                     int multiprocessors, struct attn_mha_fwd_cuda_plan *plan);
+
+/* The rows of struct attn_backend. */
+attn_status attn_mha_fwd_cuda_plan(const struct attn_mha_fwd_problem *problem,
+                                   struct attn_mha_fwd_plan *plan);
+attn_status attn_mha_fwd_cuda_run(const struct attn_mha_fwd_problem *problem,
+                                  const struct attn_mha_fwd_plan *plan, char *workspace,
+                                  int64_t workspace_bytes, void *stream);
+
+#endif

@@ -1,0 +1,193 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * Runs a checked mha_fwd problem on the current device: parameters, tensor maps, one launch.
+ */
+#include <math.h>
+#include <string.h>
+
+#include "cuda/mha_fwd_cuda.h"
+#include "cuda/tma.h"
+
+#define KERNELS_MAX 64
+#define LOG2E 1.4426950408889634
+
+typedef struct attn_mha_fwd_problem problem_t;
+typedef struct attn_mha_fwd_cuda_plan plan_t;
+
+/* The plan for the device of the calling thread's context. */
+static attn_status choose(const problem_t *p, struct attn_cuda_device *device, plan_t *plan)
+{
+    struct attn_mha_fwd_cuda_tile tiles[KERNELS_MAX];
+    ATTN_TRY(attn_cuda_current_device(p->device.device_id, device));
+    for (int i = 0; i < attn_mha_fwd_kernel_count; i++) {
+        const struct attn_cuda_kernel *k = &attn_mha_fwd_kernels[i];
+        tiles[i] = (struct attn_mha_fwd_cuda_tile){k->dtype, k->d_qk, k->d_v, k->rows, k->keys};
+    }
+    return attn_mha_fwd_cuda_choose(p, tiles, attn_mha_fwd_kernel_count, device->multiprocessors,
+                                    plan);
+}
+
+static int32_t window(int64_t edge)
+{
+    return edge < 0 || edge > ATTN_WINDOW_OFF ? ATTN_WINDOW_OFF : (int32_t)edge;
+}
+
+static void fill_scores(const problem_t *p, struct attn_mha_fwd_params *out)
+{
+    out->score = ATTN_SCORE_PLAIN;
+    out->exp_scale = (float)(p->scale * LOG2E);
+    if (p->softcap > 0) {
+        out->score = ATTN_SCORE_CAPPED;
+        out->score_scale = (float)(p->scale / p->softcap);
+        out->exp_scale = (float)(p->softcap * LOG2E);
+    } else if (!(p->scale > 0)) {
+        out->score = ATTN_SCORE_SCALED;
+        out->score_scale = (float)p->scale;
+        out->exp_scale = (float)LOG2E;
+    }
+    out->sinks = p->sinks;
+    out->sink = !p->sinks                      ? ATTN_SINK_NONE
+                : p->sinks_dtype == ATTN_F32   ? ATTN_SINK_FP32
+                : p->sinks_dtype == ATTN_BF16 ? ATTN_SINK_BF16
+                                               : ATTN_SINK_FP16;
+    out->lse_empty = p->no_keys ? INFINITY : -INFINITY;
+}
+
+static void fill_params(const problem_t *p, const plan_t *plan, struct attn_mha_fwd_params *out)
+{
+    memset(out, 0, sizeof *out);
+    out->out = p->out.data;
+    out->lse = p->lse;
+    out->cu_seqlens_q = p->cu_seqlens_q;
+    out->cu_seqlens_k = p->cu_seqlens_k;
+    out->seqused_q = p->seqused_q;
+    out->seqused_k = p->seqused_k;
+    out->leftpad_k = p->leftpad_k;
+    out->kv_batch_idx = p->kv_batch_idx;
+    out->page_table = p->page_table;
+    out->page_table_stride = p->page_table_row;
+    out->cp_tot = p->cp_world > 1 ? p->cp_tot_seqused_k : NULL;
+    out->k = p->k.data;
+    out->v = p->v.data;
+
+    out->out_stride_b = p->out.batch;
+    out->out_stride_s = p->out.row;
+    out->out_stride_h = p->out.head;
+    out->lse_stride_b = p->lse_batch;
+    out->lse_stride_h = p->lse_head;
+    out->k_stride_b = p->k.batch;
+    out->k_stride_s = p->k.row;
+    out->k_stride_h = p->k.head;
+    out->v_stride_b = p->v.batch;
+    out->v_stride_s = p->v.row;
+    out->v_stride_h = p->v.head;
+
+    out->b = (int32_t)p->b;
+    out->s_q = (int32_t)p->s_q;
+    out->s_k = p->no_keys ? 0 : (int32_t)p->s_k;
+    out->h_k = (int32_t)p->h_k;
+    out->group = (int32_t)(p->h_q / p->h_k);
+    out->d_qk = (int32_t)p->d_qk;
+    out->d_v = (int32_t)p->d_v;
+    out->page = (int32_t)p->page;
+    out->box_rows = plan->box_rows;
+    out->gather = plan->gather;
+    out->cluster = plan->cluster;
+    out->section = plan->section;
+
+    /* With context parallelism causal is a bound on global keys, and there is no window. */
+    bool cp = p->cp_world > 1;
+    out->window_left = cp ? ATTN_WINDOW_OFF : window(p->window_left);
+    out->window_right = cp ? ATTN_WINDOW_OFF : p->causal ? 0 : window(p->window_right);
+    out->chunk = cp ? 0 : (int32_t)(p->chunk > ATTN_WINDOW_OFF ? ATTN_WINDOW_OFF : p->chunk);
+    out->cp_world = cp ? (int32_t)p->cp_world : 1;
+    out->cp_rank = cp ? (int32_t)p->cp_rank : 0;
+    out->cp_causal = cp && p->causal;
+    fill_scores(p, out);
+}
+
+/* k or v: see struct attn_mha_fwd_maps. */
+static attn_status encode_keys(const problem_t *p, const plan_t *plan, const struct attn_rows *r,
+                               int64_t width, const char *name, struct attn_tensor_map *map)
+{
+    bool packed = p->cu_seqlens_k != NULL;
+    int64_t rows = p->page_table ? p->page : packed ? p->t_k : p->s_k;
+    int64_t batches = p->page_table ? p->num_pages : packed ? 1 : p->cache_rows;
+    return attn_tma_encode(
+        &(struct attn_tma){.rank = 5,
+                           .base = r->data - 2 * plan->box_rows * r->row,
+                           .extent = {width, plan->box_rows, rows + 1, p->h_k, batches},
+                           .stride = {r->row, r->row, r->head, r->batch},
+                           .box = {64, plan->box_rows, 1, 1, 1}},
+        p->dtype == ATTN_F16, name, map);
+}
+
+static attn_status encode_maps(const problem_t *p, const plan_t *plan, int tile_rows,
+                               struct attn_mha_fwd_maps *maps)
+{
+    bool packed = p->cu_seqlens_q != NULL;
+    ATTN_TRY(attn_tma_encode(
+        &(struct attn_tma){.rank = 4,
+                           .base = p->q.data,
+                           .extent = {p->d_qk, packed ? p->t_q : p->s_q, p->h_q, packed ? 1 : p->b},
+                           .stride = {p->q.row, p->q.head, p->q.batch},
+                           .box = {64, tile_rows, 1, 1}},
+        p->dtype == ATTN_F16, "q: cuTensorMapEncodeTiled", &maps->q));
+    if (plan->gather || p->no_keys) { /* no box of k or v is ever loaded */
+        maps->k = maps->v = maps->q;
+        return ATTN_OK;
+    }
+    ATTN_TRY(encode_keys(p, plan, &p->k, p->d_qk, "k: cuTensorMapEncodeTiled", &maps->k));
+    return encode_keys(p, plan, &p->v, p->d_v, "v: cuTensorMapEncodeTiled", &maps->v);
+}
+
+attn_status attn_mha_fwd_cuda_plan(const problem_t *p, struct attn_mha_fwd_plan *out)
+{
+    struct attn_cuda_device device;
+    plan_t plan;
+    ATTN_TRY(choose(p, &device, &plan));
+    out->splits = 1;
+    out->piece = p->s_k;
+    out->workspace_bytes = 0;
+    out->tile[0] = plan.kernel;
+    out->tile[1] = plan.cluster;
+    out->tile[2] = plan.gather;
+    out->tile[3] = plan.grid;
+    strncpy(out->kernel, attn_mha_fwd_kernels[plan.kernel].name, sizeof out->kernel - 1);
+    return ATTN_OK;
+}
+
+attn_status attn_mha_fwd_cuda_run(const problem_t *p, const struct attn_mha_fwd_plan *planned,
+                                  char *workspace, int64_t workspace_bytes, void *stream)
+{
+    const struct attn_cuda_driver *cu;
+    struct attn_cuda_device device;
+    struct attn_mha_fwd_params params;
+    struct attn_mha_fwd_maps maps;
+    cu_kernel handle;
+    plan_t plan;
+    (void)planned; /* pointers and strides may have changed since: choosing again is cheap */
+    (void)workspace;
+    (void)workspace_bytes;
+
+    ATTN_TRY(choose(p, &device, &plan));
+    if (p->b == 0 || p->s_q == 0 || p->t_q == 0) return ATTN_OK;
+    struct attn_cuda_kernel *kernel = &attn_mha_fwd_kernels[plan.kernel];
+    ATTN_TRY(attn_cuda_driver(&cu));
+    ATTN_TRY(attn_cuda_kernel_load(kernel, device.device, &handle));
+    fill_params(p, &plan, &params);
+    ATTN_TRY(encode_maps(p, &plan, kernel->rows, &maps));
+
+    struct cu_launch_attribute cluster = {.id = CU_LAUNCH_CLUSTER_DIMENSION,
+                                          .value.cluster = {(unsigned)plan.cluster, 1, 1}};
+    struct cu_launch_config config = {
+        .grid = {(unsigned)plan.grid, 1, 1},
+        .block = {(unsigned)kernel->rows * 2 + 128, 1, 1},
+        .shared_bytes = (unsigned)kernel->shared_bytes,
+        .stream = stream,
+        .attributes = &cluster,
+        .attribute_count = 1,
+    };
+    void *arguments[] = {&params, &maps};
+    return attn_cuda_status(cu->launch_kernel_ex(&config, handle, arguments, NULL), kernel->name);
+}

@@ -1,0 +1,125 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * Chooses kernel, loads, cluster and grid of an mha_fwd call.  Pure integers: no driver call, no
+ * pointer followed.
+ */
+#include "cuda/mha_fwd_cuda.h"
+
+#define LENGTH_MAX ((int64_t)1 << 30) /* window edges and positions add up inside an int32 */
+#define L2_SHARE ((int64_t)32 << 20)  /* bytes of k and v that should stay in L2 together */
+
+static int64_t ceil_div(int64_t a, int64_t b)
+{
+    return (a + b - 1) / b;
+}
+
+static int64_t clamp(int64_t x, int64_t low, int64_t high)
+{
+    return x < low ? low : x > high ? high : x;
+}
+
+/* A feature that only other back ends have. */
+static attn_status check_built(const struct attn_mha_fwd_problem *p)
+{
+    ATTN_CHECK(p->dtype == ATTN_BF16 || p->dtype == ATTN_F16, ATTN_E_NOT_BUILT,
+               "q: %s is not built for Hopper; bf16 and fp16 are", attn_dtype_name(p->dtype));
+    ATTN_CHECK(!p->qv.data, ATTN_E_NOT_BUILT, "qv: not built for Hopper");
+    ATTN_CHECK(!p->k_new.data, ATTN_E_NOT_BUILT, "k_new: not built for Hopper");
+    ATTN_CHECK(p->d_qk <= 256 && p->d_v <= 256, ATTN_E_NOT_BUILT,
+               "q, v: head dims up to 256 are built for Hopper, got %lld and %lld",
+               (long long)p->d_qk, (long long)p->d_v);
+    ATTN_CHECK(p->s_q < LENGTH_MAX && p->s_k < LENGTH_MAX, ATTN_E_NOT_BUILT,
+               "q, k: lengths below 2^30 are built for Hopper, got %lld and %lld",
+               (long long)p->s_q, (long long)p->s_k);
+    ATTN_CHECK(p->sinks_stride == 1 || p->h_q == 1 || !p->sinks, ATTN_E_NOT_BUILT,
+               "sinks: only contiguous ones are built for Hopper");
+    return ATTN_OK;
+}
+
+/* Every row starts on 16 bytes, the unit in which it is read or written. */
+static attn_status check_rows(const struct attn_rows *r, const char *name, int64_t batches,
+                              int64_t rows, int64_t heads)
+{
+    bool fits = (uintptr_t)r->data % 16 == 0 && (batches <= 1 || r->batch % 8 == 0) &&
+                (rows <= 1 || r->row % 8 == 0) && (heads <= 1 || r->head % 8 == 0);
+    ATTN_CHECK(fits, ATTN_E_SHAPE,
+               "%s: expected rows that start on multiples of 16 bytes, got strides %lld, %lld, "
+               "%lld at %p", name, (long long)r->batch, (long long)r->row, (long long)r->head,
+               (void *)r->data);
+    return ATTN_OK;
+}
+
+/* Boxes need strides that the copy engine takes: not 0, below 2^40 bytes. */
+static bool fits_boxes(const struct attn_rows *r, int64_t batches, int64_t rows, int64_t heads)
+{
+    const int64_t limit = (int64_t)1 << 39;
+    return (batches <= 1 || (r->batch > 0 && r->batch < limit)) &&
+           (rows <= 1 || (r->row > 0 && r->row < limit)) &&
+           (heads <= 1 || (r->head > 0 && r->head < limit));
+}
+
+/* Rows of the largest box that never straddles two pages: 8 rows are one swizzle atom. */
+static int paged_box(int64_t page, int keys)
+{
+    for (int rows = keys; rows >= 8; rows -= 8)
+        if (keys % rows == 0 && page % rows == 0) return rows;
+    return 0;
+}
+
+/* Work of a call in a tile, relative: padded rows times padded widths. */
+static int64_t padded_work(const struct attn_mha_fwd_problem *p,
+                           const struct attn_mha_fwd_cuda_tile *t)
+{
+    int64_t rows = ceil_div(p->s_q, t->rows) * t->rows;
+    /* Tiles of 128 rows read keys more often for their work and run about 5 % slower. */
+    return rows * (t->d_qk + t->d_v) * (t->rows < 192 ? 21 : 20);
+}
+
+attn_status attn_mha_fwd_cuda_choose(const struct attn_mha_fwd_problem *p,
+                                     const struct attn_mha_fwd_cuda_tile *tiles, int tile_count,
+                                     int multiprocessors, struct attn_mha_fwd_cuda_plan *plan)
+{
+    int64_t k_batches = p->page_table ? p->num_pages : p->cu_seqlens_k ? 1 : p->cache_rows;
+    int64_t k_rows = p->page_table ? p->page : p->cu_seqlens_k ? p->t_k : p->s_k;
+    int64_t q_batches = p->cu_seqlens_q ? 1 : p->b, q_rows = p->cu_seqlens_q ? p->t_q : p->s_q;
+    ATTN_TRY(check_built(p));
+    ATTN_TRY(check_rows(&p->q, "q", q_batches, q_rows, p->h_q));
+    ATTN_TRY(check_rows(&p->k, "k", k_batches, k_rows, p->h_k));
+    ATTN_TRY(check_rows(&p->v, "v", k_batches, k_rows, p->h_k));
+    if (p->out.data) ATTN_TRY(check_rows(&p->out, "out", q_batches, q_rows, p->h_q));
+
+    plan->kernel = -1;
+    for (int i = 0; i < tile_count; i++) {
+        const struct attn_mha_fwd_cuda_tile *t = &tiles[i];
+        if (t->dtype != (int)p->dtype || t->d_qk < p->d_qk || t->d_v < p->d_v) continue;
+        if (plan->kernel < 0 || padded_work(p, t) < padded_work(p, &tiles[plan->kernel]))
+            plan->kernel = i;
+    }
+    ATTN_CHECK(plan->kernel >= 0, ATTN_E_NOT_BUILT,
+               "q: no Hopper kernel for %s, head dims %lld and %lld in this build%s",
+               attn_dtype_name(p->dtype), (long long)p->d_qk, (long long)p->d_v,
+               tile_count ? "" : ", which was made without nvcc");
+    const struct attn_mha_fwd_cuda_tile *tile = &tiles[plan->kernel];
+
+    bool boxes = fits_boxes(&p->k, k_batches, k_rows, p->h_k) &&
+                 fits_boxes(&p->v, k_batches, k_rows, p->h_k);
+    int box = tile->keys;
+    if (p->page_table) box = p->leftpad_k ? 0 : paged_box(p->page, tile->keys);
+    plan->gather = !boxes || box == 0;
+
+    /* Blocks share keys in twos where tiles pair up: with few and odd ones too many would idle. */
+    int64_t group = p->h_q / p->h_k;
+    int64_t mean = p->cu_seqlens_q && p->b ? ceil_div(p->t_q, p->b) : p->s_q;
+    int64_t row_tiles = ceil_div(mean, tile->rows) * group;
+    plan->cluster = !plan->gather && (row_tiles % 2 == 0 || row_tiles > 8) ? 2 : 1;
+    plan->box_rows = plan->gather ? tile->keys : p->page_table ? box : box / plan->cluster;
+
+    int64_t items = ceil_div(ceil_div(p->s_q, tile->rows) * group, plan->cluster) * p->h_k * p->b;
+    ATTN_CHECK(items < LENGTH_MAX, ATTN_E_NOT_BUILT,
+               "q: fewer than 2^30 row tiles are built for Hopper, got %lld", (long long)items);
+    int64_t head_bytes = p->s_k * (p->d_qk + p->d_v) * 2;
+    plan->section = (int)clamp(L2_SHARE / (head_bytes > 0 ? head_bytes : 1), 1, p->h_k * p->b);
+    int64_t blocks = clamp(multiprocessors - p->sm_margin, plan->cluster, multiprocessors);
+    plan->grid = (int)(clamp(items, 1, blocks / plan->cluster) * plan->cluster);
+    return ATTN_OK;
+}

@@ -1,0 +1,87 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * Cubins by .incbin, and their loading.  The build passes ATTN_CUBIN_DIR, where tools/variants.py
+ * left one cubin a .def line, named after its kernel; without it the table is empty.
+ */
+#include "cuda/module.h"
+
+#include "core/dtype.h"
+#include "cuda/kernels/mha_fwd_params.h"
+
+#ifdef ATTN_CUBIN_DIR
+
+#define DTYPE_bf16 ATTN_BF16
+#define DTYPE_fp16 ATTN_F16
+#define NAME(op, arch, dtype, dqk, dv, rows, keys)                                                 \
+    "attn_" #op "_" #arch "_" #dtype "_d" #dqk "x" #dv "_m" #rows "n" #keys
+#define CUBIN(op, arch, dtype, dqk, dv, rows, keys)                                                \
+    cubin_##op##_##arch##_##dtype##_##dqk##_##dv##_##rows##_##keys
+
+#define ATTN_KERNEL(...) INCBIN(NAME(__VA_ARGS__), CUBIN(__VA_ARGS__))
+#define INCBIN(name, symbol) INCBIN_TEXT(name, symbol)
+#define INCBIN_TEXT(name, symbol)                                                                  \
+    extern const unsigned char symbol[] __attribute__((visibility("hidden")));                     \
+    __asm__(".section .rodata\n"                                                                   \
+            ".balign 64\n"                                                                         \
+            ".global " #symbol "\n"                                                                \
+            ".hidden " #symbol "\n" #symbol ":\n"                                                  \
+            ".incbin \"" ATTN_CUBIN_DIR "/" name ".cubin\"\n"                                      \
+            ".previous\n");
+#include "cuda/kernels/mha_fwd.def"
+#undef ATTN_KERNEL
+
+#define ATTN_KERNEL(op, arch, dtype_, dqk, dv, rows_, keys_)                                       \
+    {.name = NAME(op, arch, dtype_, dqk, dv, rows_, keys_),                                        \
+     .dtype = DTYPE_##dtype_,                                                                      \
+     .d_qk = dqk,                                                                                  \
+     .d_v = dv,                                                                                    \
+     .rows = rows_,                                                                                \
+     .keys = keys_,                                                                                \
+     .shared_bytes = ATTN_MHA_FWD_SMEM(dqk, dv, rows_, keys_),                                     \
+     .cubin = CUBIN(op, arch, dtype_, dqk, dv, rows_, keys_),                                      \
+     .lock = PTHREAD_MUTEX_INITIALIZER},
+struct attn_cuda_kernel attn_mha_fwd_kernels[] = {
+#include "cuda/kernels/mha_fwd.def"
+};
+const int attn_mha_fwd_kernel_count = sizeof attn_mha_fwd_kernels / sizeof *attn_mha_fwd_kernels;
+
+#else
+
+struct attn_cuda_kernel attn_mha_fwd_kernels[1];
+const int attn_mha_fwd_kernel_count = 0;
+
+#endif
+
+static attn_status load(const struct attn_cuda_driver *cu, struct attn_cuda_kernel *kernel)
+{
+    cu_library library;
+    cu_kernel handle;
+    cu_result result = cu->library_load_data(&library, kernel->cubin, NULL, NULL, 0, NULL, NULL, 0);
+    if (!result) result = cu->library_get_kernel(&handle, library, kernel->name);
+    if (result) return attn_cuda_status(result, kernel->name);
+    atomic_store_explicit(&kernel->handle, handle, memory_order_release);
+    return ATTN_OK;
+}
+
+attn_status attn_cuda_kernel_load(struct attn_cuda_kernel *kernel, cu_device device,
+                                  cu_kernel *handle)
+{
+    uint64_t bit = (uint64_t)1 << (device & 63);
+    if (!(atomic_load_explicit(&kernel->prepared, memory_order_acquire) & bit)) {
+        const struct attn_cuda_driver *cu;
+        attn_status status;
+        ATTN_TRY(attn_cuda_driver(&cu));
+        pthread_mutex_lock(&kernel->lock);
+        status = atomic_load(&kernel->handle) ? ATTN_OK : load(cu, kernel);
+        if (!status)
+            status = attn_cuda_status(
+                cu->kernel_set_attribute(CU_KERNEL_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                                         kernel->shared_bytes, kernel->handle, device),
+                kernel->name);
+        if (!status) atomic_fetch_or_explicit(&kernel->prepared, bit, memory_order_release);
+        pthread_mutex_unlock(&kernel->lock);
+        if (status) return status;
+    }
+    *handle = atomic_load_explicit(&kernel->handle, memory_order_acquire);
+    return ATTN_OK;
+}

@@ -1,0 +1,36 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * The embedded kernels: a row for each line of a .def file, with the cubin that holds it.
+ */
+#ifndef ATTN_CUDA_MODULE_H
+#define ATTN_CUDA_MODULE_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+
+#include "cuda/driver.h"
+
+/* One mha_fwd kernel.  All but the last four members are constants. */
+struct attn_cuda_kernel {
+    const char *name;
+    int dtype;      /* enum attn_dtype */
+    int d_qk, d_v;  /* widths it holds */
+    int rows, keys; /* of a block's tile, of a step */
+    int shared_bytes;
+    const unsigned char *cubin;
+
+    pthread_mutex_t lock;
+    _Atomic(cu_kernel) handle; /* NULL until loaded */
+    _Atomic uint64_t prepared; /* a bit a device: attributes are set */
+};
+
+/* The kernels of this build; 0 of them when it was made without nvcc. */
+extern struct attn_cuda_kernel attn_mha_fwd_kernels[];
+extern const int attn_mha_fwd_kernel_count;
+
+/* Loads the kernel when it is asked for first, in any thread, and sets its attributes on `device`.
+ * Later calls take no lock. */
+attn_status attn_cuda_kernel_load(struct attn_cuda_kernel *kernel, cu_device device,
+                                  cu_kernel *handle);
+
+#endif

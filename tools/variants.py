@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: MIT
+"""Compiles the lines of a kernel list (src/cuda/kernels/*.def) to cubins and reads ptxas's report.
+
+    variants.py list DEF                          the kernels' names
+    variants.py build DEF NAME --out DIR          one kernel: DIR/NAME.cubin and DIR/NAME.ptxas
+    variants.py build DEF all --out DIR           all of them
+    variants.py report DEF --out DIR              registers, spills and bytes of what was built
+
+A spill, a stack frame or a serialised wgmma fails a kernel: each of them costs far more than the
+feature that caused it, and nothing else would show it.
+"""
+import argparse
+import pathlib
+import re
+import subprocess
+import sys
+
+LINE = re.compile(r"^ATTN_KERNEL\((\w+), (\w+), (\w+), (\d+), (\d+), (\d+), (\d+)\)")
+FIELDS = ("DTYPE", "DQK", "DV", "ROWS", "KEYS")
+# C7504-C7508: setmaxnreg ignored; C7509-C7515: wgmma serialised; C7602: too many registers.
+FATAL = re.compile(r"\(C75(0[4-9]|1[0-5])\)|\(C7602\)")
+SPILL = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+
+
+def variants(path):
+    """{kernel name: {"op": .., "DTYPE": .., "DQK": ..}} in the list's order."""
+    found = {}
+    for line in path.read_text().splitlines():
+        match = LINE.match(line)
+        if match:
+            op, arch, dtype, dqk, dv, rows, keys = match.groups()
+            name = f"attn_{op}_{arch}_{dtype}_d{dqk}x{dv}_m{rows}n{keys}"
+            found[name] = {"op": op, **dict(zip(FIELDS, (dtype, dqk, dv, rows, keys)))}
+        elif line.startswith("ATTN_KERNEL"):
+            sys.exit(f"{path}: not understood: {line}")
+    return found
+
+
+def faults(report):
+    """What in ptxas's report makes a kernel unfit."""
+    bad = [line for line in report.splitlines() if FATAL.search(line)]
+    for frame, stores, loads in SPILL.findall(report):
+        if int(frame) or int(stores) or int(loads):
+            bad.append(f"{frame} bytes stack frame, {stores} spilled, {loads} reloaded")
+    if not SPILL.search(report):
+        bad.append("no ptxas report")
+    return bad
+
+
+def build(nvcc, deflist, name, fields, out):
+    out.mkdir(parents=True, exist_ok=True)
+    source = deflist.with_name(fields["op"] + ".cu")
+    command = [nvcc, "-gencode", "arch=compute_90a,code=sm_90a", "-cubin", "-O3", "-std=c++17",
+               "-Xptxas", "-v", "-o", str(out / f"{name}.cubin"), str(source)]
+    command += [f"-DVARIANT_{field}={fields[field]}" for field in FIELDS]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    (out / f"{name}.ptxas").write_text(done.stdout)
+    if done.returncode:
+        sys.exit(f"{name}: {' '.join(command)}\n{done.stdout}")
+    bad = faults(done.stdout)
+    if bad:
+        (out / f"{name}.cubin").unlink()
+        sys.exit(f"{name}: " + "\n    ".join(bad))
+
+
+def report(deflist, out):
+    for name in variants(deflist):
+        text = (out / f"{name}.ptxas").read_text()
+        registers = re.search(r"Used (\d+) registers", text).group(1)
+        size = (out / f"{name}.cubin").stat().st_size
+        print(f"{name:48} {registers:>4} registers at entry  {size:>7} bytes")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("verb", choices=("list", "build", "report"))
+    parser.add_argument("deflist", type=pathlib.Path)
+    parser.add_argument("name", nargs="?", default="all")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("cubins"))
+    parser.add_argument("--nvcc", default="nvcc")
+    args = parser.parse_args()
+    known = variants(args.deflist)
+    if args.verb == "list":
+        print("\n".join(known))
+    elif args.verb == "report":
+        report(args.deflist, args.out)
+    else:
+        for name in known if args.name == "all" else [args.name]:
+            build(args.nvcc, args.deflist, name, known[name], args.out)
+
+
+if __name__ == "__main__":
+    main()
