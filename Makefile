@@ -5,7 +5,6 @@
 
 PYTHON ?= python3
 TORCH_VERSION ?= 2.13.0
-CUDA ?= AUTO
 JOBS ?= $(shell nproc)
 PREFIX ?= /usr/local
 DIST ?= dist
@@ -14,7 +13,7 @@ Q ?=
 
 # Scripts find the tools of .venv first.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
-export PYTHON TORCH_VERSION CUDA JOBS
+export PYTHON TORCH_VERSION JOBS
 VENV := tools/venv.sh
 BUILD := tools/build.sh
 

@@ -16,6 +16,7 @@ endif()
 
 find_path(DLPACK_DIR dlpack.h PATH_SUFFIXES dlpack NO_CACHE NO_CMAKE_FIND_ROOT_PATH
   HINTS ${DLPACK_INCLUDE} ${tvm_ffi_package_include})
+string(REGEX REPLACE "/$" "" DLPACK_DIR "${DLPACK_DIR}")
 if(NOT DLPACK_DIR)
   message(FATAL_ERROR "libattn needs dlpack.h: pip install apache-tvm-ffi into the Python that CMake "
                       "finds, or pass -DDLPACK_INCLUDE=<folder of dlpack.h>")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 #
-# `cmake --install`: headers, library, attnConfig.cmake and attn.pc.
+# `cmake --install`: headers, library, attnConfig.cmake and attn.pc.  The component `python`, which only
+# the wheel asks for, is the two shared objects under their plain names, to lie beside __init__.py.
 
 include(CMakePackageConfigHelpers)
 
@@ -24,3 +25,9 @@ file(RELATIVE_PATH ATTN_PC_PREFIX /${CMAKE_INSTALL_LIBDIR}/pkgconfig /)
 string(REGEX REPLACE "/$" "" ATTN_PC_PREFIX "${ATTN_PC_PREFIX}")
 configure_file(cmake/attn.pc.in attn.pc @ONLY)
 install(FILES "${CMAKE_CURRENT_BINARY_DIR}/attn.pc" DESTINATION ${CMAKE_INSTALL_LIBDIR}/pkgconfig)
+
+install(FILES $<TARGET_FILE:attn> RENAME libattn.so DESTINATION libattn
+  COMPONENT python EXCLUDE_FROM_ALL)
+if(TARGET attn_ffi)
+  install(TARGETS attn_ffi LIBRARY DESTINATION libattn COMPONENT python EXCLUDE_FROM_ALL)
+endif()

@@ -2,15 +2,15 @@
 # SPDX-License-Identifier: MIT
 #
 # build.sh release|asan|tsan|clang [target...]: configures build/<kind> and builds it.
-#   CUDA    AUTO, ON or OFF: GPU kernels (release only)
+#   CUDA    AUTO, ON or OFF: GPU kernels (release only); kept from the last time when not set
+#   WERROR  ON: warnings are errors; likewise
 #   JOBS    how many compilers at once
-#   WERROR  ON: warnings are errors
 set -eu
 
 kind=$1; shift
 set -- "${@:-all}"
 case $kind in
-release) options="-DATTN_CUDA=${CUDA:-AUTO}" ;;
+release) options= ;;
 asan) options="-DCMAKE_BUILD_TYPE=Sanitize -DATTN_SANITIZE=address,undefined -DATTN_CUDA=OFF -DATTN_FFI=OFF" ;;
 tsan) options="-DCMAKE_BUILD_TYPE=Sanitize -DATTN_SANITIZE=thread -DATTN_CUDA=OFF -DATTN_FFI=OFF" ;;
 clang) options="-DCMAKE_BUILD_TYPE=Debug -DCMAKE_C_COMPILER=clang -DATTN_CUDA=OFF" WERROR=ON ;;
@@ -22,7 +22,7 @@ log=$dir/configure.log
 mkdir -p "$dir"
 # shellcheck disable=SC2086
 cmake -S . -B "$dir" -G Ninja -DPython_EXECUTABLE="$PWD/.venv/bin/python" \
-    -DATTN_WERROR="${WERROR:-OFF}" $options >"$log" 2>&1 ||
+    ${WERROR:+-DATTN_WERROR=$WERROR} ${CUDA:+-DATTN_CUDA=$CUDA} $options >"$log" 2>&1 ||
     { cat "$log" >&2; exit 1; }
 grep '^-- libattn:' "$log" | sed 's/^-- //' || true
 cmake --build "$dir" --parallel "${JOBS:-2}" --target "$@"

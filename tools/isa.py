@@ -33,6 +33,14 @@ FP16_LOOKALIKES = {"vcvtps2ph", "vcvtph2ps"}
 INSTRUCTION = re.compile(r"^\s+[0-9a-f]+:\t(?:(?:lock|rep|repz|repnz|notrack|bnd|data16|cs|ds|es) )*(\w.*)$")
 
 
+def objects(build: Path) -> list[Path]:
+    """Every object that goes into libattn.so."""
+    found = sorted((build / "CMakeFiles/attn_objects.dir").rglob("*.o"))
+    if not found:
+        sys.exit(f"isa: no objects in {build}")
+    return found
+
+
 def rung_of(path: Path) -> int:
     match = RUNG_OF_FILE.search(path.name)
     return RUNGS.index(match[1]) if match else 0
@@ -65,26 +73,24 @@ def leaks(path: Path) -> list[str]:
     return [f"{path.name}: {function}: {what}" for function, what in found.items()]
 
 
-def shared_names(objects: list[Path]) -> list[str]:
-    """Global names that are not ours to share: weak ones, and ones without the attn_ prefix."""
+def shared_names(paths: list[Path]) -> list[str]:
+    """Names that reach over files and should not: inline code left as weak, names without our prefix."""
     found = []
-    for path in objects:
+    for path in paths:
         lines = subprocess.run(["nm", "--defined-only", "--format=posix", path],
                                check=True, capture_output=True, text=True).stdout.splitlines()
         for name, kind, *_ in map(str.split, lines):
-            if kind in "WVwv" or kind.isupper() and not name.startswith("attn_"):
+            if kind in "Ww" or kind.isupper() and not name.startswith(("attn_", "cubin_")):
                 found.append(f"{path.name}: {name} is visible to other files")
     return found
 
 
 def main() -> int:
-    build = Path(sys.argv[1])
-    objects = sorted((build / "CMakeFiles/attn_objects.dir").rglob("*.o"))
-    if not objects:
-        sys.exit(f"isa: no objects in {build}")
-    found = [line for path in objects for line in leaks(path)] + shared_names(objects)
-    by_rung = [sum(rung_of(path) == i for path in objects) for i in range(len(RUNGS))]
-    print("\n".join(f"isa: {line}" for line in found))
+    paths = objects(Path(sys.argv[1]))
+    found = [line for path in paths for line in leaks(path)] + shared_names(paths)
+    by_rung = [sum(rung_of(path) == i for path in paths) for i in range(len(RUNGS))]
+    for line in found:
+        print(f"isa: {line}")
     print("isa: " + ", ".join(f"{n} {rung}" for n, rung in zip(by_rung, RUNGS, strict=True) if n)
           + (" objects, each within its rung" if not found else f" objects, {len(found)} faults"))
     return bool(found)

