@@ -54,7 +54,19 @@ int ffi_status(attn_status status)
 
 ffi_args ffi_begin(const char *function, const TVMFFIAny *args, int32_t count)
 {
-    return (ffi_args){.function = function, .args = args, .count = count};
+    return (ffi_args){.function = function, .args = args, .count = count, .required = -1};
+}
+
+void ffi_optional(ffi_args *in)
+{
+    in->required = in->next;
+}
+
+/* The next argument, or NULL when it was left off. */
+static inline const TVMFFIAny *step(ffi_args *in)
+{
+    const int32_t i = in->next++;
+    return i < in->count ? &in->args[i] : NULL;
 }
 
 static void misfit(ffi_args *in, const char *name, const char *wanted, const TVMFFIAny *got)
@@ -65,16 +77,8 @@ static void misfit(ffi_args *in, const char *name, const char *wanted, const TVM
     in->found = got->type_index;
 }
 
-/* The next argument; past the end a None, and the count is wrong in ffi_end. */
-static const TVMFFIAny *step(ffi_args *in)
-{
-    static const TVMFFIAny none = {.type_index = kTVMFFINone};
-    const int32_t i = in->next++;
-    return i < in->count ? &in->args[i] : &none;
-}
-
 /* A tensor object is a TVMFFIObject header and then the DLTensor itself. */
-static const DLTensor *tensor_of(const TVMFFIAny *a)
+static inline const DLTensor *tensor_of(const TVMFFIAny *a)
 {
     if (a->type_index == kTVMFFITensor)
         return (const DLTensor *)(const void *)((const char *)a->v_obj + sizeof(TVMFFIObject));
@@ -82,9 +86,15 @@ static const DLTensor *tensor_of(const TVMFFIAny *a)
     return NULL;
 }
 
+static inline int is_whole(const TVMFFIAny *a)
+{
+    return a->type_index == kTVMFFIInt || a->type_index == kTVMFFIBool;
+}
+
 const DLTensor *ffi_tensor(ffi_args *in, const char *name)
 {
     const TVMFFIAny *a = step(in);
+    if (!a) return NULL;
     const DLTensor *t = tensor_of(a);
     if (!t) misfit(in, name, "a tensor", a);
     return t;
@@ -93,40 +103,42 @@ const DLTensor *ffi_tensor(ffi_args *in, const char *name)
 const DLTensor *ffi_tensor_or_null(ffi_args *in, const char *name)
 {
     const TVMFFIAny *a = step(in);
-    if (a->type_index == kTVMFFINone) return NULL;
+    if (!a || a->type_index == kTVMFFINone) return NULL;
     const DLTensor *t = tensor_of(a);
     if (!t) misfit(in, name, "a tensor or None", a);
     return t;
 }
 
-int64_t ffi_int64(ffi_args *in, const char *name)
+int64_t ffi_int64(ffi_args *in, const char *name, int64_t absent)
 {
     const TVMFFIAny *a = step(in);
-    if (a->type_index == kTVMFFIInt || a->type_index == kTVMFFIBool) return a->v_int64;
+    if (!a) return absent;
+    if (is_whole(a)) return a->v_int64;
     misfit(in, name, "an int of 64 bits", a);
-    return 0;
+    return absent;
 }
 
-int32_t ffi_int32(ffi_args *in, const char *name)
+int32_t ffi_int32(ffi_args *in, const char *name, int32_t absent)
 {
     const TVMFFIAny *a = step(in);
-    if (a->type_index != kTVMFFIInt && a->type_index != kTVMFFIBool) {
+    if (!a) return absent;
+    if (!is_whole(a)) {
         misfit(in, name, "an int", a);
-        return 0;
-    }
-    if (a->v_int64 < INT32_MIN || a->v_int64 > INT32_MAX) {
+    } else if (a->v_int64 < INT32_MIN || a->v_int64 > INT32_MAX) {
         if (!in->name) in->too_large = 1;
         misfit(in, name, "an int of 32 bits", a);
-        return 0;
+    } else {
+        return (int32_t)a->v_int64;
     }
-    return (int32_t)a->v_int64;
+    return absent;
 }
 
 double ffi_double(ffi_args *in, const char *name)
 {
     const TVMFFIAny *a = step(in);
+    if (!a) return 0;
     if (a->type_index == kTVMFFIFloat) return a->v_float64;
-    if (a->type_index == kTVMFFIInt || a->type_index == kTVMFFIBool) return (double)a->v_int64;
+    if (is_whole(a)) return (double)a->v_int64;
     misfit(in, name, "a float", a);
     return 0;
 }
@@ -134,10 +146,14 @@ double ffi_double(ffi_args *in, const char *name)
 int32_t ffi_bool(ffi_args *in, const char *name)
 {
     const TVMFFIAny *a = step(in);
-    if (a->type_index == kTVMFFIBool || a->type_index == kTVMFFIInt) return a->v_int64 != 0;
+    if (!a) return 0;
+    if (is_whole(a)) return a->v_int64 != 0;
     misfit(in, name, "a bool", a);
     return 0;
 }
+
+/* kTVMFFIBigInt, which the headers before 0.1.15 do not name. */
+#define FFI_BIG_INT 78
 
 static const char *type_name(int32_t type_index)
 {
@@ -160,6 +176,7 @@ static const char *type_name(int32_t type_index)
     case kTVMFFIList: return "a list or tuple";
     case kTVMFFIMap:
     case kTVMFFIDict: return "a dict";
+    case FFI_BIG_INT: return "an int beyond 64 bits";
     default: return "an object of another type";
     }
 }
@@ -167,15 +184,17 @@ static const char *type_name(int32_t type_index)
 int ffi_end(const ffi_args *in)
 {
     char message[256];
-    if (in->next != in->count) {
-        snprintf(message, sizeof message, "%s: expected %d arguments, got %d", in->function,
-                 (int)in->next, (int)in->count);
+    const int32_t least = in->required < 0 ? in->next : in->required;
+    if (in->count < least || in->count > in->next) {
+        snprintf(message, sizeof message, "%s: expected %d to %d arguments, got %d", in->function,
+                 (int)least, (int)in->next, (int)in->count);
         return ffi_raise("TypeError", message);
     }
     if (!in->name) return 0;
     snprintf(message, sizeof message, "%s: expected %s, got %s", in->name, in->wanted,
              in->too_large ? "a larger one" : type_name(in->found));
-    return ffi_raise(in->too_large ? "libattn.ArgumentError" : "TypeError", message);
+    const int bad_value = in->too_large || in->found == FFI_BIG_INT;
+    return ffi_raise(bad_value ? "libattn.ArgumentError" : "TypeError", message);
 }
 
 /* ---- results --------------------------------------------------------------------------------- */

@@ -7,6 +7,8 @@
  *   ffi_args in = ffi_begin("split_combine", args, count);
  *   call.out = ffi_tensor(&in, "out");
  *   ...
+ *   ffi_optional(&in);                           what follows may be left off at the end
+ *   ...
  *   if (ffi_end(&in)) return -1;                 the first misfit is raised here, by name
  *   return ffi_status(attn_split_combine_run(&call, ffi_stream(call.out)));
  */
@@ -29,6 +31,7 @@ typedef struct ffi_args {
     const char *function;  /* for messages */
     const TVMFFIAny *args;
     int32_t count, next;
+    int32_t required; /* arguments that may not be left off; -1: all that are read */
     /* The first argument that did not fit; later ones are still read, so that no reader needs an
      * exit of its own.  `name` is NULL while all is well. */
     const char *name, *wanted;
@@ -37,12 +40,14 @@ typedef struct ffi_args {
 } ffi_args;
 
 ffi_args ffi_begin(const char *function, const TVMFFIAny *args, int32_t count);
-const DLTensor *ffi_tensor(ffi_args *in, const char *name);         /* required */
+void ffi_optional(ffi_args *in);
+const DLTensor *ffi_tensor(ffi_args *in, const char *name);
 const DLTensor *ffi_tensor_or_null(ffi_args *in, const char *name); /* None gives NULL */
-int64_t ffi_int64(ffi_args *in, const char *name);
-int32_t ffi_int32(ffi_args *in, const char *name);
+/* `absent` is what an argument that was left off counts as. */
+int64_t ffi_int64(ffi_args *in, const char *name, int64_t absent);
+int32_t ffi_int32(ffi_args *in, const char *name, int32_t absent);
+int32_t ffi_bool(ffi_args *in, const char *name); /* bool or int; 0 or 1; 0 when left off */
 double ffi_double(ffi_args *in, const char *name); /* float, int or bool */
-int32_t ffi_bool(ffi_args *in, const char *name);  /* bool or int; 0 or 1 */
 /* 0, or -1 with TypeError (wrong type or number of arguments) or ArgumentError raised. */
 int ffi_end(const ffi_args *in);
 

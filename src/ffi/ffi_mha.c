@@ -2,9 +2,9 @@
  *
  * mha_fwd and split_combine for Python.
  *
- * The three mha_fwd functions take the same arguments, in the order of `read_mha_fwd`: tensors,
- * scalars, and last the pair that only a second call has.  A tensor that is off is None.
- * libattn/mha.py is the only caller.
+ * The three mha_fwd functions take the same arguments, in the order of `read_mha_fwd`: first what
+ * every call has, then features in groups, the rarer the later.  A call ends after the last feature
+ * it uses, as each argument costs time; a tensor that is off is None.  libattn/mha.py is the caller.
  */
 #include "ffi.h"
 
@@ -13,123 +13,130 @@
 
 #define SCRATCH_PART 256 /* alignment of each part of the scratch block */
 
-static void read_mha_fwd(struct attn_mha_fwd_args *a, ffi_args *in)
+/* Returns want_accum, which is no argument of attn_mha_fwd_args. */
+static int read_mha_fwd(struct attn_mha_fwd_args *a, ffi_args *in)
 {
     memset(a, 0, sizeof *a);
     a->size = sizeof *a;
     a->q = ffi_tensor(in, "q");
     a->k = ffi_tensor(in, "k");
     a->v = ffi_tensor(in, "v");
-    a->k_new = ffi_tensor_or_null(in, "k_new");
-    a->v_new = ffi_tensor_or_null(in, "v_new");
-    a->qv = ffi_tensor_or_null(in, "qv");
     a->out = ffi_tensor_or_null(in, "out");
     a->lse = ffi_tensor_or_null(in, "lse");
+    a->softmax_scale = ffi_double(in, "softmax_scale");
+    a->causal = ffi_bool(in, "causal");
+    a->window_left = ffi_int64(in, "window_left", -1);
+    a->window_right = ffi_int64(in, "window_right", -1);
+    a->softcap = ffi_double(in, "softcap");
+    a->attention_chunk = ffi_int64(in, "attention_chunk", 0);
+    a->num_splits = ffi_int32(in, "num_splits", 1);
+    a->threads = ffi_int32(in, "threads", 0);
+    const int want_accum = ffi_bool(in, "want_accum");
+    ffi_optional(in);
     a->cu_seqlens_q = ffi_tensor_or_null(in, "cu_seqlens_q");
     a->cu_seqlens_k = ffi_tensor_or_null(in, "cu_seqlens_k");
-    a->cu_seqlens_k_new = ffi_tensor_or_null(in, "cu_seqlens_k_new");
+    a->max_seqlen_q = ffi_int64(in, "max_seqlen_q", -1);
+    a->max_seqlen_k = ffi_int64(in, "max_seqlen_k", -1);
     a->seqused_q = ffi_tensor_or_null(in, "seqused_q");
     a->seqused_k = ffi_tensor_or_null(in, "seqused_k");
     a->page_table = ffi_tensor_or_null(in, "page_table");
     a->kv_batch_idx = ffi_tensor_or_null(in, "kv_batch_idx");
     a->leftpad_k = ffi_tensor_or_null(in, "leftpad_k");
+    a->k_new = ffi_tensor_or_null(in, "k_new");
+    a->v_new = ffi_tensor_or_null(in, "v_new");
+    a->cu_seqlens_k_new = ffi_tensor_or_null(in, "cu_seqlens_k_new");
     a->rotary_cos = ffi_tensor_or_null(in, "rotary_cos");
     a->rotary_sin = ffi_tensor_or_null(in, "rotary_sin");
     a->seqlens_rotary = ffi_tensor_or_null(in, "seqlens_rotary");
+    a->rotary_interleaved = ffi_bool(in, "rotary_interleaved");
+    a->qv = ffi_tensor_or_null(in, "qv");
     a->q_descale = ffi_tensor_or_null(in, "q_descale");
     a->k_descale = ffi_tensor_or_null(in, "k_descale");
     a->v_descale = ffi_tensor_or_null(in, "v_descale");
     a->sinks = ffi_tensor_or_null(in, "sinks");
+    a->cp_world_size = ffi_int32(in, "cp_world_size", 1);
+    a->cp_rank = ffi_int32(in, "cp_rank", 0);
     a->cp_tot_seqused_k = ffi_tensor_or_null(in, "cp_tot_seqused_k");
     a->scheduler_metadata = ffi_tensor_or_null(in, "scheduler_metadata");
-    a->softmax_scale = ffi_double(in, "softmax_scale");
-    a->softcap = ffi_double(in, "softcap");
-    a->max_seqlen_q = ffi_int64(in, "max_seqlen_q");
-    a->max_seqlen_k = ffi_int64(in, "max_seqlen_k");
-    a->window_left = ffi_int64(in, "window_left");
-    a->window_right = ffi_int64(in, "window_right");
-    a->attention_chunk = ffi_int64(in, "attention_chunk");
-    a->causal = ffi_bool(in, "causal");
-    a->rotary_interleaved = ffi_bool(in, "rotary_interleaved");
-    a->num_splits = ffi_int32(in, "num_splits");
-    a->pack_gqa = ffi_int32(in, "pack_gqa");
-    a->sm_margin = ffi_int32(in, "sm_margin");
-    a->cp_world_size = ffi_int32(in, "cp_world_size");
-    a->cp_rank = ffi_int32(in, "cp_rank");
-    a->threads = ffi_int32(in, "threads");
+    a->pack_gqa = ffi_int32(in, "pack_gqa", -1);
+    a->sm_margin = ffi_int32(in, "sm_margin", 0);
     a->out_accum = ffi_tensor_or_null(in, "out_accum");
     a->lse_accum = ffi_tensor_or_null(in, "lse_accum");
+    return want_accum;
 }
 
-/* ---- partial results in scratch ------------------------------------------------------------------ */
+/* ---- outputs in scratch ---------------------------------------------------------------------- */
 
-/* The fp32 tensors of split partial results when the caller does not want to see them. */
-typedef struct accum_parts {
-    DLTensor out, lse;
-    int64_t out_shape[5], out_strides[5], lse_shape[4], lse_strides[4];
-    int64_t out_bytes, lse_bytes;
-} accum_parts;
+/* A contiguous fp32 tensor that the caller does not want to see. */
+typedef struct hidden_tensor {
+    DLTensor tensor;
+    int64_t shape[5], strides[5];
+    int64_t bytes; /* rounded up to SCRATCH_PART; 0: not there */
+} hidden_tensor;
 
-/* Contiguous fp32 tensor on q's device; its bytes, or -1 past 2^62. */
-static int64_t shape_accum(DLTensor *t, int64_t *shape, int64_t *strides, int32_t ndim,
-                           DLDevice device)
-{
-    *t = (DLTensor){.device = device,
-                    .ndim = ndim,
-                    .dtype = {.code = kDLFloat, .bits = 32, .lanes = 1},
-                    .shape = shape,
-                    .strides = strides};
-    int64_t n = 1;
-    for (int32_t i = ndim - 1; i >= 0; i--) {
-        strides[i] = n;
-        if (__builtin_mul_overflow(n, shape[i], &n) || n > ((int64_t)1 << 60)) return -1;
-    }
-    return (n * 4 + SCRATCH_PART - 1) / SCRATCH_PART * SCRATCH_PART;
-}
-
-/* Shapes from q, v and the plan: [splits, b, h_q, s_q, d_v], packed q: [splits, h_q, t_q, d_v]. */
-static int lay_out_accum(accum_parts *parts, const struct attn_mha_fwd_args *a, int64_t splits)
+/* Shape [splits (0: none), (b,) h_q, s_q or t_q, width (0: none)] from q; -1 past 2^62 bytes. */
+static int lay_out(hidden_tensor *h, const struct attn_mha_fwd_args *a, int64_t splits,
+                   int64_t width)
 {
     const int packed = a->cu_seqlens_q != NULL;
     const DLTensor *q = a->q;
-    int64_t *s = parts->out_shape;
-    int32_t n = 0;
-    s[n++] = splits;
-    if (!packed) s[n++] = q->shape[0];
-    s[n++] = q->shape[packed ? 1 : 2];
-    s[n++] = q->shape[packed ? 0 : 1];
-    memcpy(parts->lse_shape, s, (size_t)n * sizeof *s);
-    s[n] = a->v->shape[a->v->ndim - 1];
-    parts->lse_bytes = shape_accum(&parts->lse, parts->lse_shape, parts->lse_strides, n, q->device);
-    parts->out_bytes =
-        shape_accum(&parts->out, parts->out_shape, parts->out_strides, n + 1, q->device);
-    if (parts->lse_bytes < 0 || parts->out_bytes < 0)
-        return ffi_raise("MemoryError", "num_splits: partial results too large");
+    int32_t ndim = 0;
+    if (splits) h->shape[ndim++] = splits;
+    if (!packed) h->shape[ndim++] = q->shape[0];
+    h->shape[ndim++] = q->shape[packed ? 1 : 2];
+    h->shape[ndim++] = q->shape[packed ? 0 : 1];
+    if (width) h->shape[ndim++] = width;
+    h->tensor = (DLTensor){.device = q->device,
+                           .ndim = ndim,
+                           .dtype = {.code = kDLFloat, .bits = 32, .lanes = 1},
+                           .shape = h->shape,
+                           .strides = h->strides};
+    int64_t n = 1;
+    for (int32_t i = ndim - 1; i >= 0; i--) {
+        h->strides[i] = n;
+        if (__builtin_mul_overflow(n, h->shape[i], &n) || n > ((int64_t)1 << 58))
+            return ffi_raise("MemoryError", "partial results too large");
+    }
+    h->bytes = (n * 4 + SCRATCH_PART - 1) / SCRATCH_PART * SCRATCH_PART;
     return 0;
 }
 
-/* Runs with the workspace, and with the partial results when the caller gave none, in scratch. */
+/* Runs with the workspace in scratch, and there too the outputs that the caller left out: the lse,
+ * and the partial results of a split call. */
 static int run_in_scratch(struct attn_mha_fwd_args *a, const struct attn_mha_fwd_plan *plan)
 {
-    accum_parts parts = {.out_bytes = 0, .lse_bytes = 0};
-    const int own_accum = plan->splits > 1 && !a->out_accum && !a->lse_accum;
-    if (own_accum && lay_out_accum(&parts, a, plan->splits)) return -1;
+    hidden_tensor lse, out_accum, lse_accum;
+    const int hide_lse = !a->lse;
+    const int hide_accum = plan->splits > 1 && !a->out_accum && !a->lse_accum;
+    lse.bytes = out_accum.bytes = lse_accum.bytes = 0;
+    if (hide_lse && lay_out(&lse, a, 0, 0)) return -1;
+    if (hide_accum) {
+        if (lay_out(&out_accum, a, plan->splits, a->v->shape[a->v->ndim - 1])) return -1;
+        if (lay_out(&lse_accum, a, plan->splits, 0)) return -1;
+    }
 
-    const int64_t part = SCRATCH_PART;
-    int64_t workspace = (plan->workspace_bytes + part - 1) / part * part, bytes;
-    if (__builtin_add_overflow(parts.out_bytes + parts.lse_bytes, workspace, &bytes))
+    const int64_t part = SCRATCH_PART, own = (plan->workspace_bytes + part - 1) / part * part;
+    int64_t bytes = lse.bytes + out_accum.bytes + lse_accum.bytes;
+    if (__builtin_add_overflow(bytes, own, &bytes))
         return ffi_raise("MemoryError", "workspace too large");
     ffi_scratch scratch;
     if (ffi_scratch_take(&scratch, a->q, bytes)) return -1;
     char *at = scratch.memory;
-    if (own_accum) {
-        parts.out.data = at + workspace;
-        parts.lse.data = at + workspace + parts.out_bytes;
-        a->out_accum = &parts.out;
-        a->lse_accum = &parts.lse;
+    void *const workspace = own ? at : NULL;
+    at += own;
+    if (hide_lse) {
+        lse.tensor.data = at;
+        a->lse = &lse.tensor;
+        at += lse.bytes;
     }
-    const attn_status status = attn_mha_fwd_run(a, plan, workspace ? at : NULL,
-                                                plan->workspace_bytes, ffi_stream(a->q));
+    if (hide_accum) {
+        out_accum.tensor.data = at;
+        lse_accum.tensor.data = at + out_accum.bytes;
+        a->out_accum = &out_accum.tensor;
+        a->lse_accum = &lse_accum.tensor;
+    }
+    const attn_status status =
+        attn_mha_fwd_run(a, plan, workspace, plan->workspace_bytes, ffi_stream(a->q));
     ffi_scratch_give(&scratch);
     return ffi_status(status);
 }
@@ -141,7 +148,7 @@ static int run_in_scratch(struct attn_mha_fwd_args *a, const struct attn_mha_fwd
                                     TVMFFIAny *result);                                            \
     int __tvm_ffi_##name(void *self, const TVMFFIAny *args, int32_t count, TVMFFIAny *result)
 
-/* mha_fwd(..., want_accum) -> int.  0: done.  n > 1: nothing ran, as the caller wants the partial
+/* mha_fwd(...) -> int.  0: done.  n > 1: nothing ran, as the caller wants the partial
  * results of what will be n splits; call again with out_accum and lse_accum. */
 FFI_FUNCTION(mha_fwd)
 {
@@ -149,8 +156,7 @@ FFI_FUNCTION(mha_fwd)
     struct attn_mha_fwd_args a;
     struct attn_mha_fwd_plan plan;
     ffi_args in = ffi_begin("mha_fwd", args, count);
-    read_mha_fwd(&a, &in);
-    const int want_accum = ffi_bool(&in, "want_accum");
+    const int want_accum = read_mha_fwd(&a, &in);
     if (ffi_end(&in)) return -1;
 
     plan.size = sizeof plan;
@@ -164,7 +170,7 @@ FFI_FUNCTION(mha_fwd)
     return 0;
 }
 
-/* mha_fwd_plan(..., want_accum) -> "kernel splits workspace_bytes piece".  Out and lse may be None. */
+/* mha_fwd_plan(...) -> "kernel splits workspace_bytes piece".  Out and lse may be None. */
 FFI_FUNCTION(mha_fwd_plan)
 {
     (void)self;
@@ -172,7 +178,6 @@ FFI_FUNCTION(mha_fwd_plan)
     struct attn_mha_fwd_plan plan;
     ffi_args in = ffi_begin("mha_fwd_plan", args, count);
     read_mha_fwd(&a, &in);
-    ffi_bool(&in, "want_accum");
     if (ffi_end(&in)) return -1;
     plan.size = sizeof plan;
     if (ffi_status(attn_mha_fwd_plan(&a, &plan))) return -1;
@@ -182,14 +187,13 @@ FFI_FUNCTION(mha_fwd_plan)
     return ffi_return_text(result, text);
 }
 
-/* mha_fwd_ref(..., want_accum) -> 0: the scalar oracle, CPU tensors only; it never splits. */
+/* mha_fwd_ref(...) -> 0: the scalar oracle, CPU tensors only; it never splits. */
 FFI_FUNCTION(mha_fwd_ref)
 {
     (void)self;
     struct attn_mha_fwd_args a;
     ffi_args in = ffi_begin("mha_fwd_ref", args, count);
     read_mha_fwd(&a, &in);
-    ffi_bool(&in, "want_accum");
     if (ffi_end(&in)) return -1;
     ffi_return_int(result, 0);
     return ffi_status(attn_mha_fwd_ref(&a));
@@ -205,7 +209,7 @@ FFI_FUNCTION(split_combine)
     a.lse_partial = ffi_tensor(&in, "lse_partial");
     a.out = ffi_tensor(&in, "out");
     a.lse = ffi_tensor(&in, "lse");
-    a.threads = ffi_int32(&in, "threads");
+    a.threads = ffi_int32(&in, "threads", 0);
     if (ffi_end(&in)) return -1;
     return ffi_status(attn_split_combine_run(&a, ffi_stream(a.out)));
 }
@@ -215,11 +219,14 @@ FFI_FUNCTION(mha_metadata_length)
 {
     (void)self;
     ffi_args in = ffi_begin("mha_metadata_length", args, count);
-    const int64_t b = ffi_int64(&in, "batch_size"), s_q = ffi_int64(&in, "max_seqlen_q");
-    const int64_t s_k = ffi_int64(&in, "max_seqlen_k"), d_qk = ffi_int64(&in, "headdim");
+    const int64_t b = ffi_int64(&in, "batch_size", 0);
+    const int64_t s_q = ffi_int64(&in, "max_seqlen_q", 0);
+    const int64_t s_k = ffi_int64(&in, "max_seqlen_k", 0);
+    const int64_t d_qk = ffi_int64(&in, "headdim", 0);
     const int32_t paged = ffi_bool(&in, "page_size"), causal = ffi_bool(&in, "causal");
-    const int64_t left = ffi_int64(&in, "window_left"), right = ffi_int64(&in, "window_right");
-    const int64_t chunk = ffi_int64(&in, "attention_chunk");
+    const int64_t left = ffi_int64(&in, "window_left", -1);
+    const int64_t right = ffi_int64(&in, "window_right", -1);
+    const int64_t chunk = ffi_int64(&in, "attention_chunk", 0);
     if (ffi_end(&in)) return -1;
     if (b < 0 || b > INT32_MAX) {
         return ffi_raise("libattn.ArgumentError", "batch_size: expected in [0, 2^31)");

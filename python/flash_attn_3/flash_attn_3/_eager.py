@@ -22,11 +22,12 @@ def unit_stride_value(v):
     return v.contiguous()
 
 
-def default_scale(q, qv=None):
-    """Width of the score's products to the power -1/2: d_qk, plus d_v when there is qv."""
-    width = q.shape[-1] if q.dim() else 1
-    if qv is not None and qv.dim():
-        width += qv.shape[-1]
+def score_scale(softmax_scale, q, qv):
+    """softmax_scale, or for None with qv (d_qk + d_v)^-1/2; None without qv stays None, which is
+    d_qk^-1/2 in the operators."""
+    if softmax_scale is not None or qv is None:
+        return softmax_scale
+    width = q.shape[-1] + qv.shape[-1]
     return width**-0.5 if width > 0 else 1.0
 
 
@@ -88,46 +89,49 @@ def raw_forward(
     cp_tot_seqused_k=None,
 ):
     """flash_attn_3::fwd: (out, lse, out_accum, lse_accum); the pair is empty without splits."""
-    out, lse, out_accum, lse_accum = mha.mha_fwd(
+    out, lse, out_accum, lse_accum = mha.attend(
         q,
         k,
         v,
-        default_scale(q) if softmax_scale is None else softmax_scale,
+        softmax_scale,
         is_causal,
         window_size_left,
         window_size_right,
         softcap,
         attention_chunk or 0,
         num_splits,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        length(max_seqlen_q),
-        length(max_seqlen_k),
-        seqused_q,
-        seqused_k,
-        page_table,
-        kv_batch_idx,
-        leftpad_k,
-        k_new,
-        v_new,
-        cu_seqlens_k_new,
-        rotary_cos,
-        rotary_sin,
-        seqlens_rotary,
-        is_rotary_interleaved,
-        qv,
-        q_descale,
-        k_descale,
-        v_descale,
-        sinks,
-        cp_world_size,
-        cp_rank,
-        cp_tot_seqused_k,
-        scheduler_metadata,
-        -1 if pack_gqa is None else pack_gqa,
-        sm_margin,
         out,
         True,
+        True,
+        (
+            cu_seqlens_q,
+            cu_seqlens_k,
+            length(max_seqlen_q),
+            length(max_seqlen_k),
+            seqused_q,
+            seqused_k,
+            page_table,
+            kv_batch_idx,
+            leftpad_k,
+            k_new,
+            v_new,
+            cu_seqlens_k_new,
+            rotary_cos,
+            rotary_sin,
+            seqlens_rotary,
+            is_rotary_interleaved,
+            qv,
+            q_descale,
+            k_descale,
+            v_descale,
+            sinks,
+            cp_world_size,
+            cp_rank,
+            cp_tot_seqused_k,
+            scheduler_metadata,
+            -1 if pack_gqa is None else pack_gqa,
+            sm_margin,
+        ),
     )
     if out_accum is None:
         out_accum = lse.new_empty(0)

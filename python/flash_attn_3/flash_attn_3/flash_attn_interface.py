@@ -15,7 +15,7 @@ from libattn import NotBuiltError, mha, musa
 
 from . import _C as _operators  # registers torch.ops.flash_attn_3
 from . import _eager
-from ._eager import default_scale, length, unit_stride, unit_stride_value, window_sides
+from ._eager import length, score_scale, unit_stride, unit_stride_value, window_sides
 
 __all__ = [
     "FlashAttnFunc",
@@ -34,7 +34,11 @@ _Parameter = torch.nn.Parameter
 _is_traced = torch.compiler.is_dynamo_compiling
 _modes = torch._C._len_torch_dispatch_stack
 _grad_on = torch.is_grad_enabled
-_mha_fwd = mha.mha_fwd
+_attend = mha.attend
+_ABSENT = list(mha.FEATURES.values())
+_NAMES = list(mha.FEATURES)
+_NO_LENGTHS = _ABSENT[: _NAMES.index("qv")]
+_NO_APPEND = _ABSENT[_NAMES.index("kv_batch_idx") : _NAMES.index("qv")]
 
 
 # ---- the four ways ---------------------------------------------------------------------------------
@@ -45,8 +49,8 @@ def _wants_grad(q, k, v, qv=None, sinks=None):
         q.requires_grad
         or k.requires_grad
         or v.requires_grad
-        or (qv is not None and qv.requires_grad)
-        or (sinks is not None and sinks.requires_grad)
+        or getattr(qv, "requires_grad", False)
+        or getattr(sinks, "requires_grad", False)
     )
 
 
@@ -61,6 +65,14 @@ def _direct(q, k, v, qv=None, sinks=None):
         and not _modes()
         and not (_grad_on() and _wants_grad(q, k, v, qv, sinks))
     )
+
+
+def _on_musa(q):
+    """Whether q lies on MUSA; TypeError when it lies nowhere."""
+    try:
+        return not _is_traced() and q.device.type == "musa"
+    except AttributeError:
+        raise TypeError(f"q: expected a tensor, got {type(q).__name__}") from None
 
 
 def _by_class(q, k, v, qv, sinks):
@@ -78,7 +90,7 @@ def _forward(*args):
     least, by the first way that is open."""
     if _direct(*args[:3]):
         return _eager.forward(*args)
-    if not _is_traced() and args[0].device.type == "musa":
+    if _on_musa(args[0]):
         raise NotBuiltError("_flash_attn_forward: MATE has no such function for tensors on MUSA")
     if len(args) > 34 and (args[34] is not None or args[35] > 1):
         return torch.ops.flash_attn_3._flash_attn_forward_ext(*args)
@@ -149,7 +161,7 @@ class FlashAttnFunc(torch.autograd.Function):
         cp_tot_seqused_k=None,
     ):
         left, right = window_sides(window_size)
-        scale = default_scale(q, qv) if softmax_scale is None else softmax_scale
+        scale = score_scale(softmax_scale, q, qv)
         out, lse, *_ = _forward(
             *(q, k, v, None, None, qv, None),
             *(None,) * 13,
@@ -206,7 +218,7 @@ class FlashAttnVarlenFunc(torch.autograd.Function):
         out=None,
     ):
         left, right = window_sides(window_size)
-        scale = default_scale(q, qv) if softmax_scale is None else softmax_scale
+        scale = score_scale(softmax_scale, q, qv)
         if out is not None:
             ctx.mark_dirty(out)
         out, lse, *_ = _forward(
@@ -251,7 +263,7 @@ class FlashAttnQKVPackedFunc(torch.autograd.Function):
     ):
         q, k, v = _unpack(qkv, num_heads_q)
         left, right = window_sides(window_size)
-        scale = default_scale(q) if softmax_scale is None else softmax_scale
+        scale = softmax_scale
         out, lse, *_ = _forward(
             *(q, k, v),
             *(None,) * 17,
@@ -321,11 +333,38 @@ def flash_attn_func(
         sinks = s_aux
     if _direct(q, k, v, qv, sinks):
         left, right = window_sides(window_size)
-        out, lse = _mha_fwd(
+        features = ()
+        if (
+            qv is not None
+            or q_descale is not None
+            or k_descale is not None
+            or v_descale is not None
+            or sinks is not None
+            or cp_world_size != 1
+            or cp_tot_seqused_k is not None
+            or pack_gqa is not None
+            or sm_margin != 0
+        ):
+            features = (
+                *_NO_LENGTHS,
+                qv,
+                q_descale,
+                k_descale,
+                v_descale,
+                sinks,
+                cp_world_size,
+                cp_rank,
+                cp_tot_seqused_k,
+                None,
+                -1 if pack_gqa is None else pack_gqa,
+                sm_margin,
+            )
+        with_lse = return_attn_probs or return_softmax_lse
+        out, lse, _, _ = _attend(
             q if q.is_contiguous() else unit_stride(q),
             k if k.is_contiguous() else unit_stride(k),
             v if v.is_contiguous() else unit_stride_value(v),
-            default_scale(q, qv) if softmax_scale is None else softmax_scale,
+            softmax_scale if qv is None else score_scale(softmax_scale, q, qv),
             causal,
             left,
             right,
@@ -333,34 +372,11 @@ def flash_attn_func(
             attention_chunk or 0,
             num_splits,
             None,
-            None,
-            -1,
-            -1,
-            None,
-            None,
-            None,
-            None,
-            None,
-            None,
-            None,
-            None,
-            None,
-            None,
-            None,
+            with_lse,
             False,
-            qv,
-            q_descale,
-            k_descale,
-            v_descale,
-            sinks,
-            cp_world_size,
-            cp_rank,
-            cp_tot_seqused_k,
-            None,
-            -1 if pack_gqa is None else pack_gqa,
-            sm_margin,
+            features,
         )
-    elif not _is_traced() and q.device.type == "musa":
+    elif _on_musa(q):
         return musa.flash_attn_varlen_func(
             q=q,
             k=k,
@@ -392,7 +408,7 @@ def flash_attn_func(
         )
     else:
         left, right = window_sides(window_size)
-        scale = default_scale(q, qv) if softmax_scale is None else softmax_scale
+        scale = score_scale(softmax_scale, q, qv)
         out, lse, _, _ = _forward(
             *(q, k, v, None, None, qv, None),
             *(None,) * 13,
@@ -457,47 +473,62 @@ def flash_attn_varlen_func(
         page_table = block_table
     if _direct(q, k, v, qv, sinks):
         left, right = window_sides(window_size)
-        out, lse = _mha_fwd(
+        features = (
+            unit_stride(cu_seqlens_q),
+            unit_stride(cu_seqlens_k),
+            max_seqlen_q if type(max_seqlen_q) is int else length(max_seqlen_q),
+            max_seqlen_k if type(max_seqlen_k) is int else length(max_seqlen_k),
+        )
+        if (
+            seqused_q is not None
+            or seqused_k is not None
+            or page_table is not None
+            or qv is not None
+            or q_descale is not None
+            or k_descale is not None
+            or v_descale is not None
+            or sinks is not None
+            or cp_world_size != 1
+            or cp_tot_seqused_k is not None
+            or scheduler_metadata is not None
+            or pack_gqa is not None
+            or sm_margin != 0
+        ):
+            features = (
+                *features,
+                unit_stride(seqused_q),
+                unit_stride(seqused_k),
+                unit_stride(page_table),
+                *_NO_APPEND,
+                qv,
+                q_descale,
+                k_descale,
+                v_descale,
+                sinks,
+                cp_world_size,
+                cp_rank,
+                cp_tot_seqused_k,
+                scheduler_metadata,
+                -1 if pack_gqa is None else pack_gqa,
+                sm_margin,
+            )
+        out, lse, _, _ = _attend(
             q if q.is_contiguous() else unit_stride(q),
             k if k.is_contiguous() else unit_stride(k),
             v if v.is_contiguous() else unit_stride_value(v),
-            default_scale(q, qv) if softmax_scale is None else softmax_scale,
+            softmax_scale if qv is None else score_scale(softmax_scale, q, qv),
             causal,
             left,
             right,
             softcap,
             attention_chunk or 0,
             num_splits,
-            unit_stride(cu_seqlens_q),
-            unit_stride(cu_seqlens_k),
-            max_seqlen_q if type(max_seqlen_q) is int else length(max_seqlen_q),
-            max_seqlen_k if type(max_seqlen_k) is int else length(max_seqlen_k),
-            unit_stride(seqused_q),
-            unit_stride(seqused_k),
-            unit_stride(page_table),
-            None,
-            None,
-            None,
-            None,
-            None,
-            None,
-            None,
-            None,
-            False,
-            qv,
-            q_descale,
-            k_descale,
-            v_descale,
-            sinks,
-            cp_world_size,
-            cp_rank,
-            cp_tot_seqused_k,
-            scheduler_metadata,
-            -1 if pack_gqa is None else pack_gqa,
-            sm_margin,
             out,
+            return_attn_probs or return_softmax_lse,
+            False,
+            features,
         )
-    elif not _is_traced() and q.device.type == "musa":
+    elif _on_musa(q):
         return musa.flash_attn_varlen_func(
             q=q,
             k=k,
@@ -543,7 +574,7 @@ def flash_attn_varlen_func(
             )
         else:
             left, right = window_sides(window_size)
-            scale = default_scale(q, qv) if softmax_scale is None else softmax_scale
+            scale = score_scale(softmax_scale, q, qv)
             out, lse, _, _ = _forward(
                 *(q, k, v, None, None, qv, out, cu_seqlens_q, cu_seqlens_k, None),
                 *(seqused_q, seqused_k, max_seqlen_q, max_seqlen_k, page_table),
@@ -667,12 +698,12 @@ def flash_attn_with_kvcache(
     last two empty unless the call was split.  Raises AssertionError when a cache's last stride is
     not 1.  There is no gradient.
     """
-    assert k_cache.stride(-1) == 1, "k_cache must have contiguous last dimension"
-    assert v_cache.stride(-1) == 1, "v_cache must have contiguous last dimension"
+    assert k_cache.is_contiguous() or k_cache.stride(-1) == 1, "k_cache: expected last stride 1"
+    assert v_cache.is_contiguous() or v_cache.stride(-1) == 1, "v_cache: expected last stride 1"
     if sinks is None:
         sinks = s_aux
     direct = _direct(q, k_cache, v_cache, qv, sinks)
-    if not direct and not _is_traced() and q.device.type == "musa":
+    if not direct and _on_musa(q):
         return musa.flash_attn_with_kvcache(
             q=q,
             k_cache=k_cache,
@@ -710,15 +741,64 @@ def flash_attn_with_kvcache(
             cp_tot_seqused_k=cp_tot_seqused_k,
         )
     left, right = window_sides(window_size)
-    if softmax_scale is None:
-        softmax_scale = default_scale(q, qv)
+    softmax_scale = score_scale(softmax_scale, q, qv)
     if isinstance(cache_seqlens, int):
         batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
         cache_seqlens = torch.full(
             (batch,), cache_seqlens, dtype=torch.int32, device=k_cache.device
         )
     if direct:
-        result = _mha_fwd(
+        features = (
+            unit_stride(cu_seqlens_q),
+            None,
+            -1 if max_seqlen_q is None else int(max_seqlen_q),
+            -1,
+            None,
+            unit_stride(cache_seqlens),
+            unit_stride(page_table),
+        )
+        if (
+            k is not None
+            or v is not None
+            or cache_batch_idx is not None
+            or cache_leftpad is not None
+            or rotary_cos is not None
+            or rotary_sin is not None
+            or qv is not None
+            or q_descale is not None
+            or k_descale is not None
+            or v_descale is not None
+            or sinks is not None
+            or cp_world_size != 1
+            or cp_tot_seqused_k is not None
+            or scheduler_metadata is not None
+            or pack_gqa is not None
+            or sm_margin != 0
+        ):
+            features = (
+                *features,
+                unit_stride(cache_batch_idx),
+                unit_stride(cache_leftpad),
+                unit_stride(k),
+                unit_stride(v),
+                unit_stride(cu_seqlens_k_new),
+                unit_stride(rotary_cos),
+                unit_stride(rotary_sin),
+                unit_stride(rotary_seqlens),
+                rotary_interleaved,
+                qv,
+                q_descale,
+                k_descale,
+                v_descale,
+                sinks,
+                cp_world_size,
+                cp_rank,
+                cp_tot_seqused_k,
+                scheduler_metadata,
+                -1 if pack_gqa is None else pack_gqa,
+                sm_margin,
+            )
+        result = _attend(
             q if q.is_contiguous() else unit_stride(q),
             k_cache,
             v_cache,
@@ -729,35 +809,10 @@ def flash_attn_with_kvcache(
             softcap,
             attention_chunk or 0,
             num_splits,
-            unit_stride(cu_seqlens_q),
-            None,
-            -1 if max_seqlen_q is None else int(max_seqlen_q),
-            -1,
-            None,
-            unit_stride(cache_seqlens),
-            unit_stride(page_table),
-            unit_stride(cache_batch_idx),
-            unit_stride(cache_leftpad),
-            unit_stride(k),
-            unit_stride(v),
-            unit_stride(cu_seqlens_k_new),
-            unit_stride(rotary_cos),
-            unit_stride(rotary_sin),
-            unit_stride(rotary_seqlens),
-            rotary_interleaved,
-            qv,
-            q_descale,
-            k_descale,
-            v_descale,
-            sinks,
-            cp_world_size,
-            cp_rank,
-            cp_tot_seqused_k,
-            scheduler_metadata,
-            -1 if pack_gqa is None else pack_gqa,
-            sm_margin,
             None,
             return_softmax_lse,
+            return_softmax_lse,
+            features,
         )
         if not return_softmax_lse:
             return result[0]

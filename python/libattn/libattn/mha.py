@@ -26,156 +26,170 @@ except ImportError:  # pragma: no cover
         return torch.empty_strided(shape, strides, dtype=dtype, device="cpu")
 
 
-def _outputs(q, v):
-    """out and lse for q [b, s_q, h_q, d_qk] or [t_q, h_q, d_qk] and v [..., d_v].
+FEATURES = {
+    "cu_seqlens_q": None,
+    "cu_seqlens_k": None,
+    "max_seqlen_q": -1,
+    "max_seqlen_k": -1,
+    "seqused_q": None,
+    "seqused_k": None,
+    "page_table": None,
+    "kv_batch_idx": None,
+    "leftpad_k": None,
+    "k_new": None,
+    "v_new": None,
+    "cu_seqlens_k_new": None,
+    "rotary_cos": None,
+    "rotary_sin": None,
+    "seqlens_rotary": None,
+    "rotary_interleaved": False,
+    "qv": None,
+    "q_descale": None,
+    "k_descale": None,
+    "v_descale": None,
+    "sinks": None,
+    "cp_world_size": 1,
+    "cp_rank": 0,
+    "cp_tot_seqused_k": None,
+    "scheduler_metadata": None,
+    "pack_gqa": -1,
+    "sm_margin": 0,
+}
 
-    out has q's shape with d_v last, q's dtype or bf16 for fp8; lse is fp32 [b, h_q, s_q] or
-    [h_q, t_q]; both contiguous.  None twice when q or v is not such a tensor.
+
+def attend(
+    q,
+    k,
+    v,
+    softmax_scale,
+    causal,
+    window_left,
+    window_right,
+    softcap,
+    attention_chunk,
+    num_splits,
+    out,
+    want_lse,
+    want_accum=False,
+    features=(),
+    use=_native.mha_fwd,
+):
+    """mha_fwd for callers in a hurry: all by position, back come (out, lse, out_accum, lse_accum).
+
+    `features` are values in the order of FEATURES, up to the last one in use.  The lse is None
+    unless wanted, the partial results also when the call was not split.  `use` is the native
+    function that gets the arguments.
     """
+    lse = None
     try:
         shape = q.shape
-        d_v = v.shape[-1]
-        dtype = q.dtype
-        if dtype is _float8:
-            dtype = _bfloat16
         if len(shape) == 4:
-            b, s_q, h_q, _ = shape
-            row = h_q * d_v
-            head = (b, h_q, s_q)
-            if q.is_cpu:
-                return (
-                    _empty_strided_cpu((b, s_q, h_q, d_v), (s_q * row, row, d_v, 1), dtype),
-                    _empty_strided_cpu(head, (h_q * s_q, s_q, 1), _float32),
-                )
+            b, s_q, h_q, d_qk = shape
+            heads = (b, h_q, s_q)
         else:
-            t_q, h_q, _ = shape
-            head = (h_q, t_q)
+            s_q, h_q, d_qk = shape
+            heads = (h_q, s_q)
+        if softmax_scale is None:
+            softmax_scale = d_qk**-0.5 if d_qk else 1.0
+        if out is None:
+            d_v = v.shape[-1]
+            dtype = q.dtype
+            if dtype is _float8:
+                dtype = _bfloat16
             if q.is_cpu:
-                return (
-                    _empty_strided_cpu((t_q, h_q, d_v), (h_q * d_v, d_v, 1), dtype),
-                    _empty_strided_cpu(head, (t_q, 1), _float32),
-                )
-        device = q.device
-        return (
-            torch.empty((*shape[:-1], d_v), dtype=dtype, device=device),
-            torch.empty(head, dtype=_float32, device=device),
-        )
+                row = h_q * d_v
+                if len(shape) == 4:
+                    out = _empty_strided_cpu((b, s_q, h_q, d_v), (s_q * row, row, d_v, 1), dtype)
+                else:
+                    out = _empty_strided_cpu((s_q, h_q, d_v), (row, d_v, 1), dtype)
+            else:
+                out = torch.empty((*shape[:-1], d_v), dtype=dtype, device=q.device)
+        if want_lse:
+            lse = torch.empty(heads, dtype=_float32, device=q.device)
     except (AttributeError, IndexError, ValueError):
-        return None, None
+        softmax_scale = 1.0  # q or v is no such tensor; the native function says so
+
+    args = (
+        q,
+        k,
+        v,
+        out,
+        lse,
+        softmax_scale,
+        causal,
+        window_left,
+        window_right,
+        softcap,
+        attention_chunk,
+        num_splits,
+        _threads(),
+        want_accum,
+    )
+    splits = use(*args, *features) if features else use(*args)
+    if not splits:
+        return out, lse, None, None
+    absent = tuple(FEATURES.values())[len(features) :]
+    lse_accum = lse.new_empty((splits, *heads))
+    out_accum = lse.new_empty((splits, *heads, v.shape[-1]))
+    use(*args[:-1], False, *features, *absent, out_accum, lse_accum)
+    return out, lse, out_accum, lse_accum
 
 
 def mha_fwd(
     q,
     k,
     v,
-    softmax_scale,
+    softmax_scale=None,
     causal=False,
     window_left=-1,
     window_right=-1,
     softcap=0.0,
     attention_chunk=0,
     num_splits=1,
-    cu_seqlens_q=None,
-    cu_seqlens_k=None,
-    max_seqlen_q=-1,
-    max_seqlen_k=-1,
-    seqused_q=None,
-    seqused_k=None,
-    page_table=None,
-    kv_batch_idx=None,
-    leftpad_k=None,
-    k_new=None,
-    v_new=None,
-    cu_seqlens_k_new=None,
-    rotary_cos=None,
-    rotary_sin=None,
-    seqlens_rotary=None,
-    rotary_interleaved=False,
-    qv=None,
-    q_descale=None,
-    k_descale=None,
-    v_descale=None,
-    sinks=None,
-    cp_world_size=1,
-    cp_rank=0,
-    cp_tot_seqused_k=None,
-    scheduler_metadata=None,
-    pack_gqa=-1,
-    sm_margin=0,
     out=None,
     want_accum=False,
     use=_native.mha_fwd,
+    **features,
 ):
     """Attention forward; arguments, shapes and semantics are attn_mha_fwd_args's in attn.h.
 
     A negative window side is unlimited, softcap <= 0 and attention_chunk <= 0 are off, num_splits
-    <= 0 lets the library choose, pack_gqa is -1, 0 or 1.  `out` may be given, with any strides but
-    a last one of 1.  `use` is the native function that gets the arguments.
+    <= 0 lets the library choose, softmax_scale None is d_qk^-1/2.  `features` are those of FEATURES
+    by name, with their defaults there; pack_gqa is -1, 0 or 1.  `out` may be given, with any strides
+    but a last one of 1.
 
     Returns (out, lse), and with want_accum (out, lse, out_accum, lse_accum), where the last two
     are the fp32 partial results [splits, b, h_q, s_q(, d_v)] or [splits, h_q, t_q(, d_v)], or None
-    when the call was not split.
+    when the call was not split.  out has q's shape with d_v last and q's dtype, or bf16 for fp8; lse
+    is fp32 [b, h_q, s_q] or [h_q, t_q].
 
     Raises ShapeError, DtypeError, ArgumentError or DeviceError for arguments that do not fit,
     NotBuiltError for what this build has no kernel for, TypeError for a value of the wrong type.
     """
-    new_out, lse = _outputs(q, v)
-    if out is None:
-        out = new_out
-    args = (
+    values = []
+    if features:
+        unknown = features.keys() - FEATURES.keys()
+        if unknown:
+            raise TypeError(f"mha_fwd() got an unexpected argument {min(unknown)!r}")
+        values = [features.get(name, absent) for name, absent in FEATURES.items()]
+    result = attend(
         q,
         k,
         v,
-        k_new,
-        v_new,
-        qv,
-        out,
-        lse,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        cu_seqlens_k_new,
-        seqused_q,
-        seqused_k,
-        page_table,
-        kv_batch_idx,
-        leftpad_k,
-        rotary_cos,
-        rotary_sin,
-        seqlens_rotary,
-        q_descale,
-        k_descale,
-        v_descale,
-        sinks,
-        cp_tot_seqused_k,
-        scheduler_metadata,
         softmax_scale,
-        softcap,
-        max_seqlen_q,
-        max_seqlen_k,
+        causal,
         window_left,
         window_right,
+        softcap,
         attention_chunk,
-        causal,
-        rotary_interleaved,
         num_splits,
-        pack_gqa,
-        sm_margin,
-        cp_world_size,
-        cp_rank,
-        _threads(),
-        None,
-        None,
+        out,
+        True,
         want_accum,
+        values,
+        use,
     )
-    splits = use(*args)
-    if not want_accum:
-        return out, lse
-    if not splits:
-        return out, lse, None, None
-    lse_accum = lse.new_empty((splits, *lse.shape))
-    out_accum = lse.new_empty((*lse_accum.shape, v.shape[-1]))
-    use(*args[:-3], out_accum, lse_accum, False)
-    return out, lse, out_accum, lse_accum
+    return result if want_accum else result[:2]
 
 
 def mha_fwd_ref(*args, **kwargs):
