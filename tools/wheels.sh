@@ -10,6 +10,7 @@ mkdir -p "$out"
 rm -f "$out"/*.whl
 for project in python/*/pyproject.toml; do
     folder=$(dirname "$project")
+    rm -rf "$folder/build" # what setuptools kept from files that are gone
     shared=
     if [ "$folder" = python/libattn ]; then shared="--config-setting=build-dir=$PWD/build/release"; fi
     python -m build --wheel --no-isolation $shared --outdir "$out" "$folder" >"$out/build.log" 2>&1 ||

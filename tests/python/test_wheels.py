@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: MIT
+"""`make wheel`: what is in each wheel, and that a fresh environment installs them by the README's line
+and computes attention with them, on the oldest and the newest tvm-ffi that they allow.
+
+Installing needs the package index, for torch too unless this Python's own torch serves."""
+
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import build_tree
+import pytest
+import torch
+from build_tree import ROOT
+
+import wheel_tag  # of tools/, by way of build_tree
+
+OLDEST_TVM_FFI = "0.1.11"
+VERSION = re.search(r'ATTN_VERSION_STRING "(.*)"', (ROOT / "include/attn/attn.h").read_text())[1]
+
+SMOKE = """
+import torch, flash_attn_interface, flash_attn_3, flash_attn_config, libattn, tvm_ffi
+import importlib.util, sys
+assert importlib.util.find_spec("flash_attn") is None
+assert sys.prefix in libattn.__file__, libattn.__file__
+q, k, v = (torch.randn(2, s, h, 64) for s, h in ((5, 8), (300, 2), (300, 2)))
+out = flash_attn_interface.flash_attn_func(q, k, v)
+sdpa = torch.nn.functional.scaled_dot_product_attention
+want = sdpa(*(x.transpose(1, 2) for x in (q, k, v)), enable_gqa=True).transpose(1, 2)
+torch.testing.assert_close(out, want)
+print(tvm_ffi.__version__)
+"""
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("dist")
+    build_tree.run("tools/wheels.sh", folder)
+    return {path.name.split("-")[0]: path for path in folder.glob("*.whl")}
+
+
+def names(wheel: Path) -> list[str]:
+    return zipfile.ZipFile(wheel).namelist()
+
+
+def metadata(wheel: Path) -> str:
+    archive = zipfile.ZipFile(wheel)
+    return archive.read(next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))).decode()
+
+
+def test_one_wheel_a_distribution(wheels):
+    assert wheels.keys() == {p.parent.name for p in (ROOT / "python").glob("*/pyproject.toml")}
+    assert wheels.keys() >= {"libattn", "flash_attn_3"}
+
+
+def test_the_native_wheel_suits_every_python_and_the_glibc_it_names(wheels):
+    name = wheels["libattn"].name
+    assert re.fullmatch(rf"libattn-{VERSION}-py3-none-manylinux_2_\d+_x86_64\.whl", name), name
+    assert wheel_tag.platform_tag(wheels["libattn"]) in name
+
+
+def test_the_native_wheel_holds_two_objects_and_no_openmp(wheels):
+    objects = sorted(name for name in names(wheels["libattn"]) if ".so" in name)
+    assert objects == ["libattn/libattn.so", "libattn/libattn_ffi.so"]
+
+
+def test_the_other_wheels_are_pure_and_want_this_libattn(wheels):
+    for name, wheel in wheels.items():
+        if name != "libattn":
+            assert wheel.name.endswith("-py3-none-any.whl")
+            assert re.search(rf"^Requires-Dist: libattn ?={{2}} ?{VERSION}$", metadata(wheel), re.MULTILINE), name
+
+
+def test_flash_attn_3_owns_its_names_and_no_others(wheels):
+    tops = {name.split("/")[0] for name in names(wheels["flash_attn_3"]) if ".dist-info" not in name}
+    assert tops == {"flash_attn_interface.py", "flash_attn_config.py", "flash_attn_3"}
+    assert wheels["flash_attn_3"].name.startswith("flash_attn_3-3.")
+
+
+def test_licence_and_notices_are_in_each_wheel(wheels):
+    for wheel in wheels.values():
+        inside = {Path(name).name for name in names(wheel) if ".dist-info/" in name}
+        assert {"LICENSE", "NOTICE"} <= inside, wheel.name
+        assert "License-Expression: MIT" in metadata(wheel)
+
+
+def test_size(wheels):
+    total = sum(wheel.stat().st_size for wheel in wheels.values())
+    gpu_kernels = "cubin" in (ROOT / "build/release/configure.log").read_text()
+    if not gpu_kernels:
+        assert total <= 5 << 20, f"{total / 2**20:.1f} MB"
+
+
+@pytest.fixture(scope="module")
+def fresh(wheels, tmp_path_factory) -> Path:
+    """The Python of a new environment into which `pip install dist/*.whl` went.  torch is the version
+    these tests run with: this interpreter's own where .venv shares it, else from the index."""
+    folder = tmp_path_factory.mktemp("fresh") / "venv"
+    shared = not Path(torch.__file__).is_relative_to(sys.prefix)
+    base = str(Path(sys.base_prefix) / "bin" / f"python3.{sys.version_info.minor}")
+    build_tree.run(base, "-m", "venv", *(["--system-site-packages"] if shared else []), folder)
+    python = folder / "bin" / "python"
+    torch_too = [] if shared else [f"torch=={torch.__version__.split('+')[0]}"]
+    pip(python, *wheels.values(), *torch_too)
+    return python
+
+
+def pip(python: Path, *what):
+    build_tree.run(python, "-m", "pip", "install", "-q", "--disable-pip-version-check", *what)
+
+
+def isolated(python: Path, *arguments) -> str:
+    """Runs the fresh Python outside the repository and without this process's Python settings."""
+    return build_tree.run(python, *arguments, env={"PYTHONPATH": "", "VIRTUAL_ENV": ""}, cwd=python.parent)
+
+
+def test_fresh_environment_is_consistent(fresh):
+    isolated(fresh, "-m", "pip", "check")
+
+
+@pytest.mark.parametrize("wanted", ["newest", OLDEST_TVM_FFI])
+def test_attention_in_a_fresh_environment(fresh, wanted):
+    """One binding, compiled against one tvm-ffi, serves every 0.1.x."""
+    pip(fresh, "-U", "apache-tvm-ffi>=0.1.11,<0.2" if wanted == "newest" else f"apache-tvm-ffi=={wanted}")
+    found = isolated(fresh, "-c", SMOKE).strip()
+    assert found.startswith(wanted) or wanted == "newest" and found != OLDEST_TVM_FFI
+    report = isolated(fresh, "-m", "libattn")
+    assert VERSION in report and "flash_attn_interface" in report
+
+
+def test_without_the_openmp_run_time_the_import_says_so(fresh, tmp_path):
+    """A file that is no library stands in front of libgomp.so.1; torch, which brings its own, is hidden."""
+    (tmp_path / "libgomp.so.1").write_text("no library")
+    hide_torch = "import sys; sys.modules['torch'] = None; import libattn"
+    done = subprocess.run([fresh, "-c", hide_torch], capture_output=True, text=True, cwd=tmp_path,
+                          env={"LD_LIBRARY_PATH": str(tmp_path)})
+    assert done.returncode and "libgomp" in done.stderr.splitlines()[-1]
