@@ -1,0 +1,82 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * The tile instructions of tile_amx.h in C, on a thread-local file of eight tiles.
+ *
+ * A use without configuration, a reserved tile number or a configuration that is not the full one
+ * traps, and tile_end() fills the file with NaN, so a kernel that works here keeps the rules that
+ * the hardware enforces.  Products are summed pair by pair in fp32, denormals flushed, as TDPBF16PS
+ * does.
+ */
+#ifndef ATTN_CPU_X86_TILE_EMU_H
+#define ATTN_CPU_X86_TILE_EMU_H
+
+#include <stdbool.h>
+#include <string.h>
+
+#include "core/dtype.h"
+
+static _Thread_local struct {
+    bool configured;
+    uint8_t bytes[8][TILE_BYTES] __attribute__((aligned(64)));
+} tile_file;
+
+static inline uint8_t *tile_emu(int t)
+{
+    if (!tile_file.configured || t < 0 || t > 7) __builtin_trap();
+    return tile_file.bytes[t];
+}
+
+static inline void tile_begin(void)
+{
+    for (int t = 0; t < 8; t++) {
+        if (tile_config_full.rows[t] != 16 || tile_config_full.row_bytes[t] != TILE_ROW_BYTES)
+            __builtin_trap();
+    }
+    tile_file.configured = tile_config_full.palette == 1;
+    memset(tile_file.bytes, 0, sizeof tile_file.bytes);
+}
+
+static inline void tile_end(void)
+{
+    memset(tile_file.bytes, 0xff, sizeof tile_file.bytes);
+    tile_file.configured = false;
+}
+
+static inline void tile_zero(int t)
+{
+    memset(tile_emu(t), 0, TILE_BYTES);
+}
+
+static inline void tile_load(int t, const void *p)
+{
+    memcpy(tile_emu(t), p, TILE_BYTES);
+}
+
+static inline void tile_store(int t, void *p)
+{
+    memcpy(p, tile_emu(t), TILE_BYTES);
+}
+
+static inline float tile_emu_flush(float x)
+{
+    return fabsf(x) < 0x1p-126f ? copysignf(0.0f, x) : x;
+}
+
+static inline void tile_dpbf16(int c, int a, int b)
+{
+    float *C = (float *)tile_emu(c);
+    const uint16_t *A = (const uint16_t *)tile_emu(a), *B = (const uint16_t *)tile_emu(b);
+    for (int m = 0; m < 16; m++) {
+        for (int n = 0; n < 16; n++) {
+            float sum = C[m * 16 + n];
+            for (int k = 0; k < 32; k++) {
+                float x = tile_emu_flush(attn_bf16_to_float(A[m * 32 + k]));
+                float y = tile_emu_flush(attn_bf16_to_float(B[k / 2 * 32 + n * 2 + k % 2]));
+                sum = tile_emu_flush(fmaf(x, y, sum));
+            }
+            C[m * 16 + n] = sum;
+        }
+    }
+}
+
+#endif
