@@ -7,7 +7,7 @@
 void attn_cpu_init_x86(struct attn_cpu_kernels *t, unsigned have)
 {
     *t = (struct attn_cpu_kernels){0};
-    if (!(have & ATTN_CPU_AVX2) || !attn_mha_fwd_avx2 || !attn_mha_decode_avx2 || !attn_rotary_avx2 || !&attn_split_combine_avx2) return;
+    if (!(have & ATTN_CPU_AVX2)) return;
     for (int i = 0; i < ATTN_DTYPES; ++i) {
         t->mha_fwd[i] = t->mha_fwd_short[i] = &attn_mha_fwd_avx2[i];
         t->mha_decode[i] = &attn_mha_decode_avx2[i];
@@ -15,7 +15,7 @@ void attn_cpu_init_x86(struct attn_cpu_kernels *t, unsigned have)
     }
     t->split_combine = &attn_split_combine_avx2;
 
-    if (!(have & ATTN_CPU_AVX512) || !attn_mha_fwd_avx512 || !attn_mha_decode_avx512 || !attn_rotary_avx512 || !&attn_split_combine_avx512) return;
+    if (!(have & ATTN_CPU_AVX512)) return;
     for (int i = 0; i < ATTN_DTYPES; ++i) {
         t->mha_fwd[i] = t->mha_fwd_short[i] = &attn_mha_fwd_avx512[i];
         t->mha_decode[i] = &attn_mha_decode_avx512[i];
@@ -23,6 +23,6 @@ void attn_cpu_init_x86(struct attn_cpu_kernels *t, unsigned have)
     }
     t->split_combine = &attn_split_combine_avx512;
 
-    if (!(have & ATTN_CPU_AMX) || !&attn_mha_fwd_bf16_amx) return;
+    if (!(have & ATTN_CPU_AMX)) return;
     t->mha_fwd[ATTN_BF16] = &attn_mha_fwd_bf16_amx;
 }

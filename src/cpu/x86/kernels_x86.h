@@ -21,14 +21,4 @@ extern const struct attn_rotary_kernel attn_rotary_avx512[ATTN_DTYPES];
 extern const struct attn_split_combine_kernel attn_split_combine_avx2;
 extern const struct attn_split_combine_kernel attn_split_combine_avx512;
 
-#pragma weak attn_mha_fwd_avx2
-#pragma weak attn_mha_fwd_avx512
-#pragma weak attn_mha_fwd_bf16_amx
-#pragma weak attn_mha_decode_avx2
-#pragma weak attn_mha_decode_avx512
-#pragma weak attn_rotary_avx2
-#pragma weak attn_rotary_avx512
-#pragma weak attn_split_combine_avx2
-#pragma weak attn_split_combine_avx512
-
 #endif
