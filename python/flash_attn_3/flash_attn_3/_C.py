@@ -3,8 +3,10 @@
 
 Each operator has its kernel for CPU and CUDA, and a fake for tracing.  fwd and bwd have upstream's
 schemas (bwd the one with 8 returns); _flash_attn_forward and _flash_attn_backward are upstream's
-custom operators.  _flash_attn_forward_ext is ours: the former with sinks and context parallelism,
-used when a function is traced with them.
+custom operators.  Three are ours, for traced calls that those do not cover: _flash_attn_forward_ext
+adds sinks and context parallelism, _flash_attn_append says that it changes the cache, and
+_flash_attn_combine returns no argument, which fwd_combine's schema promises and torch.compile
+refuses.
 """
 
 import torch
@@ -27,6 +29,10 @@ _CUSTOM = "(Tensor q, Tensor k, Tensor v, Tensor? k_new=None, Tensor? v_new=None
     + _QKV_OPTIONS.format(
         int="SymInt", causal="causal", interleaved="rotary_interleaved=True", splits="1"
     )
+)
+_EXTENSION = (
+    ", Tensor? sinks=None, SymInt cp_world_size=1, SymInt cp_rank=0, "
+    "Tensor? cp_tot_seqused_k=None) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 SCHEMAS = {
     "fwd": "(Tensor q, Tensor k, Tensor v, Tensor(k_new!)? k_new=None, Tensor(v_new!)? v_new=None, "
@@ -52,8 +58,11 @@ SCHEMAS = {
     "int window_size_right=-1, int attention_chunk=0, bool has_softcap=False, int num_splits=0, "
     "bool? pack_gqa=None, int sm_margin=0) -> Tensor",
     "_flash_attn_forward": _CUSTOM + ") -> (Tensor, Tensor, Tensor, Tensor)",
-    "_flash_attn_forward_ext": _CUSTOM + ", Tensor? sinks=None, SymInt cp_world_size=1, "
-    "SymInt cp_rank=0, Tensor? cp_tot_seqused_k=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    "_flash_attn_forward_ext": _CUSTOM + _EXTENSION,
+    "_flash_attn_append": _CUSTOM.replace("Tensor k, Tensor v", "Tensor(k!) k, Tensor(v!) v")
+    + _EXTENSION,
+    "_flash_attn_combine": "(Tensor out_partial, Tensor lse_partial, ScalarType? out_dtype=None) "
+    "-> (Tensor, Tensor)",
     "_flash_attn_backward": "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, "
     "Tensor softmax_lse, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
     "Tensor? sequed_q=None, Tensor? sequed_k=None, SymInt? max_seqlen_q=None, "
@@ -161,6 +170,11 @@ def _scheduler_metadata(
     )
 
 
+def _combine(out_partial, lse_partial, out_dtype=None):
+    """_flash_attn_combine: fwd_combine without a given output."""
+    return _eager.combine(out_partial, lse_partial, None, out_dtype)
+
+
 # ---- fakes: shapes only --------------------------------------------------------------------------
 
 
@@ -264,6 +278,10 @@ def _fake_combine(out_partial, lse_partial, out=None, out_dtype=None):
     return out, out_partial.new_empty((b, h, s), dtype=torch.float32).transpose(1, 2)
 
 
+def _fake_own_combine(out_partial, lse_partial, out_dtype=None):
+    return _fake_combine(out_partial, lse_partial, None, out_dtype)
+
+
 # ---- autograd of the custom forward ----------------------------------------------------------------
 
 
@@ -296,6 +314,35 @@ def _gradients(ctx, dout, *unused):
     return (*grads, *(None,) * (ctx.count - 3))
 
 
+class ForwardOnly(torch.autograd.Function):
+    """A call that has no gradient, upstream neither: its backward says so."""
+
+    @staticmethod
+    def forward(ctx, name, run, *tensors):
+        ctx.name = name
+        return run()
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise NotImplementedError(f"{ctx.name} has no backward: call it under torch.no_grad()")
+
+
+def _loud(name):
+    """Autograd kernel for an operator without a gradient: a backward through it raises."""
+
+    def kernel(*args):
+        def run():
+            with torch._C._AutoDispatchBelowAutograd():
+                return getattr(torch.ops.flash_attn_3, name)(*args)
+
+        tensors = [x for x in args if isinstance(x, torch.Tensor) and x.requires_grad]
+        if tensors and torch.is_grad_enabled():
+            return ForwardOnly.apply(f"torch.ops.flash_attn_3.{name}", run, *tensors)
+        return run()
+
+    return kernel
+
+
 # ---- registration ----------------------------------------------------------------------------------
 
 
@@ -308,6 +355,8 @@ def _register() -> torch.library.Library:
         "get_scheduler_metadata": (_scheduler_metadata, _scheduler_metadata),
         "_flash_attn_forward": (_eager.forward, _fake_forward),
         "_flash_attn_forward_ext": (_eager.forward, _fake_forward),
+        "_flash_attn_append": (_eager.forward, _fake_forward),
+        "_flash_attn_combine": (_combine, _fake_own_combine),
         "_flash_attn_backward": (_backward, _fake_backward),
     }
     for name, (kernel, fake) in kernels.items():
@@ -319,6 +368,8 @@ def _register() -> torch.library.Library:
         torch.library.register_autograd(
             f"flash_attn_3::{name}", _gradients, setup_context=_keep, lib=library
         )
+    for name in ("fwd", "fwd_combine", "_flash_attn_append", "_flash_attn_combine"):
+        library.impl(name, _loud(name), "Autograd")
     return library
 
 

@@ -27,8 +27,10 @@ def score_scale(softmax_scale, q, qv):
     d_qk^-1/2 in the operators."""
     if softmax_scale is not None or qv is None:
         return softmax_scale
-    width = q.shape[-1] + qv.shape[-1]
-    return width**-0.5 if width > 0 else 1.0
+    try:
+        return (q.shape[-1] + qv.shape[-1]) ** -0.5
+    except (AttributeError, IndexError, ZeroDivisionError):
+        return 1.0  # no such tensors; the call says so
 
 
 def length(value):

@@ -92,22 +92,11 @@ def _forward(*args):
         return _eager.forward(*args)
     if _on_musa(args[0]):
         raise NotBuiltError("_flash_attn_forward: MATE has no such function for tensors on MUSA")
+    if args[3] is not None:
+        return torch.ops.flash_attn_3._flash_attn_append(*args)
     if len(args) > 34 and (args[34] is not None or args[35] > 1):
         return torch.ops.flash_attn_3._flash_attn_forward_ext(*args)
     return torch.ops.flash_attn_3._flash_attn_forward(*args[:34])
-
-
-class _ForwardOnly(torch.autograd.Function):
-    """A call whose gradient upstream does not have either: its backward says so."""
-
-    @staticmethod
-    def forward(ctx, name, run, *tensors):
-        ctx.name = name
-        return run()
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise NotImplementedError(f"{ctx.name} has no backward: call it under torch.no_grad()")
 
 
 # ---- autograd classes ------------------------------------------------------------------------------
@@ -832,7 +821,7 @@ def flash_attn_with_kvcache(
         )
 
     if _by_class(q, k_cache, v_cache, qv, sinks):
-        result = _ForwardOnly.apply(
+        result = _operators.ForwardOnly.apply(
             "flash_attn_with_kvcache", run, q, k_cache, v_cache, k, v, qv, sinks
         )
     else:
@@ -849,11 +838,12 @@ def flash_attn_combine(out_partial, lse_partial, out=None, out_dtype=None):
     Returns (out, lse), lse fp32 (b, s, h), a transposed view.  There is no gradient.
     """
     if _is_traced() or type(out_partial) is not _Tensor or _modes():
-        return torch.ops.flash_attn_3.fwd_combine(out_partial, lse_partial, out, out_dtype)
+        merged, lse = torch.ops.flash_attn_3._flash_attn_combine(out_partial, lse_partial, out_dtype)
+        return (merged if out is None else out.copy_(merged)), lse
     if out_partial.device.type == "musa":
         raise NotBuiltError("flash_attn_combine: MATE has no such function for tensors on MUSA")
     if _grad_on() and (out_partial.requires_grad or lse_partial.requires_grad):
-        return _ForwardOnly.apply(
+        return _operators.ForwardOnly.apply(
             "flash_attn_combine",
             lambda: _eager.combine(out_partial, lse_partial, out, out_dtype),
             out_partial,
