@@ -32,33 +32,75 @@ enum { DTYPE_bf16 = 0, DTYPE_fp16 = 1 };
 
 /* ---- the producer warpgroup ------------------------------------------------------------------ */
 
-/* One k or v tile of N rows in boxes, from the sequence's key `key` on.  Rows past the sequence's
- * end become zero: their P is zero, but 0 times whatever lies there could be NaN.  The blocks of a
- * cluster take boxes in turn.  A whole warp calls it. */
-template <int D, int N>
-ATTN_DEVICE void load_boxes(const attn_mha_fwd_params &p, const attn_tensor_map *map, uint32_t dst,
-                            uint32_t bar, const sequence &seq, int h_kv, int key, uint32_t rank)
+/* A box of `p.box_rows` rows of a k or v tile, of which the first `live` (at least 1) are the
+ * sequence's.  The rest become zero: their P is zero, but 0 times whatever lies there could be NaN.
+ * With a cluster of two the box lands in both blocks. */
+ATTN_DEVICE void load_box(const attn_mha_fwd_params &p, const attn_tensor_map *map, uint32_t dst,
+                          uint32_t bar, int column, int live, int position, int h_kv, int source)
+{
+    if (p.cluster == 2)
+        tma_load_5d_multicast(dst, map, bar, 3, column, p.box_rows - live, position + live, h_kv,
+                              source);
+    else
+        tma_load_5d(dst, map, bar, column, p.box_rows - live, position + live, h_kv, source);
+}
+
+/* Opens the barrier for the boxes of a tile that hold one of its `live` rows and returns their rows.
+ * Boxes without any are not loaded (the copy engine would touch the shifted base of the map, which
+ * need not be mapped memory); those of v become zero here, in each block.  A whole warp calls it. */
+template <int PANELS, int N, int IS_V>
+ATTN_DEVICE int open_tile(const attn_mha_fwd_params &p, uint32_t dst, uint32_t bar, int live)
+{
+    int rows = p.box_rows;
+    while (rows < live)
+        rows += p.box_rows;
+    if (IS_V && rows < N) {
+        int lane = (int)threadIdx.x % 32, chunks = (N - rows) * 8;
+        for (int panel = 0; panel < PANELS; panel++)
+            for (int i = lane; i < chunks; i += 32)
+                shared_zero_16(dst + panel * N * 128 + rows * 128 + i * 16);
+        fence_proxy_async_shared();
+        __syncwarp();
+    }
+    if (elect_one()) mbarrier_arrive_expect_tx(bar, PANELS * 128 * rows);
+    __syncwarp();
+    return rows;
+}
+
+/* One k or v tile of N rows, from the sequence's key `key` on: a box a panel, of which each block of
+ * a cluster loads its half of the rows.  A whole warp calls it. */
+template <int D, int N, int IS_V>
+ATTN_DEVICE void load_tile(const attn_mha_fwd_params &p, const attn_tensor_map *map, uint32_t dst,
+                           uint32_t bar, const sequence &seq, int h_kv, int key, uint32_t rank)
 {
     constexpr int PANELS = ATTN_MHA_FWD_PANELS(D);
-    int lane = (int)threadIdx.x % 32, boxes = N / p.box_rows * PANELS;
-    if (elect_one()) mbarrier_arrive_expect_tx(bar, PANELS * N * 128);
+    open_tile<PANELS, N, IS_V>(p, dst, bar, min(seq.s_k - key, N));
+    int row = (int)rank * p.box_rows, live = min(seq.s_k - key - row, p.box_rows);
+    if (live > 0 && elect_one()) {
+#pragma unroll
+        for (int panel = 0; panel < PANELS; panel++)
+            load_box(p, map, dst + panel * N * 128 + row * 128, bar, panel * 64, live,
+                     seq.k_offset + key + row, h_kv, seq.k_row);
+    }
     __syncwarp();
-    for (int i = (int)rank + lane * p.cluster; i < boxes; i += 32 * p.cluster) {
-        int panel = i % PANELS, row = i / PANELS * p.box_rows;
-        int live = min(max(seq.s_k - key - row, 0), p.box_rows);
-        int position = seq.k_offset + key + row, source = seq.k_row;
-        if (p.page_table) {
-            int page = position / p.page;
-            position -= page * p.page;
-            source = live > 0 ? __ldg(p.page_table + seq.k_row * p.page_table_stride + page) : 0;
-        }
-        if (live == 0) position = 0;
-        uint32_t to = dst + panel * N * 128 + row * 128;
-        if (p.cluster == 2)
-            tma_load_5d_multicast(to, map, bar, 3, panel * 64, p.box_rows - live, position + live,
-                                  h_kv, source);
-        else
-            tma_load_5d(to, map, bar, panel * 64, p.box_rows - live, position + live, h_kv, source);
+}
+
+/* The same tile out of pages: a box never straddles two of them.  Lanes look up pages side by side,
+ * blocks of a cluster take boxes in turn. */
+template <int D, int N, int IS_V>
+ATTN_DEVICE void load_paged_tile(const attn_mha_fwd_params &p, const attn_tensor_map *map,
+                                 uint32_t dst, uint32_t bar, const sequence &seq, int h_kv, int key,
+                                 uint32_t rank)
+{
+    constexpr int PANELS = ATTN_MHA_FWD_PANELS(D);
+    int lane = (int)threadIdx.x % 32, step = 32 * p.cluster;
+    int rows = open_tile<PANELS, N, IS_V>(p, dst, bar, min(seq.s_k - key, N));
+    const int32_t *pages = p.page_table + seq.k_row * p.page_table_stride;
+    for (int i = (int)rank + lane * p.cluster; i / PANELS * p.box_rows < rows; i += step) {
+        int row = i / PANELS * p.box_rows, page = (key + row) / p.page;
+        load_box(p, map, dst + i % PANELS * (N * 128) + row * 128, bar, i % PANELS * 64,
+                 min(seq.s_k - key - row, p.box_rows), key + row - page * p.page, h_kv,
+                 __ldg(pages + page));
     }
     __syncwarp();
 }
@@ -131,14 +173,18 @@ ATTN_DEVICE void produce(const attn_mha_fwd_params &p, const attn_mha_fwd_maps &
             if (p.gather)
                 load_gathered<DQK, N>(p, (const uint16_t *)p.k, p.k_stride_b, p.k_stride_s,
                                       p.k_stride_h, p.d_qk, k_dst, k_full, seq, h_kv, n * N);
+            else if (p.page_table)
+                load_paged_tile<DQK, N, 0>(p, &maps.k, k_dst, k_full, seq, h_kv, n * N, rank);
             else
-                load_boxes<DQK, N>(p, &maps.k, k_dst, k_full, seq, h_kv, n * N, rank);
+                load_tile<DQK, N, 0>(p, &maps.k, k_dst, k_full, seq, h_kv, n * N, rank);
             mbarrier_wait_parity(shared_address(&sm.v_empty[vs.stage]), vs.parity);
             if (p.gather)
                 load_gathered<DV, N>(p, (const uint16_t *)p.v, p.v_stride_b, p.v_stride_s,
                                      p.v_stride_h, p.d_v, v_dst, v_full, seq, h_kv, n * N);
+            else if (p.page_table)
+                load_paged_tile<DV, N, 1>(p, &maps.v, v_dst, v_full, seq, h_kv, n * N, rank);
             else
-                load_boxes<DV, N>(p, &maps.v, v_dst, v_full, seq, h_kv, n * N, rank);
+                load_tile<DV, N, 1>(p, &maps.v, v_dst, v_full, seq, h_kv, n * N, rank);
             ring_next(ks);
             ring_next(vs);
         }

@@ -158,6 +158,12 @@ ATTN_DEVICE void fence_proxy_async_shared()
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+/* Sixteen zero bytes.  PTX ISA: st.shared */
+ATTN_DEVICE void shared_zero_16(uint32_t dst)
+{
+    asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(dst), "r"(0) : "memory");
+}
+
 /* ---- ordinary asynchronous copies ------------------------------------------------------------ */
 
 /* Sixteen bytes, of which the first `bytes` (0 or 16) are read and the rest is zero.

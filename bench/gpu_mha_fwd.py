@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: MIT
+"""mha_fwd on a GPU beside an 8192^3 bf16 torch.matmul and torch's cuDNN attention, in one run.
+
+    python bench/gpu_mha_fwd.py [--rows SUBSTRING] [--no-peer]
+
+A row is the median of triton's do_bench (L2 flushed between calls), then `sustained`: 0.2 s of
+calls back to back.  TFLOP/s count visible work only: 2 (d_qk + d_v) a visible score and head.
+"""
+import argparse
+import math
+import pathlib
+import random
+import sys
+import time
+
+import torch
+from triton.testing import do_bench
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "tests/unit_cuda"))
+from attn_abi import Call  # noqa: E402
+
+TOKENS = 16384
+
+
+def median_ms(fn, ms=120):
+    return do_bench(fn, warmup=25, rep=ms, return_mode="median")
+
+
+def sustained_ms(fn, seconds=0.2):
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    ms = median_ms(fn, 20)
+    n = max(4, int(seconds * 1e3 / ms))
+    for _ in range(n // 2):
+        fn()
+    start.record()
+    for _ in range(n):
+        fn()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / n
+
+
+def pairs(s_q, s_k, causal, left=-1, chunk=0):
+    """Visible scores of one head and sequence."""
+    if not causal:
+        return s_q * s_k
+    i = torch.arange(s_q, dtype=torch.float64) + s_k - s_q
+    low = torch.zeros_like(i)
+    if left >= 0:
+        low = torch.clamp(i - left, min=0)
+    if chunk:
+        low = torch.maximum(low, torch.floor(i / chunk) * chunk)
+    return int((i - low + 1).clamp(min=0).sum())
+
+
+def tensors(b, s, h, h_k, d, dv, dtype=torch.bfloat16):
+    q = torch.randn(b, s, h, d, device="cuda", dtype=dtype)
+    k = torch.randn(b, s, h_k, d, device="cuda", dtype=dtype)
+    v = torch.randn(b, s, h_k, dv, device="cuda", dtype=dtype)
+    return q, k, v
+
+
+def outputs(a):
+    q, v = a["q"], a["v"]
+    a["out"] = torch.empty(*q.shape[:-1], v.shape[-1], device="cuda", dtype=q.dtype)
+    shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
+    a["lse"] = torch.empty(shape, device="cuda")
+    return a
+
+
+def dense_rows():
+    for d, dv, h in ((64, 64, 32), (96, 96, 21), (128, 128, 16), (192, 128, 16), (192, 192, 10),
+                     (64, 256, 16), (256, 256, 8)):
+        for s in (1024, 4096, 16384):
+            for causal in (0, 1):
+                b = TOKENS // s
+                q, k, v = tensors(b, s, h, h, d, dv)
+                a = outputs({"q": q, "k": k, "v": v, "causal": causal})
+                yield (f"d{d}x{dv} s{s} {'causal' if causal else 'full'}", a,
+                       2.0 * b * h * (d + dv) * pairs(s, s, causal),
+                       (q, k, v, causal) if d == dv or (d, dv) == (192, 128) else None)
+
+
+def feature_rows():
+    """Around d128, causal, 4096 tokens, 16 heads."""
+    b, s, h, d = 4, 4096, 16, 128
+
+    def flop(heads, n):
+        return 4.0 * heads * d * n
+
+    full = b * pairs(s, s, True)
+    for name, h_k, dtype, more in (
+            ("plain", 16, torch.bfloat16, {}), ("fp16", 16, torch.float16, {}),
+            ("gqa 16/4", 4, torch.bfloat16, {}), ("gqa 16/1", 1, torch.bfloat16, {}),
+            ("softcap", 16, torch.bfloat16, {"softcap": 30.0}),
+            ("sinks", 16, torch.bfloat16, {"sinks": torch.randn(16, device="cuda")}),
+            ("window 1024", 16, torch.bfloat16, {"window_left": 1023}),
+            ("chunk 1024", 16, torch.bfloat16, {"attention_chunk": 1024})):
+        q, k, v = tensors(b, s, h, h_k, d, d, dtype)
+        a = outputs({"q": q, "k": k, "v": v, "causal": 1, **more})
+        n = b * pairs(s, s, True, more.get("window_left", -1), more.get("attention_chunk", 0))
+        yield f"feature {name}", a, flop(h, n), None
+    q, k, v = tensors(b, s, h, h, d, d)
+    pad = torch.tensor([0, 100, 17, 1000], device="cuda", dtype=torch.int32)
+    n = sum(pairs(s - p, s - p, True) for p in pad.tolist())
+    used = torch.full((b,), s, device="cuda", dtype=torch.int32)
+    a = outputs({"q": q, "k": k, "v": v, "causal": 1, "leftpad_k": pad, "seqused_k": used,
+                 "seqused_q": used - pad})
+    yield "feature leftpad", a, flop(h, n), None
+    for page in (256, 64, 16, 1):
+        count = b * s // page
+        table = torch.randperm(count, device="cuda").int().view(b, s // page)
+        a = outputs({"q": q, "k": k.view(count, page, h, d), "v": v.view(count, page, h, d),
+                     "page_table": table, "seqused_k": used, "causal": 1})
+        yield f"feature page {page}", a, flop(h, full), None
+    lengths = [256 + i * (8192 - 256) // 15 for i in range(16)]
+    random.Random(0).shuffle(lengths)
+    total = sum(lengths)
+    cu = torch.tensor([0] + lengths, device="cuda").cumsum(0).int()
+    q, k, v = (t[0] for t in tensors(1, total, h, h, d, d))
+    a = outputs({"q": q, "k": k, "v": v, "causal": 1, "cu_seqlens_q": cu, "cu_seqlens_k": cu,
+                 "max_seqlen_q": 8192, "max_seqlen_k": 8192})
+    yield "feature ragged", a, flop(h, sum(pairs(n, n, True) for n in lengths)), None
+
+
+def cudnn(q, k, v, causal):
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+
+    def call():
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=bool(causal))
+    try:
+        call()
+    except RuntimeError:
+        return None
+    return call
+
+
+def host_us(call, n=200):
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(n):
+        call.run()
+    taken = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return taken / n * 1e6
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rows", default="")
+    parser.add_argument("--no-peer", action="store_true")
+    parser.add_argument("--ms", type=int, default=120)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    x, y = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+
+    def gemm():
+        return torch.matmul(x, y)
+
+    gemm_flop = 2.0 * 8192 ** 3 / 1e9
+    median_ms(gemm)
+    long = gemm_flop / sustained_ms(gemm)
+    print(f"{torch.cuda.get_device_name()}; 8192^3 bf16 matmul {gemm_flop / median_ms(gemm):.0f} "
+          f"TFLOP/s, sustained {long:.0f}; `GEMM` is timed again beside each row")
+    print(f"{'row':26} {'TFLOP/s':>8} {'GEMM':>5} {'share':>6} {'sustained':>10} {'cuDNN':>7}  "
+          "kernel")
+    for rows in (dense_rows, feature_rows):
+        for name, a, flop, peer in rows():
+            if not any(part in name for part in args.rows.split(",")):
+                continue
+            call = Call(**a)
+            call.run()
+            burst = gemm_flop / median_ms(gemm, args.ms)
+            ours = flop / median_ms(call.run, args.ms) / 1e9
+            steady = flop / sustained_ms(call.run) / 1e9
+            other = cudnn(*peer) if peer and not args.no_peer else None
+            ratio = f"{ours * median_ms(other, args.ms) * 1e9 / flop:7.2f}" if other else f"{'':7}"
+            print(f"{name:26} {ours:8.0f} {burst:5.0f} {ours / burst:6.3f} {steady:5.0f} {steady / long:.2f} "
+                  f"{ratio}  {call.kernel} c{call.plan.tile[1]} g{call.plan.tile[2]}", flush=True)
+    q, k, v = tensors(1, 64, 1, 1, 128, 128)
+    print(f"host: {host_us(Call(**outputs({'q': q, 'k': k, 'v': v}))):.1f} us a call of the C ABI "
+          "through ctypes")
+
+
+if __name__ == "__main__":
+    main()
