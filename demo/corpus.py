@@ -15,11 +15,43 @@ from pathlib import Path
 from typing import NamedTuple
 
 # Not what somebody who asks a question is looking for.
-SKIPPED = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "site-packages",
-           "dist-packages", "pydoc_data", "distutils", "tkinter", "encodings", "antigravity", "this"}
+SKIPPED = {
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "turtledemo",
+    "ensurepip",
+    "site-packages",
+    "dist-packages",
+    "pydoc_data",
+    "distutils",
+    "tkinter",
+    "encodings",
+    "antigravity",
+    "this",
+}
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-IN_C = ("builtins", "math", "cmath", "time", "itertools", "operator", "_collections", "_functools", "zlib",
-        "binascii", "select", "_socket", "posix", "array", "_random", "_bisect", "_heapq", "_thread")
+IN_C = (
+    "builtins",
+    "math",
+    "cmath",
+    "time",
+    "itertools",
+    "operator",
+    "_collections",
+    "_functools",
+    "zlib",
+    "binascii",
+    "select",
+    "_socket",
+    "posix",
+    "array",
+    "_random",
+    "_bisect",
+    "_heapq",
+    "_thread",
+)
 PLAIN_NAME = {"builtins": "", "posix": "os."}
 
 
@@ -43,8 +75,11 @@ def _from_source(path: Path, module: str):
         if text := ast.get_docstring(node):
             yield Document(name, text)
         if node is tree:
-            pending += [(f"{name}.{child.name}", child) for child in reversed(tree.body)
-                        if isinstance(child, DEFINITIONS) and _public(child.name)]
+            pending += [
+                (f"{name}.{child.name}", child)
+                for child in reversed(tree.body)
+                if isinstance(child, DEFINITIONS) and _public(child.name)
+            ]
 
 
 def _from_c(module: str):

@@ -34,7 +34,9 @@ class MiniLM:
         for layer in range(self.layers):  # q, k and v in one product: views of it go to attention
             at = f"encoder.layer.{layer}.attention.self."
             for kind in ("weight", "bias"):
-                self.w[f"{at}qkv.{kind}"] = torch.cat([self.w[f"{at}{x}.{kind}"] for x in ("query", "key", "value")])
+                self.w[f"{at}qkv.{kind}"] = torch.cat(
+                    [self.w[f"{at}{x}.{kind}"] for x in ("query", "key", "value")]
+                )
 
     def tokenize(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self.tokenizer.encode_batch(texts)]
@@ -48,12 +50,16 @@ class MiniLM:
         position = torch.arange(len(owner)) - cu_seqlens[:-1].long()[owner]
         x = self._embed(torch.tensor([i for ids in documents for i in ids]), position)
         for layer in range(self.layers):
-            x = self._layer(f"encoder.layer.{layer}.", x, lambda q, k, v: attention(q, k, v, cu_seqlens, longest))
+            x = self._layer(
+                f"encoder.layer.{layer}.", x, lambda q, k, v: attention(q, k, v, cu_seqlens, longest)
+            )
         mean = torch.zeros(len(documents), x.shape[1]).index_add_(0, owner, x) / lengths[:, None]
         return F.normalize(mean, dim=1)
 
     def _embed(self, ids: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        word, place, kind = (self.w[f"embeddings.{x}_embeddings.weight"] for x in ("word", "position", "token_type"))
+        word, place, kind = (
+            self.w[f"embeddings.{x}_embeddings.weight"] for x in ("word", "position", "token_type")
+        )
         return self._norm("embeddings.LayerNorm", word[ids] + place[position] + kind[0])
 
     def _layer(self, at: str, x: torch.Tensor, attention) -> torch.Tensor:
