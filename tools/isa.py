@@ -77,8 +77,9 @@ def shared_names(paths: list[Path]) -> list[str]:
     """Names that reach over files and should not: inline code left as weak, names without our prefix."""
     found = []
     for path in paths:
-        lines = subprocess.run(["nm", "--defined-only", "--format=posix", path],
-                               check=True, capture_output=True, text=True).stdout.splitlines()
+        lines = subprocess.run(
+            ["nm", "--defined-only", "--format=posix", path], check=True, capture_output=True, text=True
+        ).stdout.splitlines()
         for name, kind, *_ in map(str.split, lines):
             if kind in "Ww" or kind.isupper() and not name.startswith(("attn_", "cubin_")):
                 found.append(f"{path.name}: {name} is visible to other files")
@@ -91,8 +92,11 @@ def main() -> int:
     by_rung = [sum(rung_of(path) == i for path in paths) for i in range(len(RUNGS))]
     for line in found:
         print(f"isa: {line}")
-    print("isa: " + ", ".join(f"{n} {rung}" for n, rung in zip(by_rung, RUNGS, strict=True) if n)
-          + (" objects, each within its rung" if not found else f" objects, {len(found)} faults"))
+    print(
+        "isa: "
+        + ", ".join(f"{n} {rung}" for n, rung in zip(by_rung, RUNGS, strict=True) if n)
+        + (" objects, each within its rung" if not found else f" objects, {len(found)} faults")
+    )
     return bool(found)
 
 

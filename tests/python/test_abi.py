@@ -5,10 +5,10 @@
 import shutil
 import subprocess
 
-import build_tree
 import pytest
 
-import abi  # of tools/, by way of build_tree
+import abi
+import build_tree
 import isa
 
 

@@ -10,12 +10,12 @@ import sys
 import zipfile
 from pathlib import Path
 
-import build_tree
 import pytest
 import torch
-from build_tree import ROOT
 
-import wheel_tag  # of tools/, by way of build_tree
+import build_tree
+import wheel_tag
+from build_tree import ROOT
 
 OLDEST_TVM_FFI = "0.1.11"
 VERSION = re.search(r'ATTN_VERSION_STRING "(.*)"', (ROOT / "include/attn/attn.h").read_text())[1]
@@ -70,7 +70,9 @@ def test_the_other_wheels_are_pure_and_want_this_libattn(wheels):
     for name, wheel in wheels.items():
         if name != "libattn":
             assert wheel.name.endswith("-py3-none-any.whl")
-            assert re.search(rf"^Requires-Dist: libattn ?={{2}} ?{VERSION}$", metadata(wheel), re.MULTILINE), name
+            assert re.search(
+                rf"^Requires-Dist: libattn ?={{2}} ?{VERSION}$", metadata(wheel), re.MULTILINE
+            ), name
 
 
 def test_flash_attn_3_owns_its_names_and_no_others(wheels):
@@ -134,6 +136,11 @@ def test_without_the_openmp_run_time_the_import_says_so(fresh, tmp_path):
     """A file that is no library stands in front of libgomp.so.1; torch, which brings its own, is hidden."""
     (tmp_path / "libgomp.so.1").write_text("no library")
     hide_torch = "import sys; sys.modules['torch'] = None; import libattn"
-    done = subprocess.run([fresh, "-c", hide_torch], capture_output=True, text=True, cwd=tmp_path,
-                          env={"LD_LIBRARY_PATH": str(tmp_path)})
+    done = subprocess.run(
+        [fresh, "-c", hide_torch],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={"LD_LIBRARY_PATH": str(tmp_path)},
+    )
     assert done.returncode and "libgomp" in done.stderr.splitlines()[-1]
