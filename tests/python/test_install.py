@@ -5,7 +5,6 @@ import shutil
 import subprocess
 
 import pytest
-
 from build_tree import ROOT, release, run
 
 

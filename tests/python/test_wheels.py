@@ -10,10 +10,9 @@ import sys
 import zipfile
 from pathlib import Path
 
+import build_tree
 import pytest
 import torch
-
-import build_tree
 import wheel_tag
 from build_tree import ROOT
 
