@@ -105,17 +105,18 @@ static double plain_error(enum attn_dtype dtype, enum attn_dtype out_dtype,
     enum attn_dtype p_dtype = dtype == ATTN_F8 ? ATTN_BF16 : dtype;
     float acc[WIDTH_MAX] = {0}, m = -INFINITY, l = 0;
     for (int64_t i = 0; i < r->n; ++i) m = fmaxf(m, s[i]);
-    if (r->sink) m = fmaxf(m, (float)*r->sink);
-    for (int64_t i = 0; i < r->n; ++i) l += expf(s[i] - m);
-    if (r->sink) l += expf((float)*r->sink - m);
     for (int64_t i = 0; i < r->n; ++i) {
-        float p = round_to(p_dtype, expf(s[i] - m) / l);
+        float p = expf(s[i] - m);
         const double *v = r->v->x + r->keys[i] * r->v->d;
+        l += p;
+        p = round_to(p_dtype, p);
         for (int64_t c = 0; c < r->v->d; ++c) acc[c] += p * (float)v[c];
     }
+    if (r->sink) l += expf((float)*r->sink - m);
     double worst = 0;
     for (int64_t c = 0; c < r->v->d; ++c) {
-        double e = fabs((double)round_to(out_dtype, acc[c] * (float)r->out_scale) - out[c]);
+        float x = round_to(out_dtype, acc[c] / l * (float)r->out_scale);
+        double e = fabs((double)x - out[c]) - check_ulp(out_dtype, out[c]) / 2;
         if (isfinite(e)) worst = fmax(worst, e);
     }
     *lse_error = fabs((double)(m + logf(l)) - lse);

@@ -8,12 +8,12 @@
  *
  *   |got - out| <= (2 low + floor) A + ulp(out) + 2 slack A
  *
- * low    largest |plain - out| / A of all rows of the case, where plain is the same row in plain
- *        low precision: scores rounded to fp32, the normalised probabilities rounded to the dtype
- *        (for fp8, to bf16), fp32 sums over the dtype's v, the result rounded to out's dtype.  For
- *        fp32, all of it, dot products and exponentials too, in fp32.
+ * low    largest (|plain - out| - ulp(out) / 2) / A of all rows of the case, where plain is the
+ *        same row in plain low precision: scores rounded to fp32, probabilities (the largest 1)
+ *        rounded to the dtype (for fp8, to bf16), fp32 sums over the dtype's v, the result rounded
+ *        to out's dtype.  For fp32, all of it, dot products and exponentials too, in fp32.
  * floor  2^-9 for bf16 and fp8, 2^-11 for fp16, 2^-20 for fp32: the library's exponential (1e-4
- *        where P is 16 bits wide) and its unnormalised P are rounded elsewhere than plain's.
+ *        where P is 16 bits wide) and its rescaling are rounded elsewhere than plain's.
  * slack  how far a score may be off: 4 2^-24 sqrt(d) |q| |k| |scale|, two fp32 roundings of the
  *        largest score, and 2^-20 of softcap.  Rows whose slack is above 0.2 (huge scores that
  *        cancel) have no result to compare; they must be finite and within v's range.
