@@ -22,12 +22,14 @@ if [ ! -x $bin/python ]; then
         fail "needs Python 3.10 or later; $python is $("$python" -V 2>&1).  Name another with PYTHON=..."
     "$python" -c 'import venv, ensurepip' 2>/dev/null ||
         fail "$python has no venv module (Debian: apt-get install python3-venv)"
-    site=
-    if "$python" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)'; then
-        site=--system-site-packages
+    # A torch that this Python has serves here too.  A path file names its folder, because the shared
+    # site-packages of a virtual environment are not those of the environment it was made from.
+    shared=$("$python" -c 'import importlib.util as u; s = u.find_spec("torch"); print(s.submodule_search_locations[0] if s else "")')
+    "$python" -m venv ${shared:+--system-site-packages} $venv
+    if [ -n "$shared" ]; then
         echo "libattn: using the torch that $python has"
+        dirname "$shared" >"$($bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth"
     fi
-    "$python" -m venv $site $venv
 fi
 
 # install STAMP FILE...: once, and again when one of the requirement files changes.
