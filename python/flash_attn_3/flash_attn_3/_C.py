@@ -26,9 +26,7 @@ _QKV_OPTIONS = (
 )
 _CUSTOM = "(Tensor q, Tensor k, Tensor v, Tensor? k_new=None, Tensor? v_new=None, " + (
     "Tensor? qv=None, Tensor? out_=None, "
-    + _QKV_OPTIONS.format(
-        int="SymInt", causal="causal", interleaved="rotary_interleaved=True", splits="1"
-    )
+    + _QKV_OPTIONS.format(int="SymInt", causal="causal", interleaved="rotary_interleaved=True", splits="1")
 )
 _EXTENSION = (
     ", Tensor? sinks=None, SymInt cp_world_size=1, SymInt cp_rank=0, "
@@ -59,8 +57,7 @@ SCHEMAS = {
     "bool? pack_gqa=None, int sm_margin=0) -> Tensor",
     "_flash_attn_forward": _CUSTOM + ") -> (Tensor, Tensor, Tensor, Tensor)",
     "_flash_attn_forward_ext": _CUSTOM + _EXTENSION,
-    "_flash_attn_append": _CUSTOM.replace("Tensor k, Tensor v", "Tensor(k!) k, Tensor(v!) v")
-    + _EXTENSION,
+    "_flash_attn_append": _CUSTOM.replace("Tensor k, Tensor v", "Tensor(k!) k, Tensor(v!) v") + _EXTENSION,
     "_flash_attn_combine": "(Tensor out_partial, Tensor lse_partial, ScalarType? out_dtype=None) "
     "-> (Tensor, Tensor)",
     "_flash_attn_backward": "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, "
@@ -266,9 +263,7 @@ def _fake_raw_backward(
 
 
 def _fake_backward(dout, q, k, v, out, softmax_lse, cu_seqlens_q=None, *options):
-    return _fake_raw_backward(
-        dout, q, k, v, out, softmax_lse, None, None, None, cu_seqlens_q
-    )[3]
+    return _fake_raw_backward(dout, q, k, v, out, softmax_lse, None, None, None, cu_seqlens_q)[3]
 
 
 def _fake_combine(out_partial, lse_partial, out=None, out_dtype=None):
@@ -363,11 +358,9 @@ def _register() -> torch.library.Library:
         library.define(name + SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(name, kernel, "CPU")
         library.impl(name, kernel, "CUDA")
-        torch.library.register_fake(f"flash_attn_3::{name}", fake, lib=library)
+        library.impl(name, fake, "Meta")
     for name in ("_flash_attn_forward", "_flash_attn_forward_ext"):
-        torch.library.register_autograd(
-            f"flash_attn_3::{name}", _gradients, setup_context=_keep, lib=library
-        )
+        torch.library.register_autograd(f"flash_attn_3::{name}", _gradients, setup_context=_keep, lib=library)
     for name in ("fwd", "fwd_combine", "_flash_attn_append", "_flash_attn_combine"):
         library.impl(name, _loud(name), "Autograd")
     return library

@@ -5,8 +5,19 @@ The operators of _C and the functions of flash_attn_interface both rest on this 
 checked by libattn.
 """
 
+import libattn
 import torch
 from libattn import DtypeError, NotBuiltError, ShapeError, mha
+
+from . import __version__
+
+LIBATTN = "0.1.0"
+
+if libattn.__version__ != LIBATTN:
+    raise ImportError(
+        f"flash_attn_3 {__version__} needs libattn {LIBATTN}, found {libattn.__version__}: "
+        "install the two from one build"
+    )
 
 
 def unit_stride(x):
@@ -253,9 +264,7 @@ def gradients(backward, dout, saved, without, options):
 def combine(out_partial, lse_partial, out=None, out_dtype=None):
     """flash_attn_3::fwd_combine: out [b, s, h, d_v] and lse [b, s, h], a view of [b, h, s]."""
     if out_partial.dim() != 5:
-        raise ShapeError(
-            f"out_partial: expected [splits, b, s, h, d_v], got {out_partial.dim()} dimensions"
-        )
+        raise ShapeError(f"out_partial: expected [splits, b, s, h, d_v], got {out_partial.dim()} dimensions")
     if out_dtype is None:
         out_dtype = torch.float32
     _, b, s, h, d_v = out_partial.shape

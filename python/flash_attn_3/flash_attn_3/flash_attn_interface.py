@@ -583,9 +583,7 @@ def _unpack(qkv, num_heads_q):
     assert qkv.dim() == 4, f"qkv: expected 4 or 5 dimensions, got {qkv.dim()}"
     assert num_heads_q is not None, "num_heads_q: needed with a qkv of 4 dimensions"
     num_heads_k, odd = divmod(qkv.shape[2] - num_heads_q, 2)
-    assert num_heads_k > 0 and odd == 0, (
-        f"qkv: expected {num_heads_q} + 2 h_k heads, got {qkv.shape[2]}"
-    )
+    assert num_heads_k > 0 and odd == 0, f"qkv: expected {num_heads_q} + 2 h_k heads, got {qkv.shape[2]}"
     return qkv.split([num_heads_q, num_heads_k, num_heads_k], dim=2)
 
 
@@ -733,9 +731,7 @@ def flash_attn_with_kvcache(
     softmax_scale = score_scale(softmax_scale, q, qv)
     if isinstance(cache_seqlens, int):
         batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
-        cache_seqlens = torch.full(
-            (batch,), cache_seqlens, dtype=torch.int32, device=k_cache.device
-        )
+        cache_seqlens = torch.full((batch,), cache_seqlens, dtype=torch.int32, device=k_cache.device)
     if direct:
         features = (
             unit_stride(cu_seqlens_q),
@@ -1039,9 +1035,7 @@ def _flash_attn_backward(
 ):
     """Gradients into dq, dk, dv; returns softmax_d.  Raises NotImplementedError: see CONFIG."""
     backward = (
-        torch.ops.flash_attn_3._flash_attn_backward
-        if _is_traced() or _modes()
-        else _operators._backward
+        torch.ops.flash_attn_3._flash_attn_backward if _is_traced() or _modes() else _operators._backward
     )
     return backward(
         dout,
