@@ -188,10 +188,10 @@ def build(case, device="cpu"):
     # Queries: lengths, then rows.  With seqused_q the storage is longer than what is live.
     q_len = upto(0 if case.q_used or case.ragged else case.s_q, case.s_q, b)
     if case.ragged:
-        slack = upto(0, 3, b) if case.q_used else [0] * b
+        slack = upto(0, 3, b) if case.q_used and not case.new else [0] * b
         room = [x + y for x, y in zip(q_len, slack, strict=True)]
         a["cu_seqlens_q"] = int32([0, *torch.tensor(room).cumsum(0).tolist()])
-        a["max_seqlen_q"] = max([*room, 1]) + upto(0, 2, 1)[0]
+        a["max_seqlen_q"] = max([*room, 1]) + (0 if case.new else upto(0, 2, 1)[0])
         starts = a["cu_seqlens_q"].tolist()
         q_spots = [(slice(starts[i], starts[i] + q_len[i]),) for i in range(b)]
         q_store = (sum(room),)

@@ -5,8 +5,13 @@ The seed is 0 unless ATTN_SEED says otherwise; the same seed draws the same case
 A test that takes `device` runs once for each device there is: cpu, and cuda when there is one.
 """
 
+import os
 import sys
 from pathlib import Path
+
+# Before torch: idle OpenMP workers that spin slow every small call down a hundredfold on a machine
+# whose cores are busy, as under a parallel make.  Results do not depend on it.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import hypothesis
 import pytest

@@ -372,7 +372,11 @@ def test_live_entry_out_of_range_is_a_value_error(name):
     q = torch.randn(4, 2, 32) if "cu_seqlens_q" in args else torch.randn(2, 2, 2, 32)
     kept = k.clone(), v.clone()
     with pytest.raises(
-        ValueError, match=name.split(" ")[0].replace("cache_", "").replace("append", "seq|new|cache")
+        ValueError,
+        match=name.split(" ")[0]
+        .replace("cache_", "")
+        .replace("append", "seq|new|cache")
+        .replace("seqlens", "seqlens|seqused_k"),
     ):
         kvcache(q, k, v, **args)
     assert torch.equal(k, kept[0]) and torch.equal(v, kept[1])
