@@ -6,8 +6,6 @@
 #include "cpu/x86/kernels_x86.h"
 #include "cpu/x86/vec_avx512.h"
 
-enum { A_ROWS = 8 };
-
 #include "cpu/x86/mha_fwd_vec.h"
 
 const struct attn_mha_kernel attn_mha_fwd_avx512[ATTN_DTYPES] = FWD_KERNELS(avx512);

@@ -1,8 +1,7 @@
 /* SPDX-License-Identifier: MIT
  *
  * mha_fwd on fp32 FMA for all four element types, written once over the vec_ abstraction.
- * mha_fwd_avx512.c and mha_fwd_avx2.c include a vec_<isa>.h, say how many rows A_ROWS the
- * micro-kernel has, and then include this file.
+ * mha_fwd_avx512.c and mha_fwd_avx2.c include a vec_<isa>.h and then this file.
  *
  * Math.  For query row r and its visible keys lo[r] <= j < hi[r], block by block of N keys:
  *
@@ -25,21 +24,23 @@
  *   q   [d_s] |   q^T, scaled                     |     s [N]  | S^T, then P^T in place           |
  *   o   [d_v] |   O^T                             |     m l lo hi, one each a lane
  *
- *   block [N] | k_j: d_qk | v_j: d_v | pad |            fp32 rows of one key block
+ *   k [N]               | k_j (with qv: k_j, v_j) | pad |   fp32 rows of one key block
+ *   v [d_v / A_ROWS][N] | A_ROWS elements of v_j |          its V in panels, a pad after each
  *
- * A row of the block is padded to an odd number of cache lines, so that a column of it, which is
- * what O^T = V^T P^T walks, spreads over all sets of the L1.  With qv the scores simply take the
- * whole row, [k | v], against [q | qv].
+ * A tile of O^T walks down one panel of V: contiguous, where a column of rows would touch a line a
+ * key.  Pads keep rows and panels off multiples of 4 KB, where all would share a few sets of L1.
+ * With qv the scores are [k | v] against [q | qv].
  *
  * Both products are one micro-kernel, C[A_ROWS][columns] (+)= A[A_ROWS][depth] B[depth][columns],
  * A by broadcasts and C in registers (8 x 3 zmm or 4 x 3 ymm accumulators).
  *
- * Order.      for each key block             convert what any group sees of it (2 % of the time)
+ * Order.      for each key block             convert what any group sees of it, a few %
  *               for each group that sees it    S^T;  mask, softcap, maximum;  P^T, l;  O^T
  *             for each group                   transpose back, scale, round, store
  *
  * A group's q (24 KB at d_s 128) stays in L1 while S^T is made, its P^T while O^T is; the block
- * streams from L2.
+ * streams from L2.  Rows of K and V often lie a page apart, so reading them costs more than
+ * converting them: hence many rows a task.  Prefetching the next block made it slower.
  */
 #ifndef ATTN_CPU_X86_MHA_FWD_VEC_H
 #define ATTN_CPU_X86_MHA_FWD_VEC_H
@@ -53,10 +54,12 @@ enum {
     N = 128,                      /* keys of a block */
     COLS = 3,                     /* most vectors across a group */
     GROUP = COLS * VEC_LANES,     /* most rows of a group */
-    ROWS_MAX = 192,
+    ROWS_MAX = 384,
     GROUPS_MAX = ROWS_MAX / GROUP,
     DEPTH = 256,                  /* of S^T's product at a time: this much q stays in L1 */
     LINE = 16,                    /* floats of a cache line */
+    A_ROWS = VEC_LANES / 2,       /* rows of the micro-kernel */
+    PANEL = N * A_ROWS + LINE,    /* floats of a panel of V */
 };
 
 #define SLACK 8.0f
@@ -66,9 +69,8 @@ enum {
 /* Up to GROUP query rows.  Arrays of [width] have one element a row, padding included. */
 struct group {
     int32_t rows, cols;           /* live rows; vectors across, width = cols * VEC_LANES */
-    int32_t lo_min, lo_max;       /* over rows that see a key: first keys; lo_min over all blocks */
-    int32_t hi_min, hi_max;       /* over all rows, dead ones too: hi_min = 0 makes every block */
-                                  /* an edge */
+    int32_t lo_min, hi_max;       /* keys lo_min <= j < hi_max are seen by some row, */
+    int32_t lo_max, hi_min;       /* lo_max <= j < hi_min by every row */
     float *q, *o;                 /* [d_s][width], [d_v][width] */
     float *m, *l;                 /* [width] */
     int32_t *lo, *hi;             /* [width] */
@@ -81,30 +83,32 @@ struct span {
 
 struct forward {
     const struct attn_mha_task *task;
-    int64_t d_s, stride;          /* width of a score's product; floats from a block row to the next */
+    int64_t d_s, k_stride;        /* width of a score's product; floats from one k to the next */
     float cap;                    /* softcap * log2 e; 0: off */
-    float *block, *s;             /* [N][stride], [N][width] */
-    int32_t j0;                   /* key of the block's row 0 */
+    float *k, *v, *s;             /* [N][k_stride], [d_v / A_ROWS][PANEL], [N][width] */
+    int32_t j0;                   /* the block's first key */
     bool poisoned;                /* some V of the block is infinite or NaN */
     int32_t groups;
     struct group group[GROUPS_MAX];
 };
 
-static int64_t block_stride(int64_t width)
+static int64_t odd_lines(int64_t floats)
 {
-    return ((width + LINE - 1) / LINE | 1) * LINE;
+    return ((floats + LINE - 1) / LINE | 1) * LINE;
 }
 
 static int64_t fwd_scratch_bytes(int64_t d_s, int64_t d_v, int64_t rows, int64_t heads)
 {
     (void)heads;
     int64_t width = (rows + VEC_LANES - 1) / VEC_LANES * VEC_LANES;
-    int64_t floats = N * block_stride(d_s + d_v) + N * GROUP + width * (d_s + d_v + 4);
+    int64_t block = N * odd_lines(d_s) + d_v / A_ROWS * PANEL;
+    int64_t floats = block + N * GROUP + width * (d_s + d_v + 4);
     return floats * (int64_t)sizeof(float);
 }
 
 /* C[A_ROWS][cols] = or += A B.  A[r][k] is a[r * a_row + k * a_step], B and C have cols vectors a
- * row.  a_row or a_step, cols and accumulate are constants where this is called. */
+ * row.  cols, accumulate and one of a's strides are constants where this is called, and the
+ * accumulators stay in registers only because every loop over them is unrolled. */
 VEC_INLINE void product(const float *a, int64_t a_row, int64_t a_step, const float *b,
                         int64_t depth, float *c, int cols, bool accumulate)
 {
@@ -142,12 +146,12 @@ VEC_INLINE void scores(const struct forward *f, const struct group *g, struct sp
         int64_t depth = f->d_s - k < DEPTH ? f->d_s - k : DEPTH;
         const float *q = g->q + k * cols * VEC_LANES;
         for (int32_t j = w.begin; j < w.end; j += A_ROWS) {
-            const float *keys = f->block + j * f->stride + k;
+            const float *keys = f->k + j * f->k_stride + k;
             float *s = f->s + j * cols * VEC_LANES;
             if (k == 0)
-                product(keys, f->stride, 1, q, depth, s, cols, false);
+                product(keys, f->k_stride, 1, q, depth, s, cols, false);
             else
-                product(keys, f->stride, 1, q, depth, s, cols, true);
+                product(keys, f->k_stride, 1, q, depth, s, cols, true);
         }
     }
 }
@@ -155,10 +159,13 @@ VEC_INLINE void scores(const struct forward *f, const struct group *g, struct sp
 /* O^T += V^T P^T over the span. */
 VEC_INLINE void values(const struct forward *f, const struct group *g, struct span w, int cols)
 {
-    const float *v = f->block + w.begin * f->stride + f->task->d_qk;
-    const float *p = f->s + w.begin * cols * VEC_LANES;
-    for (int32_t i = 0; i < f->task->d_v; i += A_ROWS)
-        product(v + i, 1, f->stride, p, w.end - w.begin, g->o + i * cols * VEC_LANES, cols, true);
+    const float *v = f->v + w.begin * A_ROWS, *p = f->s + w.begin * cols * VEC_LANES;
+    float *o = g->o;
+    for (int32_t i = 0; i < f->task->d_v; i += A_ROWS) {
+        product(v, 1, A_ROWS, p, w.end - w.begin, o, cols, true);
+        v += PANEL;
+        o += A_ROWS * cols * VEC_LANES;
+    }
 }
 
 /* The same where hidden keys' V may not be touched, since 0 * NaN is NaN: same bits, slowly. */
@@ -168,10 +175,10 @@ static void values_poisoned(const struct forward *f, const struct group *g, stru
     for (int x = 0; x < width; x += VEC_LANES) {
         vec_int lo = vec_int_load(g->lo + x), hi = vec_int_load(g->hi + x);
         for (int32_t i = 0; i < f->task->d_v; i++) {
+            const float *v = f->v + i / A_ROWS * PANEL + i % A_ROWS;
             vec o = vec_load(g->o + i * width + x);
             for (int32_t j = w.begin; j < w.end; j++) {
-                vec v = vec_set1(f->block[j * f->stride + f->task->d_qk + i]);
-                vec sum = vec_fma(v, vec_load(f->s + j * width + x), o);
+                vec sum = vec_fma(vec_set1(v[j * A_ROWS]), vec_load(f->s + j * width + x), o);
                 o = vec_select(vec_within(f->j0 + j, lo, hi), sum, o);
             }
             vec_store(g->o + i * width + x, o);
@@ -222,12 +229,11 @@ static void softmax(const struct forward *f, struct group *g, struct span w, boo
     for (int x = 0; x < width; x += VEC_LANES) {
         float *s = f->s + x;
         const int32_t *lo = g->lo + x, *hi = g->hi + x;
-        vec max = f->cap != 0.0f ? edge ? column_max(f, w, s, width, lo, hi, true, true)
-                                        : column_max(f, w, s, width, lo, hi, true, false)
-                  : edge         ? column_max(f, w, s, width, lo, hi, false, true)
-                                 : column_max(f, w, s, width, lo, hi, false, false);
+        vec max, m_old = vec_load(g->m + x), l = vec_load(g->l + x);
+        if (f->cap != 0.0f) max = column_max(f, w, s, width, lo, hi, true, true);
+        else if (edge) max = column_max(f, w, s, width, lo, hi, false, true);
+        else max = column_max(f, w, s, width, lo, hi, false, false);
 
-        vec m_old = vec_load(g->m + x), l = vec_load(g->l + x);
         vec_mask rises = vec_gt(max, vec_add(m_old, vec_set1(SLACK)));
         vec m = vec_select(rises, max, m_old);
         if (vec_any(rises)) {
@@ -260,31 +266,39 @@ static void attend(const struct forward *f, struct group *g, struct span w)
     default: scores(f, g, w, 3); break;
     }
     softmax(f, g, w, edge);
-    if (edge && f->poisoned) {
-        values_poisoned(f, g, w);
-        return;
-    }
-    switch (g->cols) {
+    switch (edge && f->poisoned ? 0 : g->cols) {
+    case 0: values_poisoned(f, g, w); break;
     case 1: values(f, g, w, 1); break;
     case 2: values(f, g, w, 2); break;
     default: values(f, g, w, 3); break;
     }
 }
 
-/* Converts d elements; returns 0 in every lane if all were finite, else NaN in some. */
-VEC_INLINE vec convert_row(enum attn_dtype t, const char *x, int32_t d, float *y)
+VEC_INLINE vec load_some(enum attn_dtype t, const char *p, int32_t n)
+{
+    return n >= VEC_LANES ? vec_load_elem(t, p) : vec_load_part_elem(t, p, n);
+}
+
+VEC_INLINE void convert_key(enum attn_dtype t, const char *x, int32_t d, float *y)
+{
+    for (int32_t i = 0; i < d; i += VEC_LANES) {
+        vec e = load_some(t, x + i * attn_dtype_bytes(t), d - i);
+        if (d - i >= VEC_LANES) vec_store_f32(y + i, e);
+        else vec_store_part_f32(y + i, e, d - i);
+    }
+}
+
+/* y is the key's row of the first panel.  Returns 0 if all elements were finite, else NaN, in some
+ * lane. */
+VEC_INLINE vec convert_value(enum attn_dtype t, const char *x, int32_t d, float *y)
 {
     vec poison = vec_zero();
-    int32_t i = 0;
-    for (; i + VEC_LANES <= d; i += VEC_LANES) {
-        vec e = vec_load_elem(t, x + i * attn_dtype_bytes(t));
-        vec_store_f32(y + i, e);
+    for (int32_t i = 0; i < d; i += VEC_LANES) {
+        vec e = load_some(t, x + i * attn_dtype_bytes(t), d - i);
         poison = vec_fma(e, vec_zero(), poison);
-    }
-    if (i < d) {
-        vec e = vec_load_part_elem(t, x + i * attn_dtype_bytes(t), d - i);
-        vec_store_part_f32(y + i, e, d - i);
-        poison = vec_fma(e, vec_zero(), poison);
+        vec_store_low(y, e);
+        if (d - i >= VEC_LANES) vec_store_high(y + PANEL, e);
+        y += 2 * PANEL;
     }
     return poison;
 }
@@ -295,16 +309,18 @@ VEC_INLINE void convert_block(struct forward *f, enum attn_dtype t, struct span 
     const struct attn_mha_task *task = f->task;
     const struct attn_kv_view *kv = &task->kv;
     vec poison = vec_zero();
-    for (int32_t i = w.begin; i < w.end; i++) {
-        float *row = f->block + i * f->stride;
-        int32_t j = f->j0 + i;
-        if (j >= j1) {
-            memset(row, 0, (size_t)f->stride * sizeof *row);
-            continue;
-        }
-        convert_row(t, kv->k + attn_kv_k_offset(kv, j), task->d_qk, row);
-        const char *v = kv->v + attn_kv_v_offset(kv, j);
-        poison = vec_add(poison, convert_row(t, v, task->d_v, row + task->d_qk));
+    int32_t live = j1 - f->j0 < w.end ? j1 - f->j0 : w.end;
+    for (int32_t i = w.begin; i < live; i++) {
+        const char *k = kv->k + attn_kv_k_offset(kv, f->j0 + i);
+        const char *v = kv->v + attn_kv_v_offset(kv, f->j0 + i);
+        convert_key(t, k, task->d_qk, f->k + i * f->k_stride);
+        if (task->qv) convert_key(t, v, task->d_v, f->k + i * f->k_stride + task->d_qk);
+        poison = vec_add(poison, convert_value(t, v, task->d_v, f->v + i * A_ROWS));
+    }
+    for (int32_t i = live; i < w.end; i++) {
+        memset(f->k + i * f->k_stride, 0, (size_t)f->d_s * sizeof(float));
+        for (int32_t c = 0; c < task->d_v / A_ROWS; c++)
+            memset(f->v + c * PANEL + i * A_ROWS, 0, A_ROWS * sizeof(float));
     }
     f->poisoned = vec_reduce_add(poison) != 0.0f;
 }
@@ -318,11 +334,9 @@ VEC_INLINE void pack_queries(enum attn_dtype t, const char *x, const int64_t *at
         vec e[VEC_LANES];
 #pragma GCC unroll 16
         for (int r = 0; r < VEC_LANES; r++) {
-            const char *p = x + (r < rows ? at[r] + i * attn_dtype_bytes(t) : 0);
-            e[r] = r >= rows          ? vec_zero()
-                   : n == VEC_LANES ? vec_load_elem(t, p)
-                                      : vec_load_part_elem(t, p, n);
-            e[r] = vec_mul(e[r], vec_set1(scale));
+            e[r] = vec_zero();
+            if (r >= rows) continue;
+            e[r] = vec_mul(load_some(t, x + at[r] + i * attn_dtype_bytes(t), n), vec_set1(scale));
         }
         vec_transpose(e);
 #pragma GCC unroll 16
@@ -331,8 +345,8 @@ VEC_INLINE void pack_queries(enum attn_dtype t, const char *x, const int64_t *at
     }
 }
 
-/* Row r's share of the accumulators in its output, and its lse.  With a +inf score or sink p is inf
- * or NaN and so is everything but lse; l tells the two apart. */
+/* What a row's o is multiplied by to be its output, and its lse.  Where a score or sink is +inf the
+ * output is NaN; l still tells +inf from a NaN score, for lse. */
 static float finish_row(const struct attn_mha_task *task, float m, float l, float sink, float *lse)
 {
     float top = m > sink ? m : sink; /* a NaN sink stays */
@@ -346,6 +360,7 @@ static float finish_row(const struct attn_mha_task *task, float m, float l, floa
     return sum == 0.0f ? 0.0f : *task->out_scale * share / sum;
 }
 
+/* o[r] is n elements, from column i on, of row r. */
 VEC_INLINE void store_rows(enum attn_dtype t, const struct attn_mha_task *task, const vec *o,
                            const int64_t *at, int32_t rows, int32_t i, int n)
 {
@@ -419,7 +434,7 @@ VEC_INLINE float *start_group(const struct forward *f, enum attn_dtype t, struct
     g->hi_min = INT32_MAX;
     g->hi_max = 0;
     for (int32_t r = 0; r < width; r++) {
-        int32_t row = r0 + (r < g->rows ? r : g->rows - 1); /* padding sees what the last row sees */
+        int32_t row = r0 + (r < g->rows ? r : g->rows - 1); /* padding sees what the last does */
         int32_t lo = task->lo[row], hi = task->hi[row];
         if (hi > task->k_end) hi = (int32_t)task->k_end;
         g->m[r] = -INFINITY;
@@ -436,15 +451,15 @@ VEC_INLINE float *start_group(const struct forward *f, enum attn_dtype t, struct
 
 VEC_INLINE void run(const struct attn_mha_task *task, char *scratch, enum attn_dtype t)
 {
-    int64_t width = task->d_qk + task->d_v;
     struct forward f = {
         .task = task,
-        .d_s = task->qv ? width : task->d_qk,
-        .stride = block_stride(width),
+        .d_s = task->d_qk + (task->qv ? task->d_v : 0),
         .cap = task->softcap * LOG2E,
     };
-    f.block = (float *)(void *)scratch;
-    f.s = f.block + N * f.stride;
+    f.k_stride = odd_lines(f.d_s);
+    f.k = (float *)(void *)scratch;
+    f.v = f.k + N * f.k_stride;
+    f.s = f.v + task->d_v / A_ROWS * PANEL;
     float *next = f.s + N * GROUP;
     for (int32_t r = 0; r < task->rows; r += GROUP)
         next = start_group(&f, t, &f.group[f.groups++], r, next);

@@ -27,6 +27,9 @@ VEC_INLINE vec vec_zero(void) { return _mm256_setzero_ps(); }
 VEC_INLINE vec vec_set1(float x) { return _mm256_set1_ps(x); }
 VEC_INLINE vec vec_load(const float *p) { return _mm256_load_ps(p); }
 VEC_INLINE void vec_store(float *p, vec x) { _mm256_store_ps(p, x); }
+/* Half of the lanes; p as aligned as its half. */
+VEC_INLINE void vec_store_low(float *p, vec x) { _mm_store_ps(p, _mm256_castps256_ps128(x)); }
+VEC_INLINE void vec_store_high(float *p, vec x) { _mm_store_ps(p, _mm256_extractf128_ps(x, 1)); }
 VEC_INLINE vec_int vec_int_load(const int32_t *p)
 {
     return _mm256_load_si256((const __m256i *)(const void *)p);

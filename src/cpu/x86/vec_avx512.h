@@ -33,6 +33,12 @@ VEC_INLINE vec vec_zero(void) { return _mm512_setzero_ps(); }
 VEC_INLINE vec vec_set1(float x) { return _mm512_set1_ps(x); }
 VEC_INLINE vec vec_load(const float *p) { return _mm512_load_ps(p); }
 VEC_INLINE void vec_store(float *p, vec x) { _mm512_store_ps(p, x); }
+/* Half of the lanes; p as aligned as its half. */
+VEC_INLINE void vec_store_low(float *p, vec x) { _mm256_store_ps(p, _mm512_castps512_ps256(x)); }
+VEC_INLINE void vec_store_high(float *p, vec x)
+{
+    _mm256_store_ps(p, _mm512_extractf32x8_ps(x, 1));
+}
 VEC_INLINE vec_int vec_int_load(const int32_t *p) { return _mm512_load_si512(p); }
 
 /* Arithmetic.  vec_max and vec_min give b where a or b is NaN. */
