@@ -57,7 +57,8 @@ static inline int64_t attn_kv_v_offset(const struct attn_kv_view *kv, int64_t j)
  * and one float at lse + h * lse_head + lse_row[r].
  *   s = q . k + qv . v;  s *= score_scale[h];  softcap: s = softcap * tanh(s / softcap)
  *   out = out_scale[h] * sum_j p_j v_j / l,  lse = ln(l) + max over visible j, natural units
- * A sink adds exp(sink) to l.  A row with no visible key gives out 0 and lse -inf, or the sink. */
+ * A sink adds exp(sink) to l.  A row with no visible key gives out 0 and lse -inf, or the sink.  A
+ * row with a NaN or +inf among its visible scores gives NaN in out, and an lse of NaN or +inf. */
 struct attn_mha_task {
     int32_t rows, heads;         /* heads: KV heads; 1 unless the kernel is a decode kernel */
     int32_t d_qk, d_v;

@@ -86,7 +86,7 @@ attn_status attn_cpu_seq_read(const problem_t *p, int64_t i, struct attn_cpu_seq
         IN_RANGE(p->kv_batch_idx[i], 0, p->cache_rows - 1, "kv_batch_idx", i);
         s->row = p->kv_batch_idx[i];
     }
-    if (p->page_table) ATTN_TRY(read_pages(p, s));
+    if (p->page_table && s->k_len > 0) ATTN_TRY(read_pages(p, s));
     if (p->rotary_cos) {
         s->rotary = p->seqlens_rotary ? p->seqlens_rotary[i] : p->seqused_k[i];
         int64_t queries = p->is_causal || p->is_local ? s->q_len : s->q_len > 0;

@@ -2,6 +2,8 @@
  *
  * split_combine on a CPU: a row a call of the kernel; the scalar reference where there is none.
  */
+#include <stdbool.h>
+
 #include "cpu/kernels.h"
 #include "cpu/split_combine.h"
 #include "cpu/threads.h"
@@ -13,8 +15,12 @@ void attn_split_combine_ref(const float *o, int64_t o_split, const float *lse, i
                             enum attn_dtype out_dtype, float *lse_out)
 {
     double m = sink ? (double)*sink : -INFINITY, l;
-    for (int32_t s = 0; s < splits; ++s) m = fmax(m, (double)lse[s * lse_split]);
-    if (m == -INFINITY) {
+    bool nan = false;
+    for (int32_t s = 0; s < splits; ++s) {
+        m = fmax(m, (double)lse[s * lse_split]);
+        nan = nan || isnan(lse[s * lse_split]);
+    }
+    if (m == -INFINITY && !nan) {
         for (int32_t c = 0; c < d_v; ++c) attn_store(out_dtype, out, c, 0.0f);
         *lse_out = -INFINITY;
         return;

@@ -17,6 +17,9 @@
 #define WIDTH_MAX 512
 #define SPLITS_MAX 256
 
+/* Stands for the data of an empty tensor, which may be NULL: its presence still has to show. */
+#define EMPTY_DATA ((void *)(uintptr_t)64)
+
 typedef struct attn_mha_fwd_args args_t;
 typedef struct attn_mha_fwd_problem problem_t;
 
@@ -44,8 +47,7 @@ static attn_status check_rows(const DLTensor *t, const char *name, const char *w
                    attn_tensor_stride(t, ndim - 1) == 1,
                ATTN_E_SHAPE, "%s: expected last stride 1, got %lld", name,
                (long long)attn_tensor_stride(t, ndim - 1));
-    /* An empty tensor's pointer may be NULL; its presence still has to show. */
-    rows->data = attn_tensor_empty(t) ? (char *)(uintptr_t)64 : attn_tensor_data(t);
+    rows->data = attn_tensor_empty(t) ? EMPTY_DATA : attn_tensor_data(t);
     rows->batch = packed ? 0 : attn_tensor_stride(t, 0);
     rows->row = attn_tensor_stride(t, ndim - 3);
     rows->head = attn_tensor_stride(t, ndim - 2);
@@ -67,7 +69,7 @@ static attn_status check_index(const DLTensor *t, const char *name, int64_t n, c
     *out = NULL;
     if (!t) return ATTN_OK;
     ATTN_TRY(attn_index_check(t, name, n, p->device));
-    *out = (const int32_t *)attn_tensor_data(t);
+    *out = n == 0 ? EMPTY_DATA : (const int32_t *)(void *)attn_tensor_data(t);
     return ATTN_OK;
 }
 
@@ -168,8 +170,8 @@ static attn_status check_keys(const args_t *a, problem_t *p)
                    (long long)attn_tensor_stride(t, 1));
         ATTN_CHECK(s[1] > 0, ATTN_E_SHAPE, "k: expected pages of at least 1 position, got %s",
                    attn_tensor_shape_text(a->k, text));
-        p->page_table = attn_tensor_empty(t) ? (const int32_t *)(uintptr_t)64
-                                             : (const int32_t *)attn_tensor_data(t);
+        p->page_table = attn_tensor_empty(t) ? EMPTY_DATA
+                                             : (const int32_t *)(void *)attn_tensor_data(t);
         p->page_table_row = attn_tensor_stride(t, 0);
         p->cache_rows = t->shape[0];
         p->max_pages = t->shape[1];
