@@ -60,7 +60,10 @@ static void combine(const float *o, int64_t o_split, const float *lse, int64_t l
                     enum attn_dtype out_dtype, float *lse_out)
 {
     struct partials p = {o, lse, o_split, lse_split, splits, sink ? *sink : -INFINITY};
-    for (int32_t s = 0; s < splits; s++) p.max = fmaxf(p.max, lse[s * lse_split]);
+    for (int32_t s = 0; s < splits; s++) {
+        float x = lse[s * lse_split];
+        if (x > p.max || x != x) p.max = x; /* NaN stays, and with it everything is NaN */
+    }
     vec total = vec_set1(1.0f);
     if (p.max == -INFINITY) { /* no split saw a key */
         p.splits = 0;
