@@ -39,6 +39,7 @@ static const struct {
     ENTRY(library_get_kernel, "cuLibraryGetKernel"),
     ENTRY(kernel_set_attribute, "cuKernelSetAttribute"),
     ENTRY(launch_kernel_ex, "cuLaunchKernelEx"),
+    ENTRY(memset_d32_async, "cuMemsetD32Async"),
     ENTRY(tensor_map_encode_tiled, "cuTensorMapEncodeTiled"),
 };
 

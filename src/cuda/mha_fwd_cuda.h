@@ -16,6 +16,7 @@ struct attn_mha_fwd_cuda_plan {
     int cluster;  /* blocks that share k and v tiles: 1 or 2 */
     int section;  /* KV heads walked together */
     int grid;     /* blocks, a multiple of cluster */
+    int ticket;   /* 1: row tiles differ in length and are drawn from a counter in the workspace */
 };
 
 /* What a kernel of the table must be good at, so that plans can be tested without one. */

@@ -10,6 +10,7 @@
 
 #define KERNELS_MAX 64
 #define LOG2E 1.4426950408889634
+#define TICKET_BYTES 64 /* the workspace: one counter, on a line of its own */
 
 typedef struct attn_mha_fwd_problem problem_t;
 typedef struct attn_mha_fwd_cuda_plan plan_t;
@@ -148,7 +149,7 @@ attn_status attn_mha_fwd_cuda_plan(const problem_t *p, struct attn_mha_fwd_plan 
     ATTN_TRY(choose(p, &device, &plan));
     out->splits = 1;
     out->piece = p->s_k;
-    out->workspace_bytes = 0;
+    out->workspace_bytes = TICKET_BYTES;
     out->tile[0] = plan.kernel;
     out->tile[1] = plan.cluster;
     out->tile[2] = plan.gather;
@@ -167,7 +168,6 @@ attn_status attn_mha_fwd_cuda_run(const problem_t *p, const struct attn_mha_fwd_
     cu_kernel handle;
     plan_t plan;
     (void)planned; /* pointers and strides may have changed since: choosing again is cheap */
-    (void)workspace;
     (void)workspace_bytes;
 
     ATTN_TRY(choose(p, &device, &plan));
@@ -189,5 +189,10 @@ attn_status attn_mha_fwd_cuda_run(const problem_t *p, const struct attn_mha_fwd_
         .attribute_count = 1,
     };
     void *arguments[] = {&params, &maps};
+    if (plan.ticket) {
+        params.ticket = (int32_t *)(void *)workspace;
+        ATTN_TRY(attn_cuda_status(
+            cu->memset_d32_async((uint64_t)(uintptr_t)workspace, 0, 1, stream), "cuMemsetD32Async"));
+    }
     return attn_cuda_status(cu->launch_kernel_ex(&config, handle, arguments, NULL), kernel->name);
 }

@@ -121,5 +121,8 @@ attn_status attn_mha_fwd_cuda_choose(const struct attn_mha_fwd_problem *p,
     plan->section = (int)clamp(L2_SHARE / (head_bytes > 0 ? head_bytes : 1), 1, p->h_k * p->b);
     int64_t blocks = clamp(multiprocessors - p->sm_margin, plan->cluster, multiprocessors);
     plan->grid = (int)(clamp(items, 1, blocks / plan->cluster) * plan->cluster);
+    bool even = !p->causal && p->window_left < 0 && p->window_right < 0 && !p->chunk &&
+                !p->cu_seqlens_q && !p->seqused_q && !p->cu_seqlens_k && !p->seqused_k;
+    plan->ticket = !even && items > plan->grid / plan->cluster;
     return ATTN_OK;
 }

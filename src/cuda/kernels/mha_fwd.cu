@@ -29,6 +29,12 @@
 #include "wgmma.cuh"
 
 enum { DTYPE_bf16 = 0, DTYPE_fp16 = 1 };
+enum { GATHER_THREADS = 96 };
+
+ATTN_DEVICE void wait_full(const uint64_t *full, const ring &r)
+{
+    mbarrier_wait_parity(shared_address(&full[r.stage]), r.parity);
+}
 
 /* ---- the producer warpgroup ------------------------------------------------------------------ */
 
@@ -74,13 +80,20 @@ ATTN_DEVICE void load_tile(const attn_mha_fwd_params &p, const attn_tensor_map *
                            uint32_t bar, const sequence &seq, int h_kv, int key, uint32_t rank)
 {
     constexpr int PANELS = ATTN_MHA_FWD_PANELS(D);
-    open_tile<PANELS, N, IS_V>(p, dst, bar, min(seq.s_k - key, N));
-    int row = (int)rank * p.box_rows, live = min(seq.s_k - key - row, p.box_rows);
-    if (live > 0 && elect_one()) {
+    int row = (int)rank * p.box_rows, live = p.box_rows;
+    bool whole = key + N <= seq.s_k;
+    if (!whole) {
+        open_tile<PANELS, N, IS_V>(p, dst, bar, seq.s_k - key);
+        live = min(seq.s_k - key - row, p.box_rows);
+    }
+    if (elect_one()) {
+        if (whole) mbarrier_arrive_expect_tx(bar, PANELS * N * 128);
+        if (live > 0) {
 #pragma unroll
-        for (int panel = 0; panel < PANELS; panel++)
-            load_box(p, map, dst + panel * N * 128 + row * 128, bar, panel * 64, live,
-                     seq.k_offset + key + row, h_kv, seq.k_row);
+            for (int panel = 0; panel < PANELS; panel++)
+                load_box(p, map, dst + panel * N * 128 + row * 128, bar, panel * 64, live,
+                         seq.k_offset + key + row, h_kv, seq.k_row);
+        }
     }
     __syncwarp();
 }
@@ -106,15 +119,15 @@ ATTN_DEVICE void load_paged_tile(const attn_mha_fwd_params &p, const attn_tensor
 }
 
 /* The same tile by one 16-byte copy a thread: any page size, any strides.  Eight threads share a
- * row; all four warps of the producer call it. */
+ * row; the 96 threads of the three loading warps call it, `thread` of them. */
 template <int D, int N>
 ATTN_DEVICE void load_gathered(const attn_mha_fwd_params &p, const uint16_t *base, int64_t stride_b,
                                int64_t stride_s, int64_t stride_h, int width, uint32_t dst,
-                               uint32_t bar, const sequence &seq, int h_kv, int key)
+                               uint32_t bar, const sequence &seq, int h_kv, int key, int thread)
 {
-    int t = (int)threadIdx.x % 128, chunk = t % 8;
+    int chunk = thread % 8;
 #pragma unroll 1
-    for (int row = t / 8; row < N; row += 16) {
+    for (int row = thread / 8; row < N; row += GATHER_THREADS / 8) {
         int position = seq.k_offset + key + row, source = seq.k_row;
         bool live = key + row < seq.s_k;
         if (p.page_table && live) {
@@ -134,68 +147,118 @@ ATTN_DEVICE void load_gathered(const attn_mha_fwd_params &p, const uint16_t *bas
     cp_async_mbarrier_arrive(bar);
 }
 
-/* Finds tiles, tells the consumers, and keeps q, k and v coming.  Warp 0 does all of it; with
- * gathered loads the other three follow the same schedule and copy their share of the rows. */
+/* Keeps q, k and v coming; k runs one step ahead of v, the order in which the consumers free them.
+ * Warp 0 does it alone, or with warps 2 and 3 when k and v are gathered. */
 template <int DQK, int DV, int M, int N>
-ATTN_DEVICE void produce(const attn_mha_fwd_params &p, const attn_mha_fwd_maps &maps,
-                         mha_fwd_smem<DQK, DV, M, N> &sm, uint32_t rank, int warp)
+ATTN_DEVICE void load(const attn_mha_fwd_params &p, const attn_mha_fwd_maps &maps,
+                      mha_fwd_smem<DQK, DV, M, N> &sm, int warp)
 {
-    scheduler order;
-    scheduler_init(order, p);
-    ring tiles = {0, 1}, ks = {0, 1}, vs = {0, 1};
+    uint32_t rank = cluster_rank();
+    int thread = (int)threadIdx.x % 32 + (warp ? warp - 1 : 0) * 32;
+    ring tiles = {0, 0}, ks = {0, 1}, vs = {0, 1};
     uint32_t q_parity = 1;
-    int b, h_kv, item;
-    while (next_item<M>(order, p, &b, &h_kv, &item)) {
-        sequence seq = locate_sequence(p, b);
-        row_tile tile = locate_tile<M, N>(p, seq, b, h_kv, item, (int)rank);
+    for (;;) {
+        wait_full(sm.tile_full, tiles);
+        const row_tile &tile = sm.tile[tiles.stage]; /* read in place: registers are few here */
+        if (tile.b < 0) break;
         if (warp == 0) {
-            mbarrier_wait_parity(shared_address(&sm.tile_empty[tiles.stage]), tiles.parity);
+            uint32_t bar = shared_address(&sm.q_full);
             mbarrier_wait_parity(shared_address(&sm.q_empty), q_parity);
             if (elect_one()) {
-                sm.tile[tiles.stage] = tile;
-                mbarrier_arrive(shared_address(&sm.tile_full[tiles.stage]));
-                uint32_t bar = shared_address(&sm.q_full);
                 mbarrier_arrive_expect_tx(bar, sizeof sm.q);
 #pragma unroll
                 for (int panel = 0; panel < sm.QK_PANELS; panel++)
                     tma_load_4d(shared_address(sm.q) + panel * M * 128, &maps.q, bar, panel * 64,
-                                tile.q_offset + tile.row, tile.h_q, p.cu_seqlens_q ? 0 : b);
+                                tile.seq.q_offset + tile.row, tile.h_q,
+                                p.cu_seqlens_q ? 0 : tile.b);
             }
             __syncwarp();
             q_parity ^= 1;
         }
+        for (int n = tile.end - 1; n >= tile.begin - (tile.begin < tile.end); n--) {
+            if (n >= tile.begin) {
+                uint32_t bar = shared_address(&sm.k_full[ks.stage]);
+                uint32_t dst = shared_address(sm.k[ks.stage]);
+                mbarrier_wait_parity(shared_address(&sm.k_empty[ks.stage]), ks.parity);
+                if (p.gather)
+                    load_gathered<DQK, N>(p, (const uint16_t *)p.k, p.k_stride_b, p.k_stride_s,
+                                          p.k_stride_h, p.d_qk, dst, bar, tile.seq, tile.h_kv,
+                                          n * N, thread);
+                else if (p.page_table)
+                    load_paged_tile<DQK, N, 0>(p, &maps.k, dst, bar, tile.seq, tile.h_kv, n * N,
+                                               rank);
+                else
+                    load_tile<DQK, N, 0>(p, &maps.k, dst, bar, tile.seq, tile.h_kv, n * N, rank);
+                ring_next(ks);
+            }
+            if (n + 1 < tile.end) {
+                uint32_t bar = shared_address(&sm.v_full[vs.stage]);
+                uint32_t dst = shared_address(sm.v[vs.stage]);
+                int key = (n + 1) * N;
+                mbarrier_wait_parity(shared_address(&sm.v_empty[vs.stage]), vs.parity);
+                if (p.gather)
+                    load_gathered<DV, N>(p, (const uint16_t *)p.v, p.v_stride_b, p.v_stride_s,
+                                         p.v_stride_h, p.d_v, dst, bar, tile.seq, tile.h_kv, key,
+                                         thread);
+                else if (p.page_table)
+                    load_paged_tile<DV, N, 1>(p, &maps.v, dst, bar, tile.seq, tile.h_kv, key, rank);
+                else
+                    load_tile<DV, N, 1>(p, &maps.v, dst, bar, tile.seq, tile.h_kv, key, rank);
+                ring_next(vs);
+            }
+        }
+        __syncwarp();
+        if (elect_one()) mbarrier_arrive(shared_address(&sm.tile_empty[tiles.stage]));
         ring_next(tiles);
-        for (int n = tile.end - 1; n >= tile.begin; n--) {
-            uint32_t k_full = shared_address(&sm.k_full[ks.stage]);
-            uint32_t v_full = shared_address(&sm.v_full[vs.stage]);
-            uint32_t k_dst = shared_address(sm.k[ks.stage]), v_dst = shared_address(sm.v[vs.stage]);
-            mbarrier_wait_parity(shared_address(&sm.k_empty[ks.stage]), ks.parity);
-            if (p.gather)
-                load_gathered<DQK, N>(p, (const uint16_t *)p.k, p.k_stride_b, p.k_stride_s,
-                                      p.k_stride_h, p.d_qk, k_dst, k_full, seq, h_kv, n * N);
-            else if (p.page_table)
-                load_paged_tile<DQK, N, 0>(p, &maps.k, k_dst, k_full, seq, h_kv, n * N, rank);
-            else
-                load_tile<DQK, N, 0>(p, &maps.k, k_dst, k_full, seq, h_kv, n * N, rank);
-            mbarrier_wait_parity(shared_address(&sm.v_empty[vs.stage]), vs.parity);
-            if (p.gather)
-                load_gathered<DV, N>(p, (const uint16_t *)p.v, p.v_stride_b, p.v_stride_s,
-                                     p.v_stride_h, p.d_v, v_dst, v_full, seq, h_kv, n * N);
-            else if (p.page_table)
-                load_paged_tile<DV, N, 1>(p, &maps.v, v_dst, v_full, seq, h_kv, n * N, rank);
-            else
-                load_tile<DV, N, 1>(p, &maps.v, v_dst, v_full, seq, h_kv, n * N, rank);
-            ring_next(ks);
-            ring_next(vs);
+    }
+}
+
+/* The number of this cluster's item after number `k`; `r` is the ring of tiles. */
+template <class SMEM>
+ATTN_DEVICE int next_number(const attn_mha_fwd_params &p, SMEM &sm, const ring &r, int k)
+{
+    int clusters = (int)gridDim.x / p.cluster;
+    if (!p.ticket) return k + clusters;
+    uint32_t full = shared_address(&sm.drawn_full[r.stage]);
+    uint32_t empty = shared_address(&sm.drawn_empty[r.stage]);
+    if (elect_one()) {
+        mbarrier_arrive_expect_tx(full, 4);
+        if (cluster_rank() == 0) {
+            mbarrier_wait_parity(empty, r.parity);
+            int number = clusters + atomicAdd(p.ticket, 1);
+            for (int block = 0; block < p.cluster; block++)
+                store_async_cluster(shared_address(&sm.drawn[r.stage]), number, full, block);
         }
     }
-    if (warp == 0) {
+    __syncwarp();
+    mbarrier_wait_parity(full, r.parity ^ 1);
+    k = *(volatile int *)&sm.drawn[r.stage];
+    __syncwarp();
+    if (elect_one()) mbarrier_arrive_cluster(empty, 0);
+    return k;
+}
+
+/* Finds this block's tiles, one ahead of the loads, and tells loaders and consumers.  One warp. */
+template <int DQK, int DV, int M, int N>
+ATTN_DEVICE void schedule(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, N> &sm)
+{
+    sequence_group group = {-32, 0, 0, 0};
+    ring tiles = {0, 1};
+    int number = (int)blockIdx.x / p.cluster;
+    for (bool more = true; more; ring_next(tiles)) {
+        int b, h_kv, item;
+        more = find_item<M>(group, p, number, &b, &h_kv, &item);
         mbarrier_wait_parity(shared_address(&sm.tile_empty[tiles.stage]), tiles.parity);
         if (elect_one()) {
-            sm.tile[tiles.stage].b = -1;
+            row_tile &tile = sm.tile[tiles.stage];
+            if (more)
+                tile = locate_tile<M, N>(p, b, h_kv, item, (int)cluster_rank());
+            else
+                tile.b = -1;
             mbarrier_arrive(shared_address(&sm.tile_full[tiles.stage]));
         }
         __syncwarp();
+        if (more) number = next_number(p, sm, tiles, number);
     }
 }
 
@@ -238,11 +301,6 @@ ATTN_DEVICE void release(const attn_mha_fwd_params &p, const uint64_t *empty, ri
         }
     }
     ring_next(r);
-}
-
-ATTN_DEVICE void wait_full(const uint64_t *full, const ring &r)
-{
-    mbarrier_wait_parity(shared_address(&full[r.stage]), r.parity);
 }
 
 /* Softcap, and a scale that is not positive. */
@@ -298,8 +356,8 @@ ATTN_DEVICE void store_rows(const attn_mha_fwd_params &p, const row_tile &tile, 
         float normalise, lse;
         softmax_finish(rows.max[h], quad_sum(rows.sum[h]), p.exp_scale, p.sink != ATTN_SINK_NONE,
                        sink, p.lse_empty, &normalise, &lse);
-        int64_t at = (int64_t)tile.q_offset + i;
-        if (i < tile.s_q && c == 0)
+        int64_t at = (int64_t)tile.seq.q_offset + i;
+        if (i < tile.seq.s_q && c == 0)
             p.lse[b * p.lse_stride_b + tile.h_q * p.lse_stride_h + at] = lse;
         uint16_t *out = (uint16_t *)p.out + b * p.out_stride_b + at * p.out_stride_s +
                         tile.h_q * p.out_stride_h;
@@ -312,7 +370,7 @@ ATTN_DEVICE void store_rows(const attn_mha_fwd_params &p, const row_tile &tile, 
                                        o[16 * j + 4 * e + 2 * h + 1] * normalise);
             quad_transpose(x);
             int column = 32 * j + 8 * c;
-            if (i < tile.s_q && column < p.d_v)
+            if (i < tile.seq.s_q && column < p.d_v)
                 *(uint4 *)(out + column) = make_uint4(x[0], x[1], x[2], x[3]);
         }
     }
@@ -336,14 +394,14 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, 
          * that all its rows see whole. */
         if (lane < 16) {
             int r = group * 64 + warp * 16 + lane;
-            sm.bounds[r] = visible_keys(p, tile.row + r, tile.s_q, tile.s_k, tile.cp_tot);
+            sm.bounds[r] = visible_keys(p, tile.row + r, tile.seq.s_q, tile.seq.s_k, tile.cp_tot);
         }
-        int top = tile.row + group * 64, bottom = min(top + 64, tile.s_q) - 1;
-        key_interval high = visible_keys(p, top, tile.s_q, tile.s_k, tile.cp_tot);
-        key_interval low = visible_keys(p, bottom, tile.s_q, tile.s_k, tile.cp_tot);
+        int top = tile.row + group * 64, bottom = min(top + 64, tile.seq.s_q) - 1;
+        key_interval high = visible_keys(p, top, tile.seq.s_q, tile.seq.s_k, tile.cp_tot);
+        key_interval low = visible_keys(p, bottom, tile.seq.s_q, tile.seq.s_k, tile.cp_tot);
         int begin = high.lo / N, end = (low.hi + N - 1) / N;
         int whole_begin = (low.lo + N - 1) / N, whole_end = high.hi / N;
-        if (top >= tile.s_q || end <= begin) begin = end = tile.begin;
+        if (top >= tile.seq.s_q || end <= begin) begin = end = tile.begin;
         __syncwarp();
         if (lane == 0) mbarrier_arrive(shared_address(&sm.tile_empty[tiles.stage]));
         ring_next(tiles);
@@ -426,7 +484,7 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, 
         }
         for (; n >= tile.begin; n--)
             skip();
-        if (top < tile.s_q) store_rows<FP16, DV>(p, tile, tile.row + own_row, rows, o);
+        if (top < tile.seq.s_q) store_rows<FP16, DV>(p, tile, tile.row + own_row, rows, o);
     }
 }
 
@@ -442,9 +500,8 @@ ATTN_DEVICE void mha_fwd_body(const attn_mha_fwd_params &p, const attn_mha_fwd_m
     smem &sm = *(smem *)raw;
 
     int group = __shfl_sync(0xffffffff, (int)threadIdx.x / 128, 0);
-    uint32_t rank = cluster_rank();
     if (threadIdx.x == 0) {
-        uint32_t loads = p.gather ? 128 : 1, readers = CONSUMERS * p.cluster;
+        uint32_t loads = p.gather ? GATHER_THREADS : 1, readers = CONSUMERS * p.cluster;
         mbarrier_init(shared_address(&sm.q_full), 1);
         mbarrier_init(shared_address(&sm.q_empty), CONSUMERS);
         for (int i = 0; i < smem::STAGES; i++) {
@@ -455,7 +512,9 @@ ATTN_DEVICE void mha_fwd_body(const attn_mha_fwd_params &p, const attn_mha_fwd_m
         }
         for (int i = 0; i < 2; i++) {
             mbarrier_init(shared_address(&sm.tile_full[i]), 1);
-            mbarrier_init(shared_address(&sm.tile_empty[i]), CONSUMERS * 4);
+            mbarrier_init(shared_address(&sm.tile_empty[i]), CONSUMERS * 4 + (p.gather ? 3 : 1));
+            mbarrier_init(shared_address(&sm.drawn_full[i]), 1);
+            mbarrier_init(shared_address(&sm.drawn_empty[i]), p.cluster);
         }
         fence_mbarrier_init();
         prefetch_tensormap(&maps.q);
@@ -467,7 +526,10 @@ ATTN_DEVICE void mha_fwd_body(const attn_mha_fwd_params &p, const attn_mha_fwd_m
     if (group == CONSUMERS) {
         setmaxnreg_dec<CONSUMERS == 3 ? 32 : 40>();
         int warp = __shfl_sync(0xffffffff, (int)threadIdx.x % 128 / 32, 0);
-        if (warp == 0 || p.gather) produce<DQK, DV, M, N>(p, maps, sm, rank, warp);
+        if (warp == 1)
+            schedule<DQK, DV, M, N>(p, sm);
+        else if (warp == 0 || p.gather)
+            load<DQK, DV, M, N>(p, maps, sm, warp);
     } else {
         setmaxnreg_inc<CONSUMERS == 3 ? 160 : 232>();
         consume<FP16, DQK, DV, M, N>(p, sm, group);

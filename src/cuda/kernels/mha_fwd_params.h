@@ -43,6 +43,7 @@ struct attn_mha_fwd_params {
     const int32_t *page_table;   /* [rows, max_pages], row stride page_table_stride */
     const int32_t *cp_tot;       /* [b] global key counts; with cp_world > 1 */
     const void *sinks;           /* [h_q] */
+    int32_t *ticket;             /* counts items given out, 0 at the start; NULL: dealt in turn */
     const void *k, *v;           /* for gathered loads: [batch or page, rows, h_k, d] */
 
     int64_t out_stride_b, out_stride_s, out_stride_h;
@@ -79,13 +80,13 @@ struct attn_mha_fwd_params {
 #define ATTN_MHA_FWD_SMEM(d_qk, d_v, m, n)                                                         \
     (128 * (ATTN_MHA_FWD_PANELS(d_qk) * ((m) + ATTN_MHA_FWD_STAGES * (n)) +                        \
             ATTN_MHA_FWD_PANELS(d_v) * ATTN_MHA_FWD_STAGES * (n)) +                                \
-     8 * (m) + 256)
+     8 * (m) + 320)
 
 #ifdef __cplusplus
 static_assert(sizeof(struct attn_mha_fwd_maps) == 384, "three tensor maps");
-static_assert(sizeof(struct attn_mha_fwd_params) == 296, "the host's and the kernel's layout");
+static_assert(sizeof(struct attn_mha_fwd_params) == 304, "the host's and the kernel's layout");
 #else
 _Static_assert(sizeof(struct attn_mha_fwd_maps) == 384, "three tensor maps");
-_Static_assert(sizeof(struct attn_mha_fwd_params) == 296, "the host's and the kernel's layout");
+_Static_assert(sizeof(struct attn_mha_fwd_params) == 304, "the host's and the kernel's layout");
 #endif
 #endif

@@ -164,6 +164,19 @@ ATTN_DEVICE void shared_zero_16(uint32_t dst)
     asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(dst), "r"(0) : "memory");
 }
 
+/* Four bytes to the same offset in block `rank` of the cluster, counted on the barrier there.
+ * PTX ISA: st.async */
+ATTN_DEVICE void store_async_cluster(uint32_t dst, int value, uint32_t bar, uint32_t rank)
+{
+    asm volatile("{ .reg .b32 there, its_bar;\n"
+                 "mapa.shared::cluster.u32 there, %0, %3;\n"
+                 "mapa.shared::cluster.u32 its_bar, %2, %3;\n"
+                 "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [there], %1, [its_bar];"
+                 " }" ::"r"(dst),
+                 "r"(value), "r"(bar), "r"(rank)
+                 : "memory");
+}
+
 /* ---- ordinary asynchronous copies ------------------------------------------------------------ */
 
 /* Sixteen bytes, of which the first `bytes` (0 or 16) are read and the rest is zero.

@@ -4,33 +4,31 @@
  * when p.cluster is 1) of one KV head of one sequence: the rows of tile t are rows
  *     [t / group * M, + M) of query head h_k * group + t % group,
  * so that the blocks of a cluster read the same keys.  Items are numbered so that heads of one
- * section are walked together, their last (when causal: longest) rows first; cluster c of n takes
- *     c, 2 n - 1 - c, 2 n + c, 4 n - 1 - c, ...
- * which deals long and short items out evenly.
+ * section are walked together, their last (when causal: longest) rows first.  The first item of
+ * cluster c is item c; then either every n-th, n clusters in all, or, where items differ in length,
+ * the next that nobody has: p.ticket counts them, and the cluster's first block draws for both.
  *
- * Lengths in device memory (ragged q) are read here: a warp walks the sequences 32 at a time and
- * keeps a prefix sum of their items, so an item costs a few instructions after the first.
+ * Lengths in device memory (ragged q) are read here: a warp takes the sequences 32 at a time, those
+ * with most keys first, and keeps a prefix sum of their items.
  */
 #pragma once
 #include "mask.cuh"
 
-/* One row tile of one query head, as the producer tells it to the consumers. */
-struct row_tile {
-    int b;         /* sequence; -1: no more work */
-    int h_q;       /* query head */
-    int h_kv;      /* its KV head */
-    int row;       /* first row inside the sequence; at or past s_q: only keep in step */
-    int s_q, s_k;  /* the sequence's lengths */
-    int q_offset;  /* of the sequence's row 0 in q, out and lse */
-    int cp_tot;
-    int begin, end; /* key steps [begin, end) that some row of the cluster's tiles sees */
-};
-
 /* Where a sequence lies. */
 struct sequence {
-    int s_q, q_offset;
+    int s_q, q_offset; /* q_offset: of row 0 in q, out and lse */
     int s_k, k_offset; /* k_offset: position of key 0, after the left padding */
     int k_row;         /* batch coordinate of k and v, or row of the page table */
+};
+
+/* One row tile of one query head, as the scheduler tells it to loaders and consumers. */
+struct row_tile {
+    int b;          /* sequence; -1: no more work */
+    int h_q, h_kv;  /* query head, its KV head */
+    int row;        /* first row inside the sequence; at or past s_q: only keep in step */
+    int cp_tot;     /* global key count of the sequence, with context parallelism */
+    int begin, end; /* key steps [begin, end) that some row of the cluster's tiles sees */
+    sequence seq;
 };
 
 ATTN_DEVICE int query_length(const attn_mha_fwd_params &p, int b)
@@ -66,19 +64,6 @@ ATTN_DEVICE sequence locate_sequence(const attn_mha_fwd_params &p, int b)
     return s;
 }
 
-struct scheduler {
-    int cluster, clusters; /* this one, and how many */
-    int round;
-    int first, before; /* ragged q: sequences from `first` on start at item `before` */
-};
-
-ATTN_DEVICE void scheduler_init(scheduler &s, const attn_mha_fwd_params &p)
-{
-    s.cluster = (int)blockIdx.x / p.cluster;
-    s.clusters = (int)gridDim.x / p.cluster;
-    s.round = s.first = s.before = 0;
-}
-
 /* Items of one KV head with s_q rows. */
 template <int M> ATTN_DEVICE int head_items(const attn_mha_fwd_params &p, int s_q)
 {
@@ -95,13 +80,51 @@ ATTN_DEVICE void item_in_order(int k, int heads, int items, int section, int *he
     *item = items - 1 - rest / width;
 }
 
-/* The next sequence, KV head and item of this cluster; false when there is no more.  A whole warp
- * calls it. */
-template <int M>
-ATTN_DEVICE bool next_item(scheduler &s, const attn_mha_fwd_params &p, int *b, int *h_kv, int *item)
+/* Ragged q: the 32 sequences that are being walked, one a lane, most keys first. */
+struct sequence_group {
+    int first;   /* of the 32; -32 before the first group */
+    int before;  /* items of all sequences ahead of the group */
+    int mine;    /* items of one head of this lane's sequence, times 32, plus its place */
+    int through; /* items of the group up to and with this lane's sequence */
+};
+
+/* Reads the next 32 sequences.  A whole warp calls it. */
+template <int M> ATTN_DEVICE void next_group(sequence_group &g, const attn_mha_fwd_params &p)
 {
-    int turn = s.round & 1 ? s.clusters - 1 - s.cluster : s.cluster;
-    int k = s.round++ * s.clusters + turn;
+    int lane = (int)threadIdx.x % 32;
+    if (g.first >= 0) g.before += __shfl_sync(0xffffffff, g.through, 31);
+    g.first += 32;
+    int b = g.first + lane, items = 0, s_k = -1;
+    if (b < p.b) {
+        sequence s = locate_sequence(p, b);
+        items = head_items<M>(p, s.s_q);
+        s_k = s.s_k;
+    }
+    int rank = 0; /* lanes with more keys, or as many and a smaller number */
+#pragma unroll 1
+    for (int other = 0; other < 32; other++) {
+        int theirs = __shfl_sync(0xffffffff, s_k, other);
+        rank += theirs > s_k || (theirs == s_k && other < lane);
+    }
+#pragma unroll 1
+    for (int from = 0; from < 32; from++) {
+        int to = __shfl_sync(0xffffffff, rank, from), count = __shfl_sync(0xffffffff, items, from);
+        if (to == lane) g.mine = count * 32 + from;
+    }
+    g.through = g.mine / 32 * p.h_k;
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+        int left = __shfl_up_sync(0xffffffff, g.through, d);
+        if (lane >= d) g.through += left;
+    }
+}
+
+/* The sequence, KV head and item with number k, which never falls from call to call; false past the
+ * last.  A whole warp calls it. */
+template <int M>
+ATTN_DEVICE bool find_item(sequence_group &g, const attn_mha_fwd_params &p, int k, int *b,
+                           int *h_kv, int *item)
+{
     if (!p.cu_seqlens_q && !p.seqused_q) {
         int items = head_items<M>(p, p.s_q), head;
         if (k >= p.b * p.h_k * items) return false;
@@ -110,34 +133,23 @@ ATTN_DEVICE bool next_item(scheduler &s, const attn_mha_fwd_params &p, int *b, i
         *h_kv = head % p.h_k;
         return true;
     }
-    int lane = (int)threadIdx.x % 32;
-    for (; s.first < p.b; s.first += 32) {
-        int mine = s.first + lane < p.b ? head_items<M>(p, query_length(p, s.first + lane)) : 0;
-        int through = mine * p.h_k;
-#pragma unroll
-        for (int d = 1; d < 32; d *= 2) {
-            int left = __shfl_up_sync(0xffffffff, through, d);
-            if (lane >= d) through += left;
-        }
-        int total = __shfl_sync(0xffffffff, through, 31);
-        if (k - s.before < total) {
-            int at = __ffs((int)__ballot_sync(0xffffffff, k - s.before < through)) - 1;
-            int items = __shfl_sync(0xffffffff, mine, at);
-            int start = __shfl_sync(0xffffffff, through, at) - items * p.h_k;
-            *b = s.first + at;
-            item_in_order(k - s.before - start, p.h_k, items, min(p.section, p.h_k), h_kv, item);
-            return true;
-        }
-        s.before += total;
+    while (g.first < 0 || k - g.before >= __shfl_sync(0xffffffff, g.through, 31)) {
+        if (g.first + 32 >= p.b) return false;
+        next_group<M>(g, p);
     }
-    return false;
+    int at = __ffs((int)__ballot_sync(0xffffffff, k - g.before < g.through)) - 1;
+    int there = __shfl_sync(0xffffffff, g.mine, at), items = there / 32;
+    int start = __shfl_sync(0xffffffff, g.through, at) - items * p.h_k;
+    *b = g.first + there % 32;
+    item_in_order(k - g.before - start, p.h_k, items, min(p.section, p.h_k), h_kv, item);
+    return true;
 }
 
 /* The row tile of block `rank` in an item, and the key steps of N that its cluster walks. */
 template <int M, int N>
-ATTN_DEVICE row_tile locate_tile(const attn_mha_fwd_params &p, const sequence &seq, int b, int h_kv,
-                                 int item, int rank)
+ATTN_DEVICE row_tile locate_tile(const attn_mha_fwd_params &p, int b, int h_kv, int item, int rank)
 {
+    sequence seq = locate_sequence(p, b);
     int first = item * p.cluster, tiles = (seq.s_q + M - 1) / M * p.group;
     int last = min(first + p.cluster, tiles) - 1;
     row_tile t;
@@ -145,9 +157,7 @@ ATTN_DEVICE row_tile locate_tile(const attn_mha_fwd_params &p, const sequence &s
     t.h_q = h_kv * p.group + (first + rank) % p.group;
     t.h_kv = h_kv;
     t.row = (first + rank) / p.group * M;
-    t.s_q = seq.s_q;
-    t.s_k = seq.s_k;
-    t.q_offset = seq.q_offset;
+    t.seq = seq;
     t.cp_tot = p.cp_tot ? __ldg(p.cp_tot + b) : 0;
     int top = first / p.group * M, bottom = min((last / p.group + 1) * M, seq.s_q) - 1;
     t.begin = visible_keys(p, top, seq.s_q, seq.s_k, t.cp_tot).lo / N;

@@ -17,13 +17,17 @@ template <int DQK, int DV, int M, int N> struct mha_fwd_smem {
 
     key_interval bounds[M]; /* visible keys of each row; a warp writes and reads its own 16 */
     row_tile tile[2];
+    int drawn[2]; /* numbers of items, drawn by the cluster's first block */
 
-    /* full: 1 arrival and the bytes (gathered loads: 128 arrivals); empty: one a consumer
-     * warpgroup of the cluster, or of the block for q; tile: 1, and one a consumer warp. */
+    /* full: 1 arrival and the bytes (gathered k and v: one a loading thread)
+     * empty: one a consumer warpgroup of the cluster, or of the block for q
+     * tile_full: 1; tile_empty: one a consumer warp and a loading warp
+     * drawn_full: 1 and four bytes; drawn_empty, in the first block: one a block */
     uint64_t q_full, q_empty;
     uint64_t k_full[STAGES], k_empty[STAGES];
     uint64_t v_full[STAGES], v_empty[STAGES];
     uint64_t tile_full[2], tile_empty[2];
+    uint64_t drawn_full[2], drawn_empty[2];
 };
 
 /* A place in a ring of two stages: which one, and the parity of its current phase.  A consumer
