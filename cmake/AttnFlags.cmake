@@ -19,6 +19,7 @@ if(ATTN_SANITIZE)
     list(APPEND ATTN_SANITIZE_FLAGS -fno-sanitize-recover=undefined)
   endif()
   list(APPEND ATTN_CODE_FLAGS ${ATTN_SANITIZE_FLAGS})
+  list(APPEND ATTN_WARNINGS -Wno-sign-conversion) # gcc 12's own intrinsics warn when instrumented
   list(APPEND ATTN_LINK_FLAGS ${ATTN_SANITIZE_FLAGS})
   set(ATTN_NO_UNDEFINED "") # clang leaves its run time to the executable
 endif()

@@ -122,10 +122,14 @@ def test_fresh_environment_is_consistent(fresh):
 
 @pytest.mark.parametrize("wanted", ["newest", OLDEST_TVM_FFI])
 def test_attention_in_a_fresh_environment(fresh, wanted):
-    """One binding, compiled against one tvm-ffi, serves every 0.1.x."""
+    """One binding, compiled against one tvm-ffi, serves every 0.1.x; its source suits every 0.1.x."""
     pip(fresh, "-U", "apache-tvm-ffi>=0.1.11,<0.2" if wanted == "newest" else f"apache-tvm-ffi=={wanted}")
     found = isolated(fresh, "-c", SMOKE).strip()
     assert found.startswith(wanted) or wanted == "newest" and found != OLDEST_TVM_FFI
+    headers = next(fresh.parents[1].glob("lib/*/site-packages/tvm_ffi/include"))
+    includes = [f"-I{path}" for path in (ROOT / "include", ROOT / "src", headers, headers / "dlpack")]
+    flags = ["-std=gnu11", "-Wall", "-Wextra", "-Werror", "-fsyntax-only"]
+    build_tree.run("cc", *flags, *includes, *(ROOT / "src/ffi").glob("*.c"))
     report = isolated(fresh, "-m", "libattn")
     assert VERSION in report and "flash_attn_interface" in report
 
