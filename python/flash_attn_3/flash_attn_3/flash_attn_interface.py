@@ -67,12 +67,12 @@ def _direct(q, k, v, qv=None, sinks=None):
     )
 
 
-def _on_musa(q):
-    """Whether q lies on MUSA; TypeError when it lies nowhere."""
+def _on_musa(x, name="q"):
+    """Whether x lies on MUSA; TypeError when it lies nowhere."""
     try:
-        return not _is_traced() and q.device.type == "musa"
+        return not _is_traced() and x.device.type == "musa"
     except AttributeError:
-        raise TypeError(f"q: expected a tensor, got {type(q).__name__}") from None
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}") from None
 
 
 def _by_class(q, k, v, qv, sinks):
@@ -833,11 +833,11 @@ def flash_attn_combine(out_partial, lse_partial, out=None, out_dtype=None):
 
     Returns (out, lse), lse fp32 (b, s, h), a transposed view.  There is no gradient.
     """
+    if _on_musa(out_partial, "out_partial"):
+        raise NotBuiltError("flash_attn_combine: MATE has no such function for tensors on MUSA")
     if _is_traced() or type(out_partial) is not _Tensor or _modes():
         merged, lse = torch.ops.flash_attn_3._flash_attn_combine(out_partial, lse_partial, out_dtype)
         return (merged if out is None else out.copy_(merged)), lse
-    if out_partial.device.type == "musa":
-        raise NotBuiltError("flash_attn_combine: MATE has no such function for tensors on MUSA")
     if _grad_on() and (out_partial.requires_grad or lse_partial.requires_grad):
         return _operators.ForwardOnly.apply(
             "flash_attn_combine",
