@@ -130,6 +130,8 @@ def test_generate(name, padded, cache, calls):
 @pytest.mark.parametrize("name", EVERY)
 def test_continuous_batching(name, calls):
     """A paged cache over requests of different lengths: the tokens of `generate` one by one."""
+    if name in ("mistral", "gemma2") and has_paged_functions():
+        pytest.skip("the paged flash attention of this transformers passes no window of theirs, no softcap")
     prompts = [torch.randint(3, 128, (n,)).tolist() for n in (5, 17, 1, 9)]
     model = models.build(name)
     want = [
@@ -170,15 +172,17 @@ def test_continuous_batching_with_block_table(name, calls, monkeypatch):
     assert got == want
 
 
+def has_paged_functions():
+    """Until 5.17 continuous batching had attention functions of its own."""
+    return f"paged|{FLASH}" in transformers.AttentionInterface._global_mapping
+
+
 def continuous(model, prompts, **kwargs):
-    models.use(model, FLASH)
+    models.use(model, f"paged|{FLASH}" if has_paged_functions() else FLASH)
+    known = transformers.ContinuousBatchingConfig.__dataclass_fields__
+    kwargs["page_size" if "page_size" in known else "block_size"] = 16  # the older name, until 5.17
     config = transformers.ContinuousBatchingConfig(
-        page_size=16,
-        num_blocks=32,
-        max_batch_tokens=64,
-        use_cuda_graph=False,
-        use_async_batching=False,
-        **kwargs,
+        num_blocks=32, max_batch_tokens=64, use_cuda_graph=False, use_async_batching=False, **kwargs
     )
     generation = transformers.GenerationConfig(
         max_new_tokens=20, do_sample=False, eos_token_id=-1, pad_token_id=0, bos_token_id=1
