@@ -11,4 +11,5 @@ const struct attn_backend attn_backend_cpu = {
     .mha_fwd_plan = attn_mha_fwd_cpu_plan,
     .mha_fwd_run = attn_mha_fwd_cpu_run,
     .split_combine_run = attn_split_combine_cpu_run,
+    .kernel_name = attn_cpu_kernel_name,
 };

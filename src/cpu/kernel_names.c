@@ -2,7 +2,6 @@
  *
  * The names of all CPU kernels compiled in, for people and tests.
  */
-#include "attn/attn.h"
 #include "cpu/x86/kernels_x86.h"
 
 /* Kernel i of the table a rung fills, in a fixed order; NULL where the rung leaves a gap. */
@@ -15,7 +14,7 @@ static const char *name_in(const struct attn_cpu_kernels *t, int i)
     return dtype == 0 && t->split_combine ? t->split_combine->name : NULL;
 }
 
-const char *attn_kernel_name(int index)
+const char *attn_cpu_kernel_name(int index)
 {
     static const unsigned rungs[] = {
         ATTN_CPU_AVX2,

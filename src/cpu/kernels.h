@@ -142,4 +142,7 @@ void attn_cpu_init_x86(struct attn_cpu_kernels *table, unsigned have);
 const struct attn_cpu_kernels *attn_cpu_kernels(void);
 unsigned attn_cpu_have(void);
 
+/* Name `index` of the kernels compiled in, those above the rung in use too; NULL past the last. */
+const char *attn_cpu_kernel_name(int index);
+
 #endif

@@ -3,6 +3,7 @@
  * The CUDA row of ops/backend.h.
  */
 #include "cuda/mha_fwd_cuda.h"
+#include "cuda/module.h"
 #include "ops/backend.h"
 
 static attn_status split_combine_run(const struct attn_split_combine_problem *problem, void *stream)
@@ -12,9 +13,20 @@ static attn_status split_combine_run(const struct attn_split_combine_problem *pr
     return attn_fail(ATTN_E_NOT_BUILT, "split_combine: not built for CUDA devices");
 }
 
+static const char *kernel_name(int index)
+{
+    return index < attn_mha_fwd_kernel_count ? attn_mha_fwd_kernels[index].name : NULL;
+}
+
+int attn_gpu_count(char *text, size_t text_bytes)
+{
+    return attn_cuda_device_count(text, text_bytes);
+}
+
 const struct attn_backend attn_backend_cuda = {
     .device = kDLCUDA,
     .mha_fwd_plan = attn_mha_fwd_cuda_plan,
     .mha_fwd_run = attn_mha_fwd_cuda_run,
     .split_combine_run = split_combine_run,
+    .kernel_name = kernel_name,
 };

@@ -18,10 +18,11 @@ struct attn_backend {
                                const struct attn_mha_fwd_plan *plan, char *workspace,
                                int64_t workspace_bytes, void *stream);
     attn_status (*split_combine_run)(const struct attn_split_combine_problem *problem, void *stream);
+    const char *(*kernel_name)(int index); /* NULL past the last */
 };
 
 extern const struct attn_backend attn_backend_cpu, attn_backend_cuda;
 
-const struct attn_backend *attn_backend_for(DLDeviceType device); /* NULL: not built */
+const struct attn_backend *attn_backend_for(DLDeviceType device); /* NULL: no such back end */
 
 #endif

@@ -83,6 +83,8 @@ attn_status attn_split_combine_run(const struct attn_split_combine_args *args, v
     struct attn_split_combine_problem p;
     ATTN_TRY(attn_split_combine_check(args, &p));
     const struct attn_backend *backend = attn_backend_for(p.device.device_type);
-    ATTN_CHECK(backend, ATTN_E_NOT_BUILT, "split_combine: not built for this device; the CPU is");
+    ATTN_CHECK(backend, ATTN_E_DEVICE,
+               "out_partial: expected on a CPU or CUDA device, got DLPack device type %d",
+               (int)p.device.device_type);
     return backend->split_combine_run(&p, stream);
 }
