@@ -5,14 +5,14 @@ import shutil
 import subprocess
 
 import pytest
-from build_tree import ROOT, release, run
+from build_tree import ROOT, run
 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
     """An installed tree that was moved after the installation."""
     folder = tmp_path_factory.mktemp("install")
-    run("cmake", "--install", release(), "--prefix", folder / "first")
+    run("make", "install", f"PREFIX={folder / 'first'}")
     (folder / "first").rename(folder / "moved")
     return folder / "moved"
 
