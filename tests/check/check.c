@@ -24,28 +24,6 @@
 
 struct check_options check_options = {.only_case = -1, .repeat = 1};
 
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-#define SANITIZED 1
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
-#define SANITIZED 1
-#endif
-#endif
-#ifndef SANITIZED
-#define SANITIZED 0
-#endif
-
-#if defined(__SANITIZE_THREAD__)
-#define THREAD_SANITIZED 1
-#elif defined(__has_feature)
-#if __has_feature(thread_sanitizer)
-#define THREAD_SANITIZED 1
-#endif
-#endif
-#ifndef THREAD_SANITIZED
-#define THREAD_SANITIZED 0
-#endif
-
 /* libgomp is not instrumented, so under the thread sanitizer only `threads` runs by default. */
 static const struct op {
     const char *name;
@@ -279,7 +257,7 @@ static void parse(int argc, char **argv)
 {
     struct check_options *o = &check_options;
     o->seed = (uint64_t)time(NULL);
-    o->quick = SANITIZED;
+    o->quick = CHECK_SANITIZED;
     for (int i = 1; i < argc; ++i) {
         const char *a = argv[i], *value = i + 1 < argc ? argv[i + 1] : "";
         bool flag = true;
@@ -319,7 +297,7 @@ int main(int argc, char **argv)
         check_note("libattn %s, rung %s, seed %" PRIu64 "%s%s", attn_version(), attn_cpu_rung(),
                    o->seed, o->quick ? ", quick" : "", o->broken ? ", results spoiled" : "");
     for (size_t i = 0; i < sizeof ops / sizeof *ops; ++i) {
-        if (o->op ? strcmp(o->op, ops[i].name) != 0 : THREAD_SANITIZED && !ops[i].tsan) continue;
+        if (o->op ? strcmp(o->op, ops[i].name) != 0 : CHECK_TSAN && !ops[i].tsan) continue;
         double start = check_seconds();
         int64_t before[3] = {passed, failed, total_cases};
         ops[i].run();

@@ -17,6 +17,22 @@
 
 #include "cpu/kernels.h"
 
+#if defined(__has_feature)
+#define CHECK_HAS(feature) __has_feature(feature)
+#else
+#define CHECK_HAS(feature) 0
+#endif
+#if defined(__SANITIZE_THREAD__) || CHECK_HAS(thread_sanitizer)
+#define CHECK_TSAN 1
+#else
+#define CHECK_TSAN 0
+#endif
+#if CHECK_TSAN || defined(__SANITIZE_ADDRESS__) || CHECK_HAS(address_sanitizer)
+#define CHECK_SANITIZED 1
+#else
+#define CHECK_SANITIZED 0
+#endif
+
 /* ---- options --------------------------------------------------------------------------------- */
 
 struct check_options {
@@ -158,5 +174,9 @@ double check_ulp(enum attn_dtype t, double x);
 double check_unit(enum attn_dtype t);
 
 double check_seconds(void);
+
+/* Allocations of the process so far, where they can be counted. */
+bool check_allocations_counted(void);
+int64_t check_allocations(void);
 
 #endif

@@ -186,6 +186,8 @@ bool attention_matches(const struct attention_expect *e, int64_t at, const void 
     bool vague = slack > 0.2;
     double lse_floor = e->dtype == ATTN_F32 ? 0x1p-19 * (1 + fabs(lse_want)) : 1.5e-4;
     double lse_limit = 2 * e->low_lse + lse_floor + slack + 0x1p-23 * fabs(lse_want);
+    bool lost = isnan(want[0]) && isnan(want[e->d_v - 1]); /* a NaN or +inf score: NaN or +inf */
+    if (lost) lse_want = lse == INFINITY ? INFINITY : NAN;
     if (!isfinite(lse_want) || !isfinite(lse)
             ? !same_class(lse_want, lse)
             : fabs(lse - lse_want) > (vague ? 2 * lse_limit : lse_limit)) {

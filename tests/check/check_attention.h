@@ -20,7 +20,7 @@
  *
  * lse passes within 2 |plain lse - lse| + floor + slack, with floor 1.5e-4 for 16 and 8 bits and
  * 2^-19 (1 + |lse|) for fp32.  Infinities and NaNs match exactly, and so does a row of zeros that
- * has no visible key.
+ * has no visible key; a row that sees a score of NaN or +inf is NaN, its lse NaN or +inf.
  */
 #ifndef ATTN_CHECK_ATTENTION_H
 #define ATTN_CHECK_ATTENTION_H

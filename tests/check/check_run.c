@@ -77,7 +77,7 @@ bool mha_case_spoil(struct check_random *r, struct mha_case *c, const struct mha
     int64_t row = c->seq[b].first_row + i * c->h_q + h, at = random_range(r, 0, c->d_v - 1);
     char *out = mha_out_at(c, b, i, h);
     float *lse = mha_lse_at(c, b, i, h), x = attn_load(c->out_dtype, out, at);
-    bool vague = answer->rows.row[row].slack > 0.2;
+    bool vague = answer->rows.row[row].slack > 0.2 || isnan(answer->rows.row[row].lse);
     switch (vague ? 2 : random_range(r, 0, 4)) { /* what cannot be judged closely: grossly */
     case 0: /* an element, by a twentieth of what its row weighs */
         x = isfinite(x) ? x + 0.05f * (float)answer->rows.row[row].magnitude +
