@@ -66,13 +66,32 @@ static int paged_box(int64_t page, int keys)
     return 0;
 }
 
-/* Work of a call in a tile, relative: padded rows times padded widths. */
-static int64_t padded_work(const struct attn_mha_fwd_problem *p,
-                           const struct attn_mha_fwd_cuda_tile *t)
+/* Keys that a pair of row tiles walks on average: what its rows see and, since the two walk the
+ * same keys, what only the other's rows see. */
+static int64_t mean_keys(const struct attn_mha_fwd_problem *p, int64_t rows)
 {
-    int64_t rows = ceil_div(p->s_q, t->rows) * t->rows;
-    /* Tiles of 128 rows read keys more often for their work and run about 5 % slower. */
-    return rows * (t->d_qk + t->d_v) * (t->rows < 192 ? 21 : 20);
+    int64_t keys = p->s_k;
+    bool causal = p->causal || (p->window_right >= 0 && p->cp_world == 1);
+    if (causal) keys = clamp(p->s_k - p->s_q / 2 + rows, 1, p->s_k);
+    if (p->chunk > 0) keys = clamp((causal ? p->chunk / 2 : p->chunk) + rows, 1, keys);
+    if (p->window_left >= 0) {
+        int64_t right = p->window_right >= 0 ? p->window_right : p->s_k;
+        keys = clamp(p->window_left + right + 2 * rows, 1, keys);
+    }
+    return keys;
+}
+
+/* Time of a call in a tile, up to a factor.  A step costs its padded rows, keys and widths; a tile
+ * of rows about 140 keys more (first product, epilogue); steps of 128 rows run 7 % slower, small
+ * boxes of pages up to 10 %.  From the rows of docs/kernels/mha_fwd_sm90.md. */
+static double tile_cost(const struct attn_mha_fwd_problem *p,
+                        const struct attn_mha_fwd_cuda_tile *t)
+{
+    double rows = (double)(ceil_div(p->s_q, t->rows) * t->rows);
+    double keys = (double)(ceil_div(mean_keys(p, t->rows), t->keys) * t->keys + 140);
+    double cost = rows * keys * (t->d_qk + t->d_v) * (t->rows < 192 ? 1.07 : 1.0);
+    int box = p->page_table ? paged_box(p->page, t->keys) : 0;
+    return box ? cost * (1.0 + 1.6 / box) : cost;
 }
 
 attn_status attn_mha_fwd_cuda_choose(const struct attn_mha_fwd_problem *p,
@@ -92,7 +111,7 @@ attn_status attn_mha_fwd_cuda_choose(const struct attn_mha_fwd_problem *p,
     for (int i = 0; i < tile_count; i++) {
         const struct attn_mha_fwd_cuda_tile *t = &tiles[i];
         if (t->dtype != (int)p->dtype || t->d_qk < p->d_qk || t->d_v < p->d_v) continue;
-        if (plan->kernel < 0 || padded_work(p, t) < padded_work(p, &tiles[plan->kernel]))
+        if (plan->kernel < 0 || tile_cost(p, t) < tile_cost(p, &tiles[plan->kernel]))
             plan->kernel = i;
     }
     ATTN_CHECK(plan->kernel >= 0, ATTN_E_NOT_BUILT,
@@ -115,8 +134,8 @@ attn_status attn_mha_fwd_cuda_choose(const struct attn_mha_fwd_problem *p,
     plan->box_rows = plan->gather ? tile->keys : p->page_table ? box : box / plan->cluster;
 
     int64_t items = ceil_div(ceil_div(p->s_q, tile->rows) * group, plan->cluster) * p->h_k * p->b;
-    ATTN_CHECK(items < LENGTH_MAX, ATTN_E_NOT_BUILT,
-               "q: fewer than 2^30 row tiles are built for Hopper, got %lld", (long long)items);
+    ATTN_CHECK(items < LENGTH_MAX / 32, ATTN_E_NOT_BUILT,
+               "q: fewer than 2^25 row tiles are built for Hopper, got %lld", (long long)items);
     int64_t head_bytes = p->s_k * (p->d_qk + p->d_v) * 2;
     plan->section = (int)clamp(L2_SHARE / (head_bytes > 0 ? head_bytes : 1), 1, p->h_k * p->b);
     int64_t blocks = clamp(multiprocessors - p->sm_margin, plan->cluster, multiprocessors);

@@ -29,7 +29,6 @@
 #include "wgmma.cuh"
 
 enum { DTYPE_bf16 = 0, DTYPE_fp16 = 1 };
-enum { GATHER_THREADS = 96 };
 
 ATTN_DEVICE void wait_full(const uint64_t *full, const ring &r)
 {
@@ -77,10 +76,10 @@ ATTN_DEVICE int open_tile(const attn_mha_fwd_params &p, uint32_t dst, uint32_t b
  * a cluster loads its half of the rows.  A whole warp calls it. */
 template <int D, int N, int IS_V>
 ATTN_DEVICE void load_tile(const attn_mha_fwd_params &p, const attn_tensor_map *map, uint32_t dst,
-                           uint32_t bar, const sequence &seq, int h_kv, int key, uint32_t rank)
+                           uint32_t bar, const sequence &seq, int h_kv, int key)
 {
     constexpr int PANELS = ATTN_MHA_FWD_PANELS(D);
-    int row = (int)rank * p.box_rows, live = p.box_rows;
+    int row = (int)cluster_rank() * p.box_rows, live = p.box_rows;
     bool whole = key + N <= seq.s_k;
     if (!whole) {
         open_tile<PANELS, N, IS_V>(p, dst, bar, seq.s_k - key);
@@ -102,14 +101,13 @@ ATTN_DEVICE void load_tile(const attn_mha_fwd_params &p, const attn_tensor_map *
  * blocks of a cluster take boxes in turn. */
 template <int D, int N, int IS_V>
 ATTN_DEVICE void load_paged_tile(const attn_mha_fwd_params &p, const attn_tensor_map *map,
-                                 uint32_t dst, uint32_t bar, const sequence &seq, int h_kv, int key,
-                                 uint32_t rank)
+                                 uint32_t dst, uint32_t bar, const sequence &seq, int h_kv, int key)
 {
     constexpr int PANELS = ATTN_MHA_FWD_PANELS(D);
     int lane = (int)threadIdx.x % 32, step = 32 * p.cluster;
     int rows = open_tile<PANELS, N, IS_V>(p, dst, bar, min(seq.s_k - key, N));
     const int32_t *pages = p.page_table + seq.k_row * p.page_table_stride;
-    for (int i = (int)rank + lane * p.cluster; i / PANELS * p.box_rows < rows; i += step) {
+    for (int i = (int)cluster_rank() + lane * p.cluster; i / PANELS * p.box_rows < rows; i += step) {
         int row = i / PANELS * p.box_rows, page = (key + row) / p.page;
         load_box(p, map, dst + i % PANELS * (N * 128) + row * 128, bar, i % PANELS * 64,
                  min(seq.s_k - key - row, p.box_rows), key + row - page * p.page, h_kv,
@@ -118,50 +116,87 @@ ATTN_DEVICE void load_paged_tile(const attn_mha_fwd_params &p, const attn_tensor
     __syncwarp();
 }
 
-/* The same tile by one 16-byte copy a thread: any page size, any strides.  Eight threads share a
- * row; the 96 threads of the three loading warps call it, `thread` of them. */
+/* Where k or v lies, for gathered loads. */
+struct key_rows {
+    const uint16_t *data; /* [batch or page, rows, h_k, width] */
+    int64_t stride_b, stride_s, stride_h;
+    int width;
+};
+
+/* The same tile by copies of 16 bytes: any page size, any strides.  A lane finds the rows lane,
+ * lane + 32, ..; then eight lanes share a row.  A whole warp calls it; each lane arrives. */
 template <int D, int N>
-ATTN_DEVICE void load_gathered(const attn_mha_fwd_params &p, const uint16_t *base, int64_t stride_b,
-                               int64_t stride_s, int64_t stride_h, int width, uint32_t dst,
-                               uint32_t bar, const sequence &seq, int h_kv, int key, int thread)
+ATTN_DEVICE void load_gathered(const attn_mha_fwd_params &p, const key_rows &rows, uint32_t dst,
+                               uint32_t bar, const sequence &seq, int h_kv, int key)
 {
-    int chunk = thread % 8;
-#pragma unroll 1
-    for (int row = thread / 8; row < N; row += GATHER_THREADS / 8) {
-        int position = seq.k_offset + key + row, source = seq.k_row;
-        bool live = key + row < seq.s_k;
-        if (p.page_table && live) {
-            int page = position / p.page;
-            position -= page * p.page;
-            source = __ldg(p.page_table + seq.k_row * p.page_table_stride + page);
-        }
-        const uint16_t *from = base + source * stride_b + position * stride_s + h_kv * stride_h;
-        uint32_t to = dst + row * 128 + ((chunk ^ (row & 7)) << 4);
+    int lane = (int)threadIdx.x % 32, chunk = lane % 8;
+    const uint16_t *head = rows.data + h_kv * rows.stride_h;
+    int64_t offset[(N + 31) / 32]; /* of a row from `head`; -1: past the sequence's end */
 #pragma unroll
-        for (int panel = 0; panel < ATTN_MHA_FWD_PANELS(D); panel++) {
-            int column = panel * 64 + chunk * 8;
-            bool inside = live && column < width;
-            cp_async_16(to + panel * N * 128, inside ? from + column : base, inside ? 16 : 0);
+    for (int i = 0; i < (N + 31) / 32; i++) {
+        int position = seq.k_offset + key + 32 * i + lane, source = seq.k_row;
+        offset[i] = -1;
+        if (key + 32 * i + lane < seq.s_k) {
+            if (p.page_table) {
+                int page = position / p.page;
+                position -= page * p.page;
+                source = __ldg(p.page_table + seq.k_row * p.page_table_stride + page);
+            }
+            offset[i] = source * rows.stride_b + position * rows.stride_s;
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < (N + 31) / 32; i++) {
+#pragma unroll 4
+        for (int four = 0; four < 32 && 32 * i + four < N; four += 4) {
+            int from = four + lane / 8, row = 32 * i + from;
+            int64_t at = __shfl_sync(0xffffffff, offset[i], from);
+            uint32_t to = dst + row * 128 + ((chunk ^ (row & 7)) << 4);
+#pragma unroll
+            for (int panel = 0; panel < ATTN_MHA_FWD_PANELS(D); panel++) {
+                int column = panel * 64 + chunk * 8;
+                bool inside = at >= 0 && column < rows.width;
+                cp_async_16(to + panel * N * 128, inside ? head + at + column : head,
+                            inside ? 16 : 0);
+            }
         }
     }
     cp_async_mbarrier_arrive(bar);
 }
 
-/* Keeps q, k and v coming; k runs one step ahead of v, the order in which the consumers free them.
- * Warp 0 does it alone, or with warps 2 and 3 when k and v are gathered. */
-template <int DQK, int DV, int M, int N>
-ATTN_DEVICE void load(const attn_mha_fwd_params &p, const attn_mha_fwd_maps &maps,
-                      mha_fwd_smem<DQK, DV, M, N> &sm, int warp)
+/* All k or v tiles of a row tile, last keys first.  A whole warp calls it. */
+template <int D, int N, int IS_V>
+ATTN_DEVICE void load_keys(const attn_mha_fwd_params &p, const attn_tensor_map *map,
+                           const key_rows &rows, const row_tile &tile, uint32_t stages,
+                           uint32_t full, uint32_t empty, ring &r)
 {
-    uint32_t rank = cluster_rank();
-    int thread = (int)threadIdx.x % 32 + (warp ? warp - 1 : 0) * 32;
-    ring tiles = {0, 0}, ks = {0, 1}, vs = {0, 1};
+    for (int n = tile.end - 1; n >= tile.begin; n--) {
+        uint32_t bar = full + 8 * r.stage;
+        uint32_t dst = stages + r.stage * (ATTN_MHA_FWD_PANELS(D) * N * 128);
+        mbarrier_wait_parity(empty + 8 * r.stage, r.parity);
+        if (p.gather)
+            load_gathered<D, N>(p, rows, dst, bar, tile.seq, tile.h_kv, n * N);
+        else if (p.page_table)
+            load_paged_tile<D, N, IS_V>(p, map, dst, bar, tile.seq, tile.h_kv, n * N);
+        else
+            load_tile<D, N, IS_V>(p, map, dst, bar, tile.seq, tile.h_kv, n * N);
+        ring_next(r);
+    }
+}
+
+/* Keeps k (IS_V 0) or v and q (IS_V 1) coming.  One warp each: the two run apart, as the consumers
+ * free k a product earlier than v, and q between the last of them. */
+template <int DQK, int DV, int M, int N, int IS_V>
+ATTN_DEVICE void load(const attn_mha_fwd_params &p, const attn_mha_fwd_maps &maps,
+                      mha_fwd_smem<DQK, DV, M, N> &sm)
+{
+    ring tiles = {0, 0}, stages = {0, 1};
     uint32_t q_parity = 1;
     for (;;) {
         wait_full(sm.tile_full, tiles);
         const row_tile &tile = sm.tile[tiles.stage]; /* read in place: registers are few here */
         if (tile.b < 0) break;
-        if (warp == 0) {
+        if (IS_V) {
             uint32_t bar = shared_address(&sm.q_full);
             mbarrier_wait_parity(shared_address(&sm.q_empty), q_parity);
             if (elect_one()) {
@@ -174,38 +209,14 @@ ATTN_DEVICE void load(const attn_mha_fwd_params &p, const attn_mha_fwd_maps &map
             }
             __syncwarp();
             q_parity ^= 1;
-        }
-        for (int n = tile.end - 1; n >= tile.begin - (tile.begin < tile.end); n--) {
-            if (n >= tile.begin) {
-                uint32_t bar = shared_address(&sm.k_full[ks.stage]);
-                uint32_t dst = shared_address(sm.k[ks.stage]);
-                mbarrier_wait_parity(shared_address(&sm.k_empty[ks.stage]), ks.parity);
-                if (p.gather)
-                    load_gathered<DQK, N>(p, (const uint16_t *)p.k, p.k_stride_b, p.k_stride_s,
-                                          p.k_stride_h, p.d_qk, dst, bar, tile.seq, tile.h_kv,
-                                          n * N, thread);
-                else if (p.page_table)
-                    load_paged_tile<DQK, N, 0>(p, &maps.k, dst, bar, tile.seq, tile.h_kv, n * N,
-                                               rank);
-                else
-                    load_tile<DQK, N, 0>(p, &maps.k, dst, bar, tile.seq, tile.h_kv, n * N, rank);
-                ring_next(ks);
-            }
-            if (n + 1 < tile.end) {
-                uint32_t bar = shared_address(&sm.v_full[vs.stage]);
-                uint32_t dst = shared_address(sm.v[vs.stage]);
-                int key = (n + 1) * N;
-                mbarrier_wait_parity(shared_address(&sm.v_empty[vs.stage]), vs.parity);
-                if (p.gather)
-                    load_gathered<DV, N>(p, (const uint16_t *)p.v, p.v_stride_b, p.v_stride_s,
-                                         p.v_stride_h, p.d_v, dst, bar, tile.seq, tile.h_kv, key,
-                                         thread);
-                else if (p.page_table)
-                    load_paged_tile<DV, N, 1>(p, &maps.v, dst, bar, tile.seq, tile.h_kv, key, rank);
-                else
-                    load_tile<DV, N, 1>(p, &maps.v, dst, bar, tile.seq, tile.h_kv, key, rank);
-                ring_next(vs);
-            }
+            key_rows rows = {(const uint16_t *)p.v, p.v_stride_b, p.v_stride_s, p.v_stride_h, p.d_v};
+            load_keys<DV, N, 1>(p, &maps.v, rows, tile, shared_address(sm.v),
+                                shared_address(sm.v_full), shared_address(sm.v_empty), stages);
+        } else {
+            key_rows rows = {(const uint16_t *)p.k, p.k_stride_b, p.k_stride_s, p.k_stride_h,
+                             p.d_qk};
+            load_keys<DQK, N, 0>(p, &maps.k, rows, tile, shared_address(sm.k),
+                                 shared_address(sm.k_full), shared_address(sm.k_empty), stages);
         }
         __syncwarp();
         if (elect_one()) mbarrier_arrive(shared_address(&sm.tile_empty[tiles.stage]));
@@ -213,20 +224,25 @@ ATTN_DEVICE void load(const attn_mha_fwd_params &p, const attn_mha_fwd_maps &map
     }
 }
 
-/* The number of this cluster's item after number `k`; `r` is the ring of tiles. */
+/* The number of this cluster's item after number `k`; `r` is the ring of tiles.  In a cluster of two
+ * the first block draws and stores the number into both; that form must not be used in a cluster of
+ * one, where it is no legal access. */
 template <class SMEM>
 ATTN_DEVICE int next_number(const attn_mha_fwd_params &p, SMEM &sm, const ring &r, int k)
 {
-    int clusters = (int)gridDim.x / p.cluster;
-    if (!p.ticket) return k + clusters;
+    if (!p.ticket) return k + (int)gridDim.x / p.cluster;
+    if (p.cluster == 1) {
+        if (elect_one()) k = (int)gridDim.x + atomicAdd(p.ticket, 1);
+        return __reduce_max_sync(0xffffffff, k); /* numbers only grow */
+    }
     uint32_t full = shared_address(&sm.drawn_full[r.stage]);
     uint32_t empty = shared_address(&sm.drawn_empty[r.stage]);
     if (elect_one()) {
         mbarrier_arrive_expect_tx(full, 4);
         if (cluster_rank() == 0) {
             mbarrier_wait_parity(empty, r.parity);
-            int number = clusters + atomicAdd(p.ticket, 1);
-            for (int block = 0; block < p.cluster; block++)
+            int number = (int)gridDim.x / 2 + atomicAdd(p.ticket, 1);
+            for (int block = 0; block < 2; block++)
                 store_async_cluster(shared_address(&sm.drawn[r.stage]), number, full, block);
         }
     }
@@ -427,6 +443,10 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, 
             softmax_update_max<N>(rows, s, p.exp_scale);
             softmax_exponentiate<N>(rows, s, p.exp_scale);
         };
+        auto release_k = [&](int n) { /* and q behind the last product that reads it */
+            release(p, sm.k_empty, ks);
+            if (n == begin && t == 0) mbarrier_arrive(shared_address(&sm.q_empty));
+        };
         auto wait_k = [&]() {
             wait_full(sm.k_full, ks);
             if (p.gather) fence_proxy_async_shared();
@@ -448,7 +468,7 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, 
             issue_qk<FP16, DQK, M, N>(s, q, shared_address(sm.k[ks.stage]));
             wgmma_wait_group<0>();
             wgmma_pin(s);
-            release(p, sm.k_empty, ks);
+            release_k(n);
             scores_to_probabilities(n);
             softmax_pack<FP16, N>(packed, s);
             for (n--; n >= begin; n--) {
@@ -462,7 +482,7 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, 
                 issue_pv<FP16, DV, N>(o, packed, shared_address(sm.v[vs.stage]));
                 wgmma_wait_group<1>();
                 wgmma_pin(s);
-                release(p, sm.k_empty, ks);
+                release_k(n);
                 scores_to_probabilities(n);
                 wgmma_wait_group<0>();
                 wgmma_pin(o);
@@ -475,7 +495,6 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, 
             wgmma_pin(packed);
             wgmma_fence();
             issue_pv<FP16, DV, N>(o, packed, shared_address(sm.v[vs.stage]));
-            if (t == 0) mbarrier_arrive(shared_address(&sm.q_empty));
             wgmma_wait_group<0>();
             wgmma_pin(o);
             release(p, sm.v_empty, vs);
@@ -493,15 +512,15 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, 
 template <int FP16, int DQK, int DV, int M, int N>
 ATTN_DEVICE void mha_fwd_body(const attn_mha_fwd_params &p, const attn_mha_fwd_maps &maps)
 {
-    constexpr int CONSUMERS = M / 64;
     typedef mha_fwd_smem<DQK, DV, M, N> smem;
+    constexpr int CONSUMERS = smem::CONSUMERS;
     static_assert(sizeof(smem) <= ATTN_MHA_FWD_SMEM(DQK, DV, M, N), "the host asks for less");
     extern __shared__ __align__(1024) uint8_t raw[];
     smem &sm = *(smem *)raw;
 
     int group = __shfl_sync(0xffffffff, (int)threadIdx.x / 128, 0);
     if (threadIdx.x == 0) {
-        uint32_t loads = p.gather ? GATHER_THREADS : 1, readers = CONSUMERS * p.cluster;
+        uint32_t loads = p.gather ? 32 : 1, readers = CONSUMERS * p.cluster;
         mbarrier_init(shared_address(&sm.q_full), 1);
         mbarrier_init(shared_address(&sm.q_empty), CONSUMERS);
         for (int i = 0; i < smem::STAGES; i++) {
@@ -512,9 +531,9 @@ ATTN_DEVICE void mha_fwd_body(const attn_mha_fwd_params &p, const attn_mha_fwd_m
         }
         for (int i = 0; i < 2; i++) {
             mbarrier_init(shared_address(&sm.tile_full[i]), 1);
-            mbarrier_init(shared_address(&sm.tile_empty[i]), CONSUMERS * 4 + (p.gather ? 3 : 1));
+            mbarrier_init(shared_address(&sm.tile_empty[i]), CONSUMERS * 4 + 2);
             mbarrier_init(shared_address(&sm.drawn_full[i]), 1);
-            mbarrier_init(shared_address(&sm.drawn_empty[i]), p.cluster);
+            mbarrier_init(shared_address(&sm.drawn_empty[i]), 2);
         }
         fence_mbarrier_init();
         prefetch_tensormap(&maps.q);
@@ -524,14 +543,16 @@ ATTN_DEVICE void mha_fwd_body(const attn_mha_fwd_params &p, const attn_mha_fwd_m
     cluster_sync();
 
     if (group == CONSUMERS) {
-        setmaxnreg_dec<CONSUMERS == 3 ? 32 : 40>();
+        setmaxnreg_dec<smem::PRODUCER_REGISTERS>();
         int warp = __shfl_sync(0xffffffff, (int)threadIdx.x % 128 / 32, 0);
-        if (warp == 1)
+        if (warp == 0)
             schedule<DQK, DV, M, N>(p, sm);
-        else if (warp == 0 || p.gather)
-            load<DQK, DV, M, N>(p, maps, sm, warp);
+        else if (warp == 1)
+            load<DQK, DV, M, N, 0>(p, maps, sm);
+        else if (warp == 2)
+            load<DQK, DV, M, N, 1>(p, maps, sm);
     } else {
-        setmaxnreg_inc<CONSUMERS == 3 ? 160 : 232>();
+        setmaxnreg_inc<smem::CONSUMER_REGISTERS>();
         consume<FP16, DQK, DV, M, N>(p, sm, group);
     }
     __syncwarp();

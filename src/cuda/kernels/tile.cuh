@@ -9,6 +9,12 @@
 template <int DQK, int DV, int M, int N> struct mha_fwd_smem {
     static constexpr int QK_PANELS = ATTN_MHA_FWD_PANELS(DQK), V_PANELS = ATTN_MHA_FWD_PANELS(DV);
     static constexpr int STAGES = ATTN_MHA_FWD_STAGES;
+    static constexpr int CONSUMERS = M / 64;
+
+    /* Registers a thread.  The block's pool is what it starts with, 512 x 128 or 384 x 168; the
+     * scheduler and the loaders spill at 32 where they are asked to do so only for N = 128. */
+    static constexpr int CONSUMER_REGISTERS = CONSUMERS == 2 ? 232 : N < 128 ? 152 : 160;
+    static constexpr int PRODUCER_REGISTERS = CONSUMERS == 2 ? 40 : N < 128 ? 56 : 32;
 
     /* Panels of 64 columns, swizzled: [panel][row][128 bytes]. */
     uint8_t q[QK_PANELS * M * 128];
@@ -17,12 +23,12 @@ template <int DQK, int DV, int M, int N> struct mha_fwd_smem {
 
     key_interval bounds[M]; /* visible keys of each row; a warp writes and reads its own 16 */
     row_tile tile[2];
-    int drawn[2]; /* numbers of items, drawn by the cluster's first block */
+    int drawn[2]; /* numbers of items, drawn by the first block of a cluster of two */
 
-    /* full: 1 arrival and the bytes (gathered k and v: one a loading thread)
+    /* full: 1 arrival and the bytes (gathered k and v: one a lane)
      * empty: one a consumer warpgroup of the cluster, or of the block for q
-     * tile_full: 1; tile_empty: one a consumer warp and a loading warp
-     * drawn_full: 1 and four bytes; drawn_empty, in the first block: one a block */
+     * tile_full: 1; tile_empty: one a consumer warp and one each of the two loaders
+     * drawn_full: 1 and four bytes; drawn_empty, in the first of two blocks: one a block */
     uint64_t q_full, q_empty;
     uint64_t k_full[STAGES], k_empty[STAGES];
     uint64_t v_full[STAGES], v_empty[STAGES];
