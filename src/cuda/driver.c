@@ -125,7 +125,7 @@ attn_status attn_cuda_current_device(int ordinal, struct attn_cuda_device *out)
     return ATTN_OK;
 }
 
-int attn_cuda_device_count(char *text, size_t text_bytes)
+int attn_gpu_count(char *text, size_t text_bytes)
 {
     int count = 0;
     pthread_once(&once, open_driver);

@@ -92,7 +92,4 @@ struct attn_cuda_device {
  * 9.0, ATTN_E_DEVICE when it is not the tensors' device `ordinal`. */
 attn_status attn_cuda_current_device(int ordinal, struct attn_cuda_device *device);
 
-/* Number of GPUs the driver reports, 0 without a driver; `text` (may be NULL) receives one line. */
-int attn_cuda_device_count(char *text, size_t text_bytes);
-
 #endif
