@@ -10,13 +10,19 @@
  * for one block of 32 keys after the other.  m starts at -FLT_MAX, so that a row which saw nothing
  * keeps l = 0 and O = 0 without an infinity being subtracted from an infinity.
  *
- * Walk.  In the usual cache [s, h_k, d] one position's heads are neighbours, so all heads take a
- * block before any takes the next: the cache streams through in the order of its addresses, and
- * each head asks for its own rows of the next block while it works on this one.
+ * Walk.  In the usual cache [s, h_k, d] one position's heads are neighbours.  So that the cache
+ * streams through in the order of its addresses, all heads take a turn of some keys before any goes
+ * on, and each asks for its own rows of the next turn while it works on this one:
  *
- *            head 0      head 1            head h_k - 1
- *   block 0  K V         K V        ...    K V             here:  32 row offsets, found once,
- *   block 1  prefetch    prefetch   ...    prefetch        next:  32 more; both serve all heads
+ *                       head 0       head 1             head h_k - 1
+ *   block i, scores     K turn 0     K turn 0    ...    K turn 0       asks for K turn 1
+ *                       K turn 1     K turn 1    ...    K turn 1       asks for K of block i + 1
+ *            softmax    S to P       S to P      ...    S to P
+ *            PV         V turn 0     V turn 0    ...    V turn 0       asks for V turn 1
+ *                       V turn 1     V turn 1    ...    V turn 1       asks for V of block i + 1
+ *
+ * A turn is LINEAR_BYTES long: more pages at a time cost bandwidth, fewer keys more traffic of O.
+ * Where the rows lie is looked up once a block for all heads, pages included.
  *
  * Tiles.  Rows go R = 4, 2 or 1 at a time, with KEYS = VEC_LANES / R keys: VEC_LANES dot products
  * in as many accumulators, which vec_sums turns into one vector of scores.  Lane r * KEYS + i of
@@ -24,7 +30,8 @@
  *
  *   q    [tile][step][R][pair]    widened; a step is the pair of vectors (2 VEC_LANES elements)
  *   O    [tile][step][R][pair]    that row_<isa>.h defines, in the order in which it loads them
- *   m, l [tile][VEC_LANES]        each row's value in all of its KEYS lanes
+ *   s    [tile][BLOCK / KEYS][VEC_LANES]      scores, then p
+ *   m, l, a [tile][VEC_LANES]     each row's value in all of its KEYS lanes
  *
  * A row's bits depend on nothing but its q, its visible keys and the blocks: a dot product is one
  * chain of fma over the width, an output one chain over the visible keys, and l adds a block's 32
@@ -36,6 +43,7 @@
 #define ATTN_CPU_X86_MHA_DECODE_VEC_H
 
 #include <float.h>
+#include <string.h>
 
 #include "cpu/kernels.h"
 
@@ -44,16 +52,18 @@ enum {
     ROWS_MAX = 8,
     ROWS = 4, /* most rows of a tile */
     TILES_MAX = ROWS_MAX / ROWS,
-    STEP = 2 * VEC_LANES,
-    GROUP = VEC_LANES / ROWS,   /* keys whose rows are walked together */
-    PV_STEPS = VEC_LANES / 8,   /* steps of ROWS rows of O that fit the registers */
+    STEP = 2 * VEC_LANES,     /* elements of a pair */
+    GROUP = VEC_LANES / ROWS, /* keys whose rows are walked together */
+    PV_STEPS = VEC_LANES / 8, /* steps of ROWS rows of O that fit the registers */
+    LINEAR_BYTES = 32768,     /* of K or V that all heads read before they read on */
 };
 
 static const float log2e = 1.44269504088896341f, ln2 = 0.69314718055994531f;
 
-/* Byte offsets of the rows of a block's keys, KV head 0.  Keys past the last live one have its. */
-struct block {
-    int64_t k[BLOCK], v[BLOCK];
+/* Byte offsets of the rows of KV head 0 for a block's keys, then for the next block's, which are
+ * only asked for. */
+struct window {
+    int64_t k[2 * BLOCK], v[2 * BLOCK];
 };
 
 /* Rows row0 .. row0 + rows - 1 of a task, computed as R rows, and what they see of a block. */
@@ -66,19 +76,16 @@ struct tile {
 
 /* What a KV head keeps in scratch. */
 struct head {
-    float *q, *o, *m, *l;
+    float *q, *o, *m, *l, *a, *s;
 };
 
-static int64_t round_up(int64_t x, int64_t to)
-{
-    return (x + to - 1) / to * to;
-}
+static int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 static int64_t head_floats(int64_t d_s, int64_t d_v, int64_t rows)
 {
     /* d_s may be d_qk + d_v, each rounded up by itself. */
     int64_t width = round_up(d_s, STEP) + STEP + round_up(d_v, STEP);
-    return round_up(rows, ROWS) * width + 2 * TILES_MAX * VEC_LANES;
+    return round_up(rows, ROWS) * (width + BLOCK) + 3 * TILES_MAX * VEC_LANES;
 }
 
 static int64_t scratch_bytes(int64_t d_s, int64_t d_v, int64_t rows, int64_t heads)
@@ -91,28 +98,29 @@ static struct head head_at(const struct attn_mha_task *task, char *scratch, int3
     int64_t d_s = task->d_qk + (task->qv ? task->d_v : 0);
     int64_t rows = round_up(task->rows, ROWS);
     float *base = (float *)(void *)scratch + h * head_floats(d_s, task->d_v, task->rows);
-    struct head head = {.m = base, .l = base + TILES_MAX * VEC_LANES};
-    head.o = head.l + TILES_MAX * VEC_LANES;
+    struct head head = {.m = base};
+    head.l = head.m + TILES_MAX * VEC_LANES;
+    head.a = head.l + TILES_MAX * VEC_LANES;
+    head.s = head.a + TILES_MAX * VEC_LANES;
+    head.o = head.s + rows * BLOCK;
     head.q = head.o + rows * round_up(task->d_v, STEP);
     return head;
 }
 
-/* Cuts rows into tiles: fours, then one of 1, 2 or 4 (the last row thrice never pays). */
+/* Cuts rows into tiles of four, the last one computed as 1, 2 or 4. */
 static int cut_rows(int32_t rows, struct tile tiles[TILES_MAX])
 {
     int n = 0;
     for (int32_t row0 = 0; row0 < rows; row0 += tiles[n++].rows) {
         int32_t left = rows - row0;
-        tiles[n] = (struct tile){
-            .row0 = row0, .rows = left < ROWS ? left : ROWS, .R = left < 3 ? left : ROWS};
+        tiles[n] = (struct tile){.row0 = row0,
+                                 .rows = left < ROWS ? left : ROWS,
+                                 .R = left < 3 ? left : ROWS};
     }
     return n;
 }
 
-static int32_t clamp_key(int64_t j)
-{
-    return (int32_t)(j < 0 ? 0 : j > BLOCK ? BLOCK : j);
-}
+static int32_t clamp_key(int64_t j) { return (int32_t)(j < 0 ? 0 : j > BLOCK ? BLOCK : j); }
 
 /* What a tile sees of the block at j0; rows that only pad the tile repeat its last. */
 static void see_block(const struct attn_mha_task *task, int64_t j0, struct tile *tile)
@@ -131,9 +139,14 @@ static void see_block(const struct attn_mha_task *task, int64_t j0, struct tile 
     }
 }
 
-/* Finds the rows of keys j0 .. j0 + live - 1, page by page; live > 0. */
-static void find_rows(const struct attn_kv_view *kv, int64_t j0, int64_t live, struct block *b)
+/* Finds the rows of the block at j0, page by page.  Keys past the task's last one have its rows, so
+ * the tables never point at a position, or look up a page, that the task may not touch. */
+static void find_rows(const struct attn_mha_task *task, int64_t j0, int64_t k_at[BLOCK],
+                      int64_t v_at[BLOCK])
 {
+    const struct attn_kv_view *kv = &task->kv;
+    if (j0 >= task->k_end) j0 = task->k_end - 1;
+    int64_t live = task->k_end - j0 < BLOCK ? task->k_end - j0 : BLOCK;
     int64_t x = kv->first + j0, size = kv->pages ? kv->page : INT64_MAX;
     int64_t page = x / size, slot = x % size, i = 0;
     while (i < live) {
@@ -141,18 +154,18 @@ static void find_rows(const struct attn_kv_view *kv, int64_t j0, int64_t live, s
         int64_t k = base * kv->k_page + slot * kv->k_row;
         int64_t v = base * kv->v_page + slot * kv->v_row;
         int64_t stop = live - i < size - slot ? live : i + size - slot;
-        for (; i < stop; i++, k += kv->k_row, v += kv->v_row) b->k[i] = k, b->v[i] = v;
+        for (; i < stop; i++, k += kv->k_row, v += kv->v_row) k_at[i] = k, v_at[i] = v;
         slot = 0;
     }
-    for (; i < BLOCK; i++) b->k[i] = b->k[live - 1], b->v[i] = b->v[live - 1];
+    for (; i < BLOCK; i++) k_at[i] = k_at[live - 1], v_at[i] = v_at[live - 1];
 }
 
-/* Asks for the cache lines of n elements at p. */
+/* Asks for the cache lines of n elements at p; to L2, for all heads' rows outgrow L1. */
 VEC_INLINE void prefetch(enum attn_dtype t, const char *p, int n)
 {
     int bytes = n * (int)attn_dtype_bytes(t);
 #pragma GCC unroll 4
-    for (int i = 0; i < bytes; i += 64) _mm_prefetch(p + i, _MM_HINT_T0);
+    for (int i = 0; i < bytes; i += 64) _mm_prefetch(p + i, _MM_HINT_T1);
 }
 
 /* acc[r * KEYS + i] += q[r] . row[i] over d elements, for R rows of q and the GROUP keys whose rows
@@ -186,41 +199,46 @@ VEC_INLINE void dot_group(enum attn_dtype t, int R, vec *acc, const float *q,
     }
 }
 
-/* s[n][VEC_LANES] = raw scores of the tile's rows and the KEYS keys of each score vector n. */
+/* s[n][VEC_LANES] = raw scores of the tile's rows and the KEYS keys of each score vector n, for keys
+ * [j, j + keys); asks for the rows `ahead` keys later. */
 VEC_INLINE void scores(enum attn_dtype t, int R, const struct attn_mha_task *task,
-                       const struct tile *tile, const struct block *here, const struct block *next,
-                       int32_t h, const float *q, float *s)
+                       const struct tile *tile, const struct window *rows, int32_t h, int32_t j,
+                       int32_t stop, int32_t ahead, struct head head)
 {
     const int keys = VEC_LANES / R;
+    const int64_t d_k = round_up(task->d_qk, STEP), d_v = task->qv ? round_up(task->d_v, STEP) : 0;
+    const float *q = head.q + tile->row0 * (d_k + d_v);
     const char *k = task->kv.k + h * task->kv.k_head, *v = task->kv.v + h * task->kv.v_head;
-    for (int j = 0; j < BLOCK; j += keys) {
+    float *s = head.s + tile->row0 * BLOCK;
+    for (; j < stop; j += keys) {
         vec acc[VEC_LANES];
 #pragma GCC unroll 16
         for (int i = 0; i < VEC_LANES; i++) acc[i] = vec_zero();
         if (j + keys > tile->begin && j < tile->end) {
 #pragma GCC unroll 4
             for (int g = 0; g < keys; g += GROUP) {
-                const char *row[GROUP], *ahead[GROUP];
+                const char *row[GROUP], *next[GROUP];
+                const int64_t *at = rows->k + j + g;
 #pragma GCC unroll 4
-                for (int i = 0; i < GROUP; i++)
-                    row[i] = k + here->k[j + g + i], ahead[i] = k + next->k[j + g + i];
-                dot_group(t, R, acc + g, q, row, ahead, task->d_qk);
+                for (int i = 0; i < GROUP; i++) row[i] = k + at[i], next[i] = k + at[i + ahead];
+                dot_group(t, R, acc + g, q, row, next, task->d_qk);
                 if (!task->qv) continue;
+                at = rows->v + j + g;
 #pragma GCC unroll 4
-                for (int i = 0; i < GROUP; i++)
-                    row[i] = v + here->v[j + g + i], ahead[i] = v + next->v[j + g + i];
-                dot_group(t, R, acc + g, q + R * round_up(task->d_qk, STEP), row, ahead, task->d_v);
+                for (int i = 0; i < GROUP; i++) row[i] = v + at[i], next[i] = v + at[i + ahead];
+                dot_group(t, R, acc + g, q + R * d_k, row, next, task->d_v);
             }
         }
         vec_store(s + j * R, vec_sums(acc));
     }
 }
 
-/* Scores become p in place; m and l move on.  Returns a = 2^(m - m'), the factor of what was
- * summed before. */
-VEC_INLINE vec softmax(int R, const struct attn_mha_task *task, const struct tile *tile, int32_t h,
-                       float *s, float *m, float *l)
+/* Scores become p in place, m and l move on, and a = 2^(m - m') is what O is to be scaled by. */
+VEC_INLINE void softmax(int R, const struct attn_mha_task *task, const struct tile *tile, int32_t h,
+                        struct head head)
 {
+    const int64_t state = tile->row0 / ROWS * VEC_LANES;
+    float *s = head.s + tile->row0 * BLOCK, *m = head.m + state, *l = head.l + state;
     const int keys = VEC_LANES / R, vectors = BLOCK / keys;
     const float cap = task->softcap, scale = task->score_scale[h];
     const vec inner = vec_set1(cap != 0.0f ? scale / cap : 1.0f);
@@ -262,16 +280,15 @@ VEC_INLINE vec softmax(int R, const struct attn_mha_task *task, const struct til
     for (int i = keys / 2; i > 0; i /= 2) x[0] = vec_add(x[0], vec_swap(x[0], i));
     vec_store(m, now);
     vec_store(l, vec_fma(vec_load(l), factor, x[0]));
-    return factor;
+    vec_store(head.a + state, factor);
 }
 
 /* O = a O + sum of p V over keys [begin, end) for `rows` rows, from row r0 of the tile, and for
  * `steps` steps of columns, or only `part` columns of one step when part > 0.
  * o is [step][R][pair], a and p have row r at lane r * KEYS; v is KV head h's first such column. */
 VEC_INLINE void pv_columns(enum attn_dtype t, int R, int rows, int steps, int32_t part, int r0,
-                           int32_t begin, int32_t end, const float *a, const float *p,
-                           const char *v, const struct block *here, const struct block *next,
-                           float *o)
+                           int32_t begin, int32_t end, int32_t ahead, const float *a,
+                           const float *p, const char *v, const int64_t *at, float *o)
 {
     const int keys = VEC_LANES / R;
     const int64_t bytes = STEP * attn_dtype_bytes(t);
@@ -284,7 +301,7 @@ VEC_INLINE void pv_columns(enum attn_dtype t, int R, int rows, int steps, int32_
             acc[r][c] = vec_mul(vec_set1(a[r * keys]),
                                 vec_load(o + (c / 2 * R + r) * STEP + c % 2 * VEC_LANES));
     for (int32_t j = begin; j < end; j++) {
-        const char *row = v + here->v[j], *ahead = v + next->v[j];
+        const char *row = v + at[j];
         const float *pj = p + j / keys * VEC_LANES + j % keys;
         vec x[2 * PV_STEPS];
 #pragma GCC unroll 2
@@ -294,7 +311,7 @@ VEC_INLINE void pv_columns(enum attn_dtype t, int R, int rows, int steps, int32_
             else
                 vec_load_pair(t, row + c * bytes, &x[2 * c], &x[2 * c + 1]);
         }
-        prefetch(t, ahead, steps * STEP);
+        prefetch(t, v + at[j + ahead], steps * STEP);
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++) {
             vec weight = vec_set1(pj[r * keys]);
@@ -309,41 +326,43 @@ VEC_INLINE void pv_columns(enum attn_dtype t, int R, int rows, int steps, int32_
             vec_store(o + (c / 2 * R + r) * STEP + c % 2 * VEC_LANES, acc[r][c]);
 }
 
-VEC_INLINE void pv(enum attn_dtype t, int R, int rows, int r0, int32_t begin, int32_t end,
-                   const float *a, const float *p, const char *v, const struct block *here,
-                   const struct block *next, int32_t d_v, float *o)
+/* The same for all columns, and for those of the keys [begin, end) that lie in the turn [j, stop);
+ * O is scaled by a in the first turn that has any, and by 1 later. */
+VEC_INLINE void pv_rows(enum attn_dtype t, int R, int rows, const struct attn_mha_task *task,
+                        const struct tile *tile, const struct window *window, int32_t h, int r0,
+                        int32_t begin, int32_t end, int32_t j, int32_t stop, int32_t ahead,
+                        struct head head)
 {
-    const int64_t bytes = STEP * attn_dtype_bytes(t);
-    for (; d_v >= PV_STEPS * STEP; d_v -= PV_STEPS * STEP) {
-        pv_columns(t, R, rows, PV_STEPS, 0, r0, begin, end, a, p, v, here, next, o);
+    static const float ones[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+    const int64_t bytes = STEP * attn_dtype_bytes(t), *at = window->v;
+    const float *a = j <= begin ? head.a + tile->row0 / ROWS * VEC_LANES : ones;
+    const float *p = head.s + tile->row0 * BLOCK;
+    const char *v = task->kv.v + h * task->kv.v_head;
+    float *o = head.o + tile->row0 * round_up(task->d_v, STEP);
+    int32_t left = task->d_v;
+    begin = begin > j ? begin : j, end = end < stop ? end : stop;
+    if (begin >= end) return;
+    for (; left >= PV_STEPS * STEP; left -= PV_STEPS * STEP) {
+        pv_columns(t, R, rows, PV_STEPS, 0, r0, begin, end, ahead, a, p, v, at, o);
         v += PV_STEPS * bytes, o += PV_STEPS * R * STEP;
     }
-    for (; PV_STEPS > 1 && d_v >= STEP; d_v -= STEP) {
-        pv_columns(t, R, rows, 1, 0, r0, begin, end, a, p, v, here, next, o);
+    for (; PV_STEPS > 1 && left >= STEP; left -= STEP) {
+        pv_columns(t, R, rows, 1, 0, r0, begin, end, ahead, a, p, v, at, o);
         v += bytes, o += R * STEP;
     }
-    if (d_v > 0) pv_columns(t, R, rows, 1, d_v, r0, begin, end, a, p, v, here, next, o);
+    if (left > 0) pv_columns(t, R, rows, 1, left, r0, begin, end, ahead, a, p, v, at, o);
 }
 
-/* One block of one KV head for the R rows of a tile. */
-VEC_INLINE void attend(enum attn_dtype t, int R, const struct attn_mha_task *task,
-                       const struct tile *tile, const struct block *here, const struct block *next,
-                       int32_t h, struct head head)
+VEC_INLINE void pv(enum attn_dtype t, int R, const struct attn_mha_task *task,
+                   const struct tile *tile, const struct window *rows, int32_t h, int32_t j,
+                   int32_t stop, int32_t ahead, struct head head)
 {
-    _Alignas(64) float s[ROWS * BLOCK], a[VEC_LANES];
-    int64_t state = tile->row0 / ROWS * VEC_LANES;
-    int64_t d_s = round_up(task->d_qk, STEP) + (task->qv ? round_up(task->d_v, STEP) : 0);
-    float *o = head.o + tile->row0 * round_up(task->d_v, STEP);
-    const char *v = task->kv.v + h * task->kv.v_head;
-
-    scores(t, R, task, tile, here, next, h, head.q + tile->row0 * d_s, s);
-    vec_store(a, softmax(R, task, tile, h, s, head.m + state, head.l + state));
     if (tile->same) {
-        pv(t, R, R, 0, tile->begin, tile->end, a, s, v, here, next, task->d_v, o);
+        pv_rows(t, R, R, task, tile, rows, h, 0, tile->begin, tile->end, j, stop, ahead, head);
         return;
     }
     for (int r = 0; r < tile->rows; r++)
-        pv(t, R, 1, r, tile->lo[r], tile->hi[r], a, s, v, here, next, task->d_v, o);
+        pv_rows(t, R, 1, task, tile, rows, h, r, tile->lo[r], tile->hi[r], j, stop, ahead, head);
 }
 
 /* Widens d elements of a query row into its places of q [step][R][pair]. */
@@ -417,8 +436,8 @@ VEC_INLINE void end_head(enum attn_dtype t, const struct attn_mha_task *task,
             m = top;
         }
         scale = l == 0.0f ? 0.0f : scale / l;
-        task->lse[h * task->lse_head + task->lse_row[r]] =
-            l == 0.0f ? -INFINITY : logf(l) + m * ln2;
+        task->lse[h * task->lse_head + task->lse_row[r]] = l == 0.0f ? -INFINITY
+                                                                     : logf(l) + m * ln2;
         const float *o = head.o + tile->row0 * round_up(task->d_v, STEP) + i * STEP;
         char *out = task->out + h * task->out_head + task->out_row[r];
         if (task->partial)
@@ -428,39 +447,74 @@ VEC_INLINE void end_head(enum attn_dtype t, const struct attn_mha_task *task,
     }
 }
 
+/* How many keys all heads take before any goes on: LINEAR_BYTES of neighbouring rows. */
+static int32_t turn_keys(int64_t row, int64_t head, int32_t heads, int64_t bytes, int32_t least)
+{
+    int32_t keys = least;
+    if (head < row) bytes *= heads; /* the heads of a position are neighbours */
+    while (keys < BLOCK && keys * bytes < LINEAR_BYTES) keys *= 2;
+    return keys;
+}
+
+enum phase { SCORES, SOFTMAX, PV };
+
+VEC_INLINE void advance(enum attn_dtype t, enum phase phase, int R,
+                        const struct attn_mha_task *task, const struct tile *tile,
+                        const struct window *rows, int32_t h, int32_t j, int32_t stop,
+                        int32_t ahead, struct head head)
+{
+    switch (phase) {
+    case SCORES: scores(t, R, task, tile, rows, h, j, stop, ahead, head); break;
+    case SOFTMAX: softmax(R, task, tile, h, head); break;
+    case PV: pv(t, R, task, tile, rows, h, j, stop, ahead, head); break;
+    }
+}
+
+/* One phase for the keys [j, stop) of the block, for all heads and tiles. */
+VEC_INLINE void take_turn(enum attn_dtype t, enum phase phase, const struct attn_mha_task *task,
+                          const struct tile *tiles, int n, const struct window *rows, int32_t j,
+                          int32_t stop, char *scratch)
+{
+    for (int32_t h = 0; h < task->heads; h++) {
+        const struct head head = head_at(task, scratch, h);
+        for (int i = 0; i < n; i++) {
+            const struct tile *tile = &tiles[i];
+            const int32_t ahead = i == 0 ? stop - j : 0; /* one tile asks for all */
+            if (tile->begin >= tile->end) continue;
+            switch (tile->R) {
+            case 1: advance(t, phase, 1, task, tile, rows, h, j, stop, ahead, head); break;
+            case 2: advance(t, phase, 2, task, tile, rows, h, j, stop, ahead, head); break;
+            default: advance(t, phase, ROWS, task, tile, rows, h, j, stop, ahead, head); break;
+            }
+        }
+    }
+}
+
 VEC_INLINE void run(enum attn_dtype t, const struct attn_mha_task *task, char *scratch)
 {
+    const struct attn_kv_view *kv = &task->kv;
+    const int64_t size = attn_dtype_bytes(t);
+    struct window rows;
     struct tile tiles[TILES_MAX];
-    struct block blocks[2];
     const int n = cut_rows(task->rows, tiles);
+    const int32_t turn_k = turn_keys(kv->k_row, kv->k_head, task->heads, task->d_qk * size,
+                                     VEC_LANES / tiles[n - 1].R);
+    const int32_t turn_v = turn_keys(kv->v_row, kv->v_head, task->heads, task->d_v * size, 4);
+
     for (int32_t h = 0; h < task->heads; h++)
         for (int i = 0; i < n; i++) begin_head(t, task, &tiles[i], h, head_at(task, scratch, h));
 
-    struct block *here = &blocks[0], *next = &blocks[1];
-    int64_t left = task->k_end - task->k_begin;
-    if (left > 0) find_rows(&task->kv, task->k_begin, left < BLOCK ? left : BLOCK, here);
-    for (int64_t j0 = task->k_begin; left > 0; j0 += BLOCK) {
-        left -= BLOCK;
-        if (left > 0)
-            find_rows(&task->kv, j0 + BLOCK, left < BLOCK ? left : BLOCK, next);
-        else
-            next = here;
+    if (task->k_begin < task->k_end) find_rows(task, task->k_begin, rows.k, rows.v);
+    for (int64_t j0 = task->k_begin; j0 < task->k_end; j0 += BLOCK) {
+        find_rows(task, j0 + BLOCK, rows.k + BLOCK, rows.v + BLOCK);
         for (int i = 0; i < n; i++) see_block(task, j0, &tiles[i]);
-        for (int32_t h = 0; h < task->heads; h++) {
-            struct head head = head_at(task, scratch, h);
-            for (int i = 0; i < n; i++) {
-                const struct tile *tile = &tiles[i];
-                const struct block *ahead = i == 0 ? next : here; /* asking once is enough */
-                if (tile->begin >= tile->end) continue;
-                switch (tile->R) {
-                case 1: attend(t, 1, task, tile, here, ahead, h, head); break;
-                case 2: attend(t, 2, task, tile, here, ahead, h, head); break;
-                default: attend(t, ROWS, task, tile, here, ahead, h, head); break;
-                }
-            }
-        }
-        struct block *done = here;
-        here = next, next = done;
+        for (int32_t j = 0; j < BLOCK; j += turn_k)
+            take_turn(t, SCORES, task, tiles, n, &rows, j, j + turn_k, scratch);
+        take_turn(t, SOFTMAX, task, tiles, n, &rows, 0, BLOCK, scratch);
+        for (int32_t j = 0; j < BLOCK; j += turn_v)
+            take_turn(t, PV, task, tiles, n, &rows, j, j + turn_v, scratch);
+        memcpy(rows.k, rows.k + BLOCK, sizeof rows.k / 2);
+        memcpy(rows.v, rows.v + BLOCK, sizeof rows.v / 2);
     }
 
     for (int32_t h = 0; h < task->heads; h++)
@@ -487,10 +541,15 @@ static void run_fp8(const struct attn_mha_task *task, char *scratch)
     run(ATTN_F8, task, scratch);
 }
 
-#define DECODE_KERNEL(dtype, isa)                                                              \
-    {                                                                                          \
-        .name = "attn_mha_decode_" #dtype "_" #isa, .rows_max = ROWS_MAX, .rows_step = 1,      \
-        .n = BLOCK, .decode = true, .scratch_bytes = scratch_bytes, .run = run_##dtype,        \
+#define DECODE_KERNEL(dtype, isa)                                                                  \
+    {                                                                                              \
+        .name = "attn_mha_decode_" #dtype "_" #isa,                                                \
+        .rows_max = ROWS_MAX,                                                                      \
+        .rows_step = 1,                                                                            \
+        .n = BLOCK,                                                                                \
+        .decode = true,                                                                            \
+        .scratch_bytes = scratch_bytes,                                                            \
+        .run = run_##dtype,                                                                        \
     }
 
 #endif

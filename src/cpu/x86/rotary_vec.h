@@ -64,8 +64,7 @@ VEC_INLINE void rotate(enum attn_dtype t, const void *x, void *y, const void *co
         rotate_interleaved(t, x, y, cos, sin, r / 2);
     else
         rotate_halves(t, x, y, cos, sin, r / 2);
-    if (x != y)
-        memcpy((char *)y + r * size, (const char *)x + r * size, (size_t)((d - r) * size));
+    if (x != y) memcpy((char *)y + r * size, (const char *)x + r * size, (size_t)((d - r) * size));
 }
 
 static void rotate_fp32(const void *x, void *y, const void *cos, const void *sin, int32_t d,

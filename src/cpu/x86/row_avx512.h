@@ -88,8 +88,8 @@ VEC_INLINE vec vec_swap(vec x, int k)
 /* Lanes 0 0 1 1 2 2 ... of x. */
 VEC_INLINE vec vec_twice(vec x)
 {
-    return _mm512_permutexvar_ps(
-        _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7), x);
+    return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7),
+                                 x);
 }
 
 /* a b - c in even lanes, a b + c in odd ones. */
