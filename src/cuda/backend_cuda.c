@@ -18,21 +18,10 @@ static const char *kernel_name(int index)
     return index < attn_mha_fwd_kernel_count ? attn_mha_fwd_kernels[index].name : NULL;
 }
 
-int attn_gpu_count(char *text, size_t text_bytes)
-{
-    return attn_cuda_device_count(text, text_bytes);
-}
-
-static const char *kernel_name(int index)
-{
-    return index < attn_mha_fwd_kernel_count ? attn_mha_fwd_kernels[index].name : NULL;
-}
-
 const struct attn_backend attn_backend_cuda = {
     .device = kDLCUDA,
     .mha_fwd_plan = attn_mha_fwd_cuda_plan,
     .mha_fwd_run = attn_mha_fwd_cuda_run,
     .split_combine_run = split_combine_run,
-    .kernel_name = kernel_name,
     .kernel_name = kernel_name,
 };
