@@ -22,10 +22,7 @@ struct partials {
 };
 
 /* e^x for x <= 0, in all lanes. */
-VEC_INLINE vec weight(float x)
-{
-    return vec_exp2(vec_set1(x * 1.44269504088896341f));
-}
+VEC_INLINE vec weight(float x) { return vec_exp2(vec_set1(x * 1.44269504088896341f)); }
 
 /* out[0 .. vectors) = sum of w o / total for the columns at c; part > 0: only that many of one. */
 VEC_INLINE void combine_columns(const struct partials *p, int32_t c, int vectors, int part,
