@@ -10,6 +10,7 @@ refuses.
 """
 
 import torch
+from libattn import DeviceError
 
 from . import _eager
 
@@ -222,6 +223,24 @@ def _fake_forward(
         raise TypeError("tracing (torch.compile, torch.export) with a given output is not supported")
     if cu_seqlens_q is not None and max_seqlen_q is None:
         raise ValueError("max_seqlen_q is needed with cu_seqlens_q")
+    for name, x in (
+        ("k", k),
+        ("v", v),
+        ("k_new", k_new),
+        ("v_new", v_new),
+        ("qv", qv),
+        ("cu_seqlens_q", cu_seqlens_q),
+        ("cu_seqlens_k", cu_seqlens_k),
+        ("cu_seqlens_k_new", cu_seqlens_k_new),
+        ("seqused_q", seqused_q),
+        ("seqused_k", seqused_k),
+        ("page_table", page_table),
+        ("kv_batch_idx", kv_batch_idx),
+        ("leftpad_k", leftpad_k),
+        ("sinks", sinks),
+    ):
+        if x is not None and x.device != q.device:
+            raise DeviceError(f"{name}: expected on q's device {q.device}, got {x.device}")
     dtype = torch.bfloat16 if q.dtype == torch.float8_e4m3fn else q.dtype
     if cu_seqlens_q is None:
         b, s_q, h_q, _ = q.shape

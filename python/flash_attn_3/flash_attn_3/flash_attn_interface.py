@@ -45,13 +45,7 @@ _NO_APPEND = _ABSENT[_NAMES.index("kv_batch_idx") : _NAMES.index("qv")]
 
 
 def _wants_grad(q, k, v, qv=None, sinks=None):
-    return _grad_on() and (
-        q.requires_grad
-        or k.requires_grad
-        or v.requires_grad
-        or getattr(qv, "requires_grad", False)
-        or getattr(sinks, "requires_grad", False)
-    )
+    return _grad_on() and any(getattr(x, "requires_grad", False) for x in (q, k, v, qv, sinks))
 
 
 def _direct(q, k, v, qv=None, sinks=None):
@@ -63,7 +57,16 @@ def _direct(q, k, v, qv=None, sinks=None):
         and type(v) is _Tensor
         and (q.is_cpu or q.is_cuda)
         and not _modes()
-        and not (_grad_on() and _wants_grad(q, k, v, qv, sinks))
+        and not (
+            _grad_on()
+            and (
+                q.requires_grad
+                or k.requires_grad
+                or v.requires_grad
+                or (qv is not None and getattr(qv, "requires_grad", False))
+                or (sinks is not None and getattr(sinks, "requires_grad", False))
+            )
+        )
     )
 
 
@@ -685,8 +688,11 @@ def flash_attn_with_kvcache(
     last two empty unless the call was split.  Raises AssertionError when a cache's last stride is
     not 1.  There is no gradient.
     """
-    assert k_cache.is_contiguous() or k_cache.stride(-1) == 1, "k_cache: expected last stride 1"
-    assert v_cache.is_contiguous() or v_cache.stride(-1) == 1, "v_cache: expected last stride 1"
+    try:
+        assert k_cache.is_contiguous() or k_cache.stride(-1) == 1, "k_cache: expected last stride 1"
+        assert v_cache.is_contiguous() or v_cache.stride(-1) == 1, "v_cache: expected last stride 1"
+    except AttributeError:
+        raise TypeError("k_cache, v_cache: expected tensors") from None
     if sinks is None:
         sinks = s_aux
     direct = _direct(q, k_cache, v_cache, qv, sinks)
