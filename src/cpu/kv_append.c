@@ -31,15 +31,23 @@ static void append_token(const struct attn_mha_fwd_problem *p, const struct attn
     }
 }
 
+struct append {
+    const struct attn_mha_fwd_problem *p;
+    const struct attn_cpu_seq *seqs;
+    const struct attn_rotary_kernel *rotary;
+};
+
+static void append_sequence(void *context, int64_t i, int thread)
+{
+    (void)thread;
+    const struct append *a = context;
+    for (int64_t t = 0; t < a->seqs[i].new_len; ++t)
+        append_token(a->p, &a->seqs[i], a->rotary, i, t);
+}
+
 void attn_kv_append_cpu(const struct attn_mha_fwd_problem *p, const struct attn_cpu_seq *seqs,
                         const struct attn_rotary_kernel *rotary, int threads)
 {
-#pragma omp parallel num_threads(threads)
-    {
-        uint32_t state = attn_fp_enter();
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < p->b; ++i)
-            for (int64_t t = 0; t < seqs[i].new_len; ++t) append_token(p, &seqs[i], rotary, i, t);
-        attn_fp_leave(state);
-    }
+    struct append a = {p, seqs, rotary};
+    attn_parallel(threads, p->b, append_sequence, &a);
 }

@@ -20,7 +20,6 @@
  */
 #include "cpu/mha_fwd.h"
 
-#include <omp.h>
 #include <stdio.h>
 
 #include "core/env.h"
@@ -153,9 +152,12 @@ attn_status attn_mha_fwd_cpu_plan_with(const struct attn_cpu_kernels *table, con
 
 /* What all tasks of one call share. */
 struct call {
-    problem_t p; /* q replaced by its rotated copy where there is a rotary table */
+    problem_t p;              /* q replaced by its rotated copy where there is a rotary table */
+    struct attn_rows raw_q;   /* the caller's */
     const plan_t *plan;
     const struct attn_mha_kernel *kernel;
+    const struct attn_rotary_kernel *rotary;
+    const struct attn_split_combine_kernel *combine;
     seq_t *seqs;
     int64_t *first_task;      /* [b + 1] row blocks of the sequences before */
     float *score_scale, *out_scale; /* [b, h_k] */
@@ -290,109 +292,126 @@ static int64_t find_sequence(const int64_t *first_task, int64_t b, int64_t t)
     return low;
 }
 
-/* Packs block n of the keys of unit u = (sequence, KV head) into its slot. */
-static void pack_block(const struct call *c, int64_t u, int64_t n, char *slot)
+/* ---- phases: each a body for attn_parallel ------------------------------------------------------ */
+
+/* A wave of prefill: units (sequence, KV head) u0 <= u < u1, the key blocks of a slot, the first
+ * task. */
+struct wave {
+    const struct call *c;
+    int64_t u0, u1, blocks, t0;
+};
+
+/* Packs block task % blocks of the keys of unit u0 + task / blocks into the unit's slot. */
+static void pack_block(void *context, int64_t task, int thread)
 {
+    (void)thread;
+    const struct wave *w = context;
+    const struct call *c = w->c;
     const problem_t *p = &c->p;
-    int64_t i = u / p->h_k, j0 = n * c->kernel->n, first, end, unused;
-    const seq_t *s = &c->seqs[i];
+    int64_t slot = task / w->blocks, n = task % w->blocks, u = w->u0 + slot;
+    int64_t j0 = n * c->kernel->n, first, end, unused;
+    const seq_t *s = &c->seqs[u / p->h_k];
     int64_t d_s = p->d_qk + (p->qv.data ? p->d_v : 0);
+    if (s->q_len == 0) return;
     visible(p, s, 0, &first, &unused);
     visible(p, s, s->q_len - 1, &unused, &end);
     if (j0 >= end || j0 + c->kernel->n <= first) return; /* no task reads it */
     struct attn_kv_view kv = kv_view(p, s, u % p->h_k);
     c->kernel->pack(&kv, (int32_t)p->d_qk, (int32_t)p->d_v, p->qv.data != NULL, j0, first, end,
-                    slot + n * c->kernel->pack_bytes(d_s, p->d_v));
+                    c->packs + slot * c->plan->tile[TILE_SLOT_BYTES] +
+                        n * c->kernel->pack_bytes(d_s, p->d_v));
 }
 
-/* Prefill: waves of units, each packed (where the kernel wants it) and then attended. */
+static char *thread_scratch(const struct call *c, int thread)
+{
+    return c->scratch + thread * c->plan->tile[TILE_SCRATCH];
+}
+
+/* Task order: sequence, KV head, row blocks from the last (the longest, if causal), split. */
+static void prefill_task(void *context, int64_t task, int thread)
+{
+    const struct wave *w = context;
+    const struct call *c = w->c;
+    const problem_t *p = &c->p;
+    int64_t splits = c->plan->splits, t = w->t0 + task;
+    int64_t i = find_sequence(c->first_task, p->b, t / splits / p->h_k);
+    int64_t n = c->first_task[i + 1] - c->first_task[i];
+    int64_t rest = t - c->first_task[i] * p->h_k * splits;
+    int64_t head = rest / (n * splits), block = n - 1 - rest / splits % n;
+    int64_t r0 = block * c->block_rows, rows = c->seqs[i].q_len * c->group - r0;
+    const char *slot = c->packs + (i * p->h_k + head - w->u0) * c->plan->tile[TILE_SLOT_BYTES];
+    run_task(c, i, head, 1, r0, min64(rows, c->block_rows), rest % splits,
+             c->kernel->pack ? slot : NULL, thread_scratch(c, thread));
+}
+
+/* The number of tasks before unit u. */
+static int64_t tasks_before(const struct call *c, int64_t u)
+{
+    int64_t i = u / c->p.h_k, head = u % c->p.h_k;
+    int64_t n = head ? c->first_task[i + 1] - c->first_task[i] : 0;
+    return c->plan->splits * (c->first_task[i] * c->p.h_k + head * n);
+}
+
+/* Waves of units, each packed (where the kernel wants it) and then attended. */
 static void run_prefill(const struct call *c)
 {
     const problem_t *p = &c->p;
-    const plan_t *plan = c->plan;
-    int64_t splits = plan->splits, units = p->b * p->h_k;
-    int64_t wave = c->kernel->pack ? plan->tile[TILE_SLOTS] : units;
-    int64_t slot_bytes = plan->tile[TILE_SLOT_BYTES];
-    int64_t blocks = ceil_div(max64(p->s_k, 1), c->kernel->n);
-#pragma omp parallel num_threads(c->threads)
-    {
-        uint32_t state = attn_fp_enter();
-        char *scratch = c->scratch + omp_get_thread_num() * plan->tile[TILE_SCRATCH];
-        for (int64_t u0 = 0; u0 < units; u0 += wave) {
-            int64_t u1 = min64(u0 + wave, units);
-            if (c->kernel->pack) {
-#pragma omp for schedule(dynamic)
-                for (int64_t t = 0; t < (u1 - u0) * blocks; ++t)
-                    if (c->seqs[(u0 + t / blocks) / p->h_k].q_len > 0)
-                        pack_block(c, u0 + t / blocks, t % blocks,
-                                   c->packs + t / blocks * slot_bytes);
-            }
-            /* Task order: sequence, KV head, row blocks from the last (the longest, if causal). */
-            int64_t b0 = u0 / p->h_k, b1 = (u1 - 1) / p->h_k;
-            int64_t n0 = c->first_task[b0 + 1] - c->first_task[b0];
-            int64_t n1 = c->first_task[b1 + 1] - c->first_task[b1];
-            int64_t t0 = splits * (c->first_task[b0] * p->h_k + u0 % p->h_k * n0);
-            int64_t t1 = splits * (c->first_task[b1] * p->h_k + ((u1 - 1) % p->h_k + 1) * n1);
-#pragma omp for schedule(dynamic)
-            for (int64_t t = t0; t < t1; ++t) {
-                int64_t i = find_sequence(c->first_task, p->b, t / splits / p->h_k);
-                int64_t n = c->first_task[i + 1] - c->first_task[i];
-                int64_t rest = t - c->first_task[i] * p->h_k * splits;
-                int64_t head = rest / (n * splits), block = n - 1 - rest / splits % n;
-                int64_t r0 = block * c->block_rows, rows = c->seqs[i].q_len * c->group - r0;
-                const char *packed = c->packs + (i * p->h_k + head - u0) * slot_bytes;
-                run_task(c, i, head, 1, r0, min64(rows, c->block_rows), rest % splits,
-                         c->kernel->pack ? packed : NULL, scratch);
-            }
-        }
-        attn_fp_leave(state);
+    int64_t units = p->b * p->h_k, step = c->kernel->pack ? c->plan->tile[TILE_SLOTS] : units;
+    struct wave w = {.c = c, .blocks = ceil_div(max64(p->s_k, 1), c->kernel->n)};
+    for (; w.u0 < units; w.u0 = w.u1) {
+        w.u1 = min64(w.u0 + step, units);
+        w.t0 = tasks_before(c, w.u0);
+        if (c->kernel->pack) attn_parallel(c->threads, (w.u1 - w.u0) * w.blocks, pack_block, &w);
+        attn_parallel(c->threads, tasks_before(c, w.u1) - w.t0, prefill_task, &w);
     }
 }
 
-static void run_decode(const struct call *c)
+/* Task: (sequence, split, chunk of KV heads). */
+static void decode_task(void *context, int64_t t, int thread)
 {
+    const struct call *c = context;
     const problem_t *p = &c->p;
     int64_t splits = c->plan->splits, chunks = ceil_div(p->h_k, c->block_heads);
-#pragma omp parallel num_threads(c->threads)
-    {
-        uint32_t state = attn_fp_enter();
-        char *scratch = c->scratch + omp_get_thread_num() * c->plan->tile[TILE_SCRATCH];
-#pragma omp for schedule(dynamic)
-        for (int64_t t = 0; t < p->b * splits * chunks; ++t) {
-            int64_t i = t / (splits * chunks), head = t % chunks * c->block_heads;
-            if (c->seqs[i].q_len == 0) continue;
-            run_task(c, i, head, min64(c->block_heads, p->h_k - head), 0,
-                     c->seqs[i].q_len * c->group, t / chunks % splits, NULL, scratch);
-        }
-        attn_fp_leave(state);
-    }
+    int64_t i = t / (splits * chunks), head = t % chunks * c->block_heads;
+    if (c->seqs[i].q_len == 0) return;
+    run_task(c, i, head, min64(c->block_heads, p->h_k - head), 0, c->seqs[i].q_len * c->group,
+             t / chunks % splits, NULL, thread_scratch(c, thread));
 }
 
-/* Merges the splits of every live row. */
-static void combine(const struct call *c, const struct attn_split_combine_kernel *kernel)
+/* Merges the splits of every live row of (sequence, query head). */
+static void combine_head(void *context, int64_t task, int thread)
 {
+    (void)thread;
+    const struct call *c = context;
     const problem_t *p = &c->p;
-    int64_t out_bytes = attn_dtype_bytes(p->out_dtype);
-#pragma omp parallel num_threads(c->threads)
-    {
-        uint32_t state = attn_fp_enter();
-#pragma omp for schedule(static) collapse(2)
-        for (int64_t i = 0; i < p->b; ++i) {
-            for (int64_t h = 0; h < p->h_q; ++h) {
-                for (int64_t t = c->seqs[i].q_start; t < c->seqs[i].q_start + c->seqs[i].q_len; ++t)
-                    kernel->run((const float *)(const void *)p->out_accum.data +
-                                    i * p->out_accum.batch + t * p->out_accum.row +
-                                    h * p->out_accum.head,
-                                p->out_accum_split,
-                                p->lse_accum + i * p->lse_accum_batch + h * p->lse_accum_head + t,
-                                p->lse_accum_split, c->plan->splits, (int32_t)p->d_v,
-                                c->sinks ? c->sinks + h : NULL,
-                                p->out.data + out_bytes * (i * p->out.batch + t * p->out.row +
-                                                           h * p->out.head),
-                                p->out_dtype, p->lse + i * p->lse_batch + h * p->lse_head + t);
-            }
-        }
-        attn_fp_leave(state);
+    int64_t i = task / p->h_q, h = task % p->h_q, out_bytes = attn_dtype_bytes(p->out_dtype);
+    const float *o = (const float *)(const void *)p->out_accum.data + i * p->out_accum.batch +
+                     h * p->out_accum.head;
+    const float *lse = p->lse_accum + i * p->lse_accum_batch + h * p->lse_accum_head;
+    for (int64_t t = c->seqs[i].q_start; t < c->seqs[i].q_start + c->seqs[i].q_len; ++t)
+        c->combine->run(o + t * p->out_accum.row, p->out_accum_split, lse + t, p->lse_accum_split,
+                        c->plan->splits, (int32_t)p->d_v, c->sinks ? c->sinks + h : NULL,
+                        p->out.data + out_bytes * (i * p->out.batch + t * p->out.row +
+                                                   h * p->out.head),
+                        p->out_dtype, p->lse + i * p->lse_batch + h * p->lse_head + t);
+}
+
+/* Rotates the queries of a sequence into the workspace. */
+static void rotate_sequence(void *context, int64_t i, int thread)
+{
+    (void)thread;
+    const struct call *c = context;
+    const problem_t *p = &c->p;
+    const struct attn_rows *from = &c->raw_q;
+    int64_t bytes = attn_dtype_bytes(p->dtype), half_bytes = p->rotary_width / 2 * bytes;
+    for (int64_t token = 0; token < c->seqs[i].q_len; ++token) {
+        int64_t t = c->seqs[i].q_start + token;
+        int64_t at = attn_rotary_query_position(p, &c->seqs[i], token) * half_bytes;
+        for (int64_t h = 0; h < p->h_q; ++h)
+            c->rotary->run(from->data + bytes * (i * from->batch + t * from->row + h * from->head),
+                           p->q.data + bytes * (i * p->q.batch + t * p->q.row + h * p->q.head),
+                           (const char *)p->rotary_cos + at, (const char *)p->rotary_sin + at,
+                           (int32_t)p->d_qk, (int32_t)p->rotary_width, p->rotary_interleaved);
     }
 }
 
@@ -408,32 +427,6 @@ static void write_no_keys(const problem_t *p, const seq_t *seqs)
                 p->lse[i * p->lse_batch + h * p->lse_head + t] = INFINITY;
             }
         }
-    }
-}
-
-static void rotate_queries(struct call *c, const struct attn_rotary_kernel *rotary, char *to)
-{
-    problem_t *p = &c->p;
-    struct attn_rows from = p->q;
-    int64_t bytes = attn_dtype_bytes(p->dtype), half_bytes = p->rotary_width / 2 * bytes;
-    p->q = (struct attn_rows){to, p->cu_seqlens_q ? 0 : p->s_q * p->h_q * p->d_qk,
-                              p->h_q * p->d_qk, p->d_qk};
-#pragma omp parallel num_threads(c->threads)
-    {
-        uint32_t state = attn_fp_enter();
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < p->b; ++i) {
-            for (int64_t token = 0; token < c->seqs[i].q_len; ++token) {
-                int64_t t = c->seqs[i].q_start + token;
-                int64_t at = attn_rotary_query_position(p, &c->seqs[i], token) * half_bytes;
-                for (int64_t h = 0; h < p->h_q; ++h)
-                    rotary->run(from.data + bytes * (i * from.batch + t * from.row + h * from.head),
-                                to + bytes * (i * p->q.batch + t * p->q.row + h * p->q.head),
-                                (const char *)p->rotary_cos + at, (const char *)p->rotary_sin + at,
-                                (int32_t)p->d_qk, (int32_t)p->rotary_width, p->rotary_interleaved);
-            }
-        }
-        attn_fp_leave(state);
     }
 }
 
@@ -455,17 +448,43 @@ static void fill_scales(struct call *c)
 }
 
 /* Rows a prefill task: as many as leave every thread four tasks, evenly shared out. */
-static int64_t choose_rows(const struct call *c, int64_t *tasks)
+static int64_t choose_rows(const struct call *c)
 {
     const problem_t *p = &c->p;
     int64_t step = c->kernel->rows_step, rows = c->plan->tile[TILE_ROWS];
     for (;;) {
-        *tasks = 0;
+        int64_t tasks = 0;
         for (int64_t i = 0; i < p->b; ++i)
-            *tasks += ceil_div(c->seqs[i].q_len * c->group, rows) * p->h_k * c->plan->splits;
-        if (rows <= step || *tasks >= 4 * c->plan->tile[TILE_THREADS]) return rows;
+            tasks += ceil_div(c->seqs[i].q_len * c->group, rows) * p->h_k * c->plan->splits;
+        if (rows <= step || tasks >= 4 * c->plan->tile[TILE_THREADS]) return rows;
         rows = round_up(rows / 2, step);
     }
+}
+
+/* The phases, in a known floating-point state. */
+static void run_phases(struct call *c)
+{
+    problem_t *p = &c->p;
+    if (p->k_new.data) attn_kv_append_cpu(p, c->seqs, c->rotary, c->threads);
+    if (p->no_keys) {
+        write_no_keys(p, c->seqs);
+        return;
+    }
+    fill_scales(c);
+    if (p->rotary_cos) attn_parallel(c->threads, p->b, rotate_sequence, c);
+    if (c->kernel->decode) {
+        int64_t pieces = p->b * c->plan->splits;
+        c->block_heads = min64(p->h_k, max64(1, p->h_k * pieces / (4 * c->threads)));
+        attn_parallel(c->threads, pieces * ceil_div(p->h_k, c->block_heads), decode_task, c);
+    } else {
+        c->block_rows = choose_rows(c);
+        c->first_task[0] = 0;
+        for (int64_t i = 0; i < p->b; ++i)
+            c->first_task[i + 1] =
+                c->first_task[i] + ceil_div(c->seqs[i].q_len * c->group, c->block_rows);
+        run_prefill(c);
+    }
+    if (c->plan->splits > 1) attn_parallel(c->threads, p->b * p->h_q, combine_head, c);
 }
 
 attn_status attn_mha_fwd_cpu_run_with(const struct attn_cpu_kernels *table, const problem_t *p,
@@ -479,7 +498,8 @@ attn_status attn_mha_fwd_cpu_run_with(const struct attn_cpu_kernels *table, cons
                "workspace: expected %lld bytes, got %lld", (long long)l.bytes,
                (long long)workspace_bytes);
     struct call c = {
-        .p = *p, .plan = plan, .kernel = choose_kernel(table, p),
+        .p = *p, .raw_q = p->q, .plan = plan, .kernel = choose_kernel(table, p),
+        .rotary = table->rotary[p->dtype], .combine = table->split_combine,
         .seqs = (seq_t *)(void *)(workspace + l.seqs),
         .first_task = (int64_t *)(void *)(workspace + l.first_task),
         .score_scale = (float *)(void *)(workspace + l.scales),
@@ -489,36 +509,17 @@ attn_status attn_mha_fwd_cpu_run_with(const struct attn_cpu_kernels *table, cons
         .group = p->h_q / p->h_k,
     };
     for (int64_t i = 0; i < p->b; ++i) ATTN_TRY(attn_cpu_seq_read(p, i, &c.seqs[i]));
+    if (p->rotary_cos)
+        c.p.q = (struct attn_rows){workspace + l.q, p->cu_seqlens_q ? 0 : p->s_q * p->h_q * p->d_qk,
+                                   p->h_q * p->d_qk, p->d_qk};
+    if (attn_log_on() && p->rotary_cos) attn_log("%s", c.rotary->name);
+    if (attn_log_on() && plan->splits > 1) attn_log("%s", c.combine->name);
 
     int threads = attn_threads(p->threads, INT64_MAX); /* fewer than planned after a fork */
     c.threads = (int)min64(threads, plan->tile[TILE_THREADS]);
-    const struct attn_rotary_kernel *rotary = table->rotary[p->dtype];
-    if (attn_log_on() && p->rotary_cos) attn_log("%s", rotary->name);
-    if (p->k_new.data) attn_kv_append_cpu(p, c.seqs, rotary, c.threads);
-    if (p->no_keys) {
-        write_no_keys(p, c.seqs);
-        return ATTN_OK;
-    }
-    fill_scales(&c);
-    if (p->rotary_cos) rotate_queries(&c, rotary, workspace + l.q);
-
-    if (c.kernel->decode) {
-        int64_t pieces = p->b * plan->splits;
-        c.block_heads = min64(p->h_k, max64(1, p->h_k * pieces / (4 * c.threads)));
-        run_decode(&c);
-    } else {
-        int64_t tasks;
-        c.block_rows = choose_rows(&c, &tasks);
-        c.first_task[0] = 0;
-        for (int64_t i = 0; i < p->b; ++i)
-            c.first_task[i + 1] =
-                c.first_task[i] + ceil_div(c.seqs[i].q_len * c.group, c.block_rows);
-        if (tasks > 0) run_prefill(&c);
-    }
-    if (plan->splits > 1) {
-        if (attn_log_on()) attn_log("%s", table->split_combine->name);
-        combine(&c, table->split_combine);
-    }
+    uint32_t state = attn_fp_enter();
+    run_phases(&c);
+    attn_fp_leave(state);
     return ATTN_OK;
 }
 

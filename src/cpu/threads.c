@@ -34,6 +34,25 @@ int attn_threads(int32_t wish, int64_t tasks)
     return tasks < n ? (int)tasks : n;
 }
 
+void attn_parallel(int threads, int64_t tasks, void (*body)(void *context, int64_t task, int thread),
+                   void *context)
+{
+    if (threads <= 1 || tasks <= 1) {
+        uint32_t state = attn_fp_enter();
+        for (int64_t t = 0; t < tasks; ++t) body(context, t, 0);
+        attn_fp_leave(state);
+        return;
+    }
+    _Atomic int64_t next = 0;
+#pragma omp parallel num_threads(threads)
+    {
+        uint32_t state = attn_fp_enter();
+        for (int64_t t; (t = atomic_fetch_add_explicit(&next, 1, memory_order_relaxed)) < tasks;)
+            body(context, t, omp_get_thread_num());
+        attn_fp_leave(state);
+    }
+}
+
 uint32_t attn_fp_enter(void)
 {
 #if defined(__x86_64__)

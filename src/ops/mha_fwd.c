@@ -260,8 +260,9 @@ static attn_status check_append(const args_t *a, problem_t *p)
     ATTN_CHECK(!p->page_table || p->rotary_rows >= p->s_k, ATTN_E_SHAPE,
                "rotary_cos: expected at least max_pages * page = %lld rows, got %lld",
                (long long)p->s_k, (long long)p->rotary_rows);
-    p->rotary_cos = attn_tensor_data(a->rotary_cos);
-    p->rotary_sin = attn_tensor_data(a->rotary_sin);
+    bool empty = attn_tensor_empty(a->rotary_cos);
+    p->rotary_cos = empty ? EMPTY_DATA : attn_tensor_data(a->rotary_cos);
+    p->rotary_sin = empty ? EMPTY_DATA : attn_tensor_data(a->rotary_sin);
     p->rotary_interleaved = a->rotary_interleaved != 0;
     return check_index(a->seqlens_rotary, "rotary_seqlens", p->b, p, &p->seqlens_rotary);
 }
