@@ -10,6 +10,7 @@ PREFIX ?= /usr/local
 DIST ?= dist
 CHECK ?=
 Q ?=
+ARGS ?=
 
 # Scripts find the tools of .venv first.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -49,9 +50,9 @@ tsan: ## the C program under the thread sanitizer: one OpenMP thread, many calle
 	@$(BUILD) tsan attn_check
 	OMP_NUM_THREADS=1 build/tsan/attn_check $(CHECK)
 
-bench: dev ## the figures: a table, one row a shape (ARGS are bench/run.py's)
+bench: dev ## the figures: a table, one row a shape (ARGS="--rows decode", ARGS=--write)
 	@$(VENV) demo
-	@.venv/bin/python bench/run.py $(ARGS)
+	@.venv/bin/python bench/cpu_mha_fwd.py $(ARGS)
 
 wheel: ## the wheels, into dist/
 	@$(VENV) build

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: MIT
+"""flash_attn_interface on the CPU beside torch SDPA, in one run: a table, one row a shape.
+
+    make bench                          every line of bench/shapes/cpu_mha_fwd.txt
+    make bench ARGS="--rows decode"     lines that hold a text
+    make bench ARGS=--write             also writes bench/results/<machine>.json
+
+Ours and the peer take turns, so that a machine that slows down slows both; a time is the median and
+the half distance of the quartiles.  FLOPs count visible scores only, bytes count q, k, v and out
+once.  The ceiling is measured in the same run: torch's own square matmul in the same dtype for
+dense and ragged rows, torch summing a large tensor for decode.
+"""
+
+import argparse
+import functools
+import json
+import math
+import os
+import statistics
+import time
+from pathlib import Path
+
+import libattn
+import torch
+import torch.nn.functional as F
+from flash_attn_interface import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+
+HERE = Path(__file__).resolve().parent
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SECONDS = 1.5  # for each of the two, a row
+SDPA = F.scaled_dot_product_attention
+
+
+def alternate(*functions) -> list[list[float]]:
+    """Seconds of each call of each function, taking turns, after two calls that do not count."""
+    times = [[] for _ in functions]
+    for function in functions:
+        function()
+        function()
+    until = time.perf_counter() + SECONDS * len(functions)
+    while time.perf_counter() < until or len(times[0]) < 5:
+        for function, mine in zip(functions, times):
+            start = time.perf_counter()
+            function()
+            mine.append(time.perf_counter() - start)
+    return times
+
+
+def spread(times: list[float]) -> float:
+    low, _, high = statistics.quantiles(times, n=4)
+    return (high - low) / 2
+
+
+@functools.cache
+def matmul_rate(dtype: torch.dtype) -> float:
+    """FLOP/s of a 2048 x 2048 x 2048 product."""
+    a, b = torch.randn(2, 2048, 2048).to(dtype)
+    (times,) = alternate(lambda: a @ b)
+    return 2 * 2048**3 / statistics.median(times)
+
+
+@functools.cache
+def read_rate() -> float:
+    """Bytes a second of summing 512 MiB of fp32."""
+    x = torch.ones(2**27)
+    (times,) = alternate(lambda: x.sum())
+    return 4 * 2**27 / statistics.median(times)
+
+
+def random_tensors(dtype, *shapes):
+    return [torch.randn(*shape).to(dtype) for shape in shapes]
+
+
+def visible(s_q: int, s_k: int, causal: bool) -> int:
+    """Scores that the mask leaves of one head and sequence, s_q <= s_k."""
+    return s_q * s_k - (s_q * (s_q - 1) // 2 if causal else 0)
+
+
+def dense(b, s_q, s_k, h_q, h_k, d, dtype, causal):
+    q, k, v = random_tensors(dtype, (b, s_q, h_q, d), (b, s_k, h_k, d), (b, s_k, h_k, d))
+    plan = libattn.mha_fwd_plan(q, k, v, d**-0.5, causal=bool(causal))
+    qt, kt, vt = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+    return {
+        "kernel": plan.kernel,
+        "ours": lambda: flash_attn_func(q, k, v, causal=bool(causal)),
+        "peer": lambda: SDPA(qt, kt, vt, is_causal=bool(causal), enable_gqa=h_q != h_k),
+        "flops": 4 * b * h_q * d * visible(s_q, s_k, causal),
+        "bytes": q.element_size() * d * b * 2 * (s_q * h_q + s_k * h_k),
+    }
+
+
+def decode(b, s_k, h_q, h_k, d, dtype):
+    q, k, v = random_tensors(dtype, (b, 1, h_q, d), (b, s_k, h_k, d), (b, s_k, h_k, d))
+    lengths = torch.full((b,), s_k, dtype=torch.int32)
+    plan = libattn.mha_fwd_plan(q, k, v, d**-0.5, num_splits=0, seqused_k=lengths)
+    qt, kt, vt = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+    return {
+        "kernel": plan.kernel,
+        "ours": lambda: flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths),
+        "peer": lambda: SDPA(qt, kt, vt, enable_gqa=True),
+        "flops": 4 * b * h_q * d * s_k,
+        "bytes": q.element_size() * d * b * 2 * (h_q + s_k * h_k),
+        "memory": True,
+    }
+
+
+def ragged(b, s, h_q, h_k, d, dtype, causal):
+    lengths = torch.randint(1, s + 1, (b,), generator=torch.Generator().manual_seed(0))
+    cu = F.pad(lengths.cumsum(0), (1, 0)).int()
+    total, longest = int(cu[-1]), int(lengths.max())
+    q, k, v = random_tensors(dtype, (total, h_q, d), (total, h_k, d), (total, h_k, d))
+    plan = libattn.mha_fwd_plan(
+        q, k, v, d**-0.5, causal=bool(causal), cu_seqlens_q=cu, cu_seqlens_k=cu,
+        max_seqlen_q=longest, max_seqlen_k=longest,
+    )  # fmt: skip
+    live = torch.arange(longest)[None] < lengths[:, None]
+    padded = []
+    for x in (q, k, v):
+        y = x.new_zeros(b, longest, *x.shape[1:])
+        y[live] = x
+        padded.append(y.transpose(1, 2).contiguous())
+    # Padding lies behind each sequence, so the causal mask alone hides it from live rows.
+    mask = None if causal else live[:, None, None]
+    return {
+        "kernel": plan.kernel,
+        "ours": lambda: flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, causal=bool(causal)),
+        "peer": lambda: SDPA(*padded, attn_mask=mask, is_causal=bool(causal), enable_gqa=h_q != h_k),
+        "flops": 4 * h_q * d * sum(visible(n, n, causal) for n in lengths.tolist()),
+        "bytes": q.element_size() * d * total * 2 * (h_q + h_k),
+    }
+
+
+def call(h_q, d, dtype):
+    q, k, v = random_tensors(dtype, *[(1, 1, h_q, d)] * 3)
+    plan = libattn.mha_fwd_plan(q, k, v, d**-0.5)
+    return {
+        "kernel": plan.kernel,
+        "ours": lambda: flash_attn_func(q, k, v),
+        "peer": lambda: SDPA(q, k, v),
+        "flops": 4 * h_q * d,
+        "bytes": q.element_size() * d * 4 * h_q,
+        "many": 1000,
+    }
+
+
+KINDS = {"dense": dense, "decode": decode, "ragged": ragged, "call": call}
+
+
+def measure(kind: str, sizes: dict) -> dict:
+    dtype = sizes["dtype"]
+    row = KINDS[kind](**{**sizes, "dtype": DTYPES[dtype]})
+    many = row.get("many", 1)
+
+    def repeated(function):
+        return function if many == 1 else lambda: [function() for _ in range(many)]
+
+    ours, peer = ([t / many for t in ts] for ts in alternate(repeated(row["ours"]), repeated(row["peer"])))
+    mine, theirs = statistics.median(ours), statistics.median(peer)
+    if row.get("memory"):
+        share = row["bytes"] / mine / read_rate()
+    else:
+        share = row["flops"] / mine / matmul_rate(DTYPES[dtype])
+    return {
+        "op": "mha_fwd",
+        "kind": kind,
+        "shape": {key: value for key, value in sizes.items() if key != "dtype"},
+        "dtype": dtype,
+        "kernel": row["kernel"],
+        "seconds": mine,
+        "spread": spread(ours),
+        "flops_per_second": row["flops"] / mine,
+        "bytes_per_second": row["bytes"] / mine,
+        "ceiling": "read" if row.get("memory") else "matmul",
+        "share": None if kind == "call" else share,
+        "peer": "torch SDPA",
+        "peer_seconds": theirs,
+        "peer_spread": spread(peer),
+        "ratio": theirs / mine,
+    }
+
+
+def in_units(seconds: float) -> str:
+    scale, unit = (1e3, "ms") if seconds >= 1e-4 else (1e6, "µs")
+    return f"{seconds * scale:8.2f} {unit}"
+
+
+def as_line(row: dict) -> str:
+    shape = " ".join(f"{key}{value}" for key, value in row["shape"].items())
+    share = "     " if row["share"] is None else f"{row['share']:5.0%}"
+    return (
+        f"{row['kind']:<7} {shape:<44} {row['dtype']:<5} {row['kernel']:<32} {in_units(row['seconds'])}"
+        f" ±{row['spread'] / row['seconds']:4.0%} {row['flops_per_second'] / 1e9:8.1f}"
+        f" {row['bytes_per_second'] / 1e9:7.2f} {share} {in_units(row['peer_seconds'])} {row['ratio']:6.2f}"
+    )
+
+
+def machine() -> str:
+    text = Path("/proc/cpuinfo").read_text()
+    names = [line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")]
+    return names[0] if names else "unknown"
+
+
+def shapes(wanted: str):
+    for line in (HERE / "shapes" / "cpu_mha_fwd.txt").read_text().splitlines():
+        if line and not line.startswith("#") and wanted in line:
+            kind, *pairs = line.split()
+            sizes = dict(pair.split("=") for pair in pairs)
+            yield kind, {key: value if key == "dtype" else int(value) for key, value in sizes.items()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description="flash_attn_interface on the CPU beside torch SDPA")
+    parser.add_argument("--rows", default="", help="only lines of the shape file that hold this text")
+    parser.add_argument("--write", action="store_true", help="write bench/results/<machine>.json")
+    args = parser.parse_args()
+
+    print(f"{machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+          f"libattn {libattn.__version__}, {time.strftime('%Y-%m-%d')}")  # fmt: skip
+    print(f"{'':<7} {'shape':<44} {'dtype':<5} {'kernel':<32} {'time':>11} {'':5} {'GFLOP/s':>8} {'GB/s':>7}"
+          f" {'share':>5} {'torch SDPA':>11} {'ratio':>6}")  # fmt: skip
+    rows = []
+    for kind, sizes in shapes(args.rows):
+        rows.append(measure(kind, sizes))
+        print(as_line(rows[-1]), flush=True)
+    worst = min((row["ratio"] for row in rows if row["kind"] != "call"), default=math.nan)
+    print(
+        f"least ratio {worst:.2f}; share is of torch's matmul in that dtype, for decode of its reading rate"
+    )
+    if args.write:
+        name = "".join(c if c.isalnum() else "-" for c in f"{machine()}-{os.cpu_count()}").strip("-").lower()
+        path = HERE / "results" / f"{name}.json"
+        path.parent.mkdir(exist_ok=True)
+        head = {"machine": machine(), "threads": torch.get_num_threads(), "torch": torch.__version__,
+                "libattn": libattn.__version__, "date": time.strftime("%Y-%m-%d")}  # fmt: skip
+        path.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
+        print(f"written: {path.relative_to(HERE.parent)}")
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main()
