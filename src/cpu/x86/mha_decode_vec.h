@@ -234,13 +234,14 @@ VEC_INLINE void scores(enum attn_dtype t, int R, const struct attn_mha_task *tas
 }
 
 /* Scores become p in place, m and l move on, and a = 2^(m - m') is what O is to be scaled by. */
-VEC_INLINE void softmax(int R, const struct attn_mha_task *task, const struct tile *tile, int32_t h,
-                        struct head head)
+VEC_INLINE void softmax(enum attn_dtype t, int R, const struct attn_mha_task *task,
+                        const struct tile *tile, int32_t h, struct head head)
 {
     const int64_t state = tile->row0 / ROWS * VEC_LANES;
     float *s = head.s + tile->row0 * BLOCK, *m = head.m + state, *l = head.l + state;
     const int keys = VEC_LANES / R, vectors = BLOCK / keys;
-    const float cap = task->softcap, scale = task->score_scale[h];
+    const float cap = task->softcap, pair = vec_pair_scale(t);
+    const float scale = task->score_scale[h] * pair * pair;
     const vec inner = vec_set1(cap != 0.0f ? scale / cap : 1.0f);
     const vec outer = vec_set1((cap != 0.0f ? cap : scale) * log2e);
     const bool masked = !(tile->same && tile->begin == 0 && tile->end == BLOCK);
@@ -427,7 +428,8 @@ VEC_INLINE void end_head(enum attn_dtype t, const struct attn_mha_task *task,
     int64_t state = tile->row0 / ROWS * VEC_LANES;
     for (int32_t i = 0; i < tile->rows; i++) {
         int32_t r = tile->row0 + i, lane = i * (VEC_LANES / tile->R);
-        float m = head.m[state + lane], l = head.l[state + lane], scale = task->out_scale[h];
+        float m = head.m[state + lane], l = head.l[state + lane],
+              scale = task->out_scale[h] * vec_pair_scale(t);
         if (task->sinks) { /* one more score, without a V row */
             float sink = task->sinks[h * task->rows + r] * log2e, top = m > sink ? m : sink;
             float factor = exp2f(m - top);
@@ -465,7 +467,7 @@ VEC_INLINE void advance(enum attn_dtype t, enum phase phase, int R,
 {
     switch (phase) {
     case SCORES: scores(t, R, task, tile, rows, h, j, stop, ahead, head); break;
-    case SOFTMAX: softmax(R, task, tile, h, head); break;
+    case SOFTMAX: softmax(t, R, task, tile, h, head); break;
     case PV: pv(t, R, task, tile, rows, h, j, stop, ahead, head); break;
     }
 }

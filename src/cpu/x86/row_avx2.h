@@ -18,16 +18,14 @@ VEC_INLINE void vec_pair_from_bf16(__m256i x, vec *a, vec *b)
     *b = _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(-0x10000)));
 }
 
-/* As vec_from_f8, 16 at once. */
 VEC_INLINE void vec_pair_from_f8(__m128i bytes, vec *a, vec *b)
 {
     __m256i w = _mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7);
     __m256i h = _mm256_and_si256(w, _mm256_set1_epi16((short)0xbf80));
-    __m256i most = _mm256_set1_epi16(0x3f80);
-    __m256i nan = _mm256_cmpeq_epi16(_mm256_and_si256(h, most), most);
-    h = _mm256_or_si256(h, _mm256_and_si256(nan, _mm256_set1_epi16(0x7e00)));
-    *a = vec_mul(_mm256_cvtph_ps(_mm256_castsi256_si128(h)), vec_set1(0x1p8f));
-    *b = vec_mul(_mm256_cvtph_ps(_mm256_extracti128_si256(h, 1)), vec_set1(0x1p8f));
+    __m256i next = _mm256_add_epi16(h, _mm256_set1_epi16(0x80));
+    h = _mm256_or_si256(h, _mm256_and_si256(next, _mm256_set1_epi16(0x4000)));
+    *a = _mm256_cvtph_ps(_mm256_castsi256_si128(h));
+    *b = _mm256_cvtph_ps(_mm256_extracti128_si256(h, 1));
 }
 
 VEC_INLINE void vec_load_pair(enum attn_dtype t, const char *p, vec *a, vec *b)
@@ -54,11 +52,15 @@ VEC_INLINE void vec_load_pair_part(enum attn_dtype t, const char *p, int n, vec 
     (void)n;
     if (t == ATTN_BF16) {
         vec_pair_from_bf16(_mm256_zextsi128_si256(vec_bytes16(p)), a, b);
+    } else if (t == ATTN_F8) {
+        vec_pair_from_f8(_mm_loadl_epi64((const __m128i *)(const void *)p), a, b);
     } else {
         *a = vec_load_elem(t, p);
         *b = vec_zero();
     }
 }
+
+VEC_INLINE float vec_pair_scale(enum attn_dtype t) { return t == ATTN_F8 ? 0x1p8f : 1.0f; }
 
 VEC_INLINE void vec_unpair(enum attn_dtype t, vec *a, vec *b)
 {

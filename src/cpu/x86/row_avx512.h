@@ -6,7 +6,8 @@
  * A pair is 2 VEC_LANES consecutive elements as two vectors, in the order that costs least to
  * widen: bf16 gives the even elements, then the odd ones (a shift and an and); the others give
  * the first half, then the second.  Dot products and sums over rows are the same in any order;
- * vec_unpair restores the elements' own.
+ * vec_unpair restores the elements' own.  A pair of e4m3 elements is 2^-8 times their values, which
+ * users fold into a factor they apply anyway: vec_pair_scale.
  */
 #ifndef ATTN_CPU_X86_ROW_AVX512_H
 #define ATTN_CPU_X86_ROW_AVX512_H
@@ -19,16 +20,16 @@ VEC_INLINE void vec_pair_from_bf16(__m512i x, vec *a, vec *b)
     *b = _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(-0x10000)));
 }
 
-/* As vec_from_f8, 32 at once. */
+/* e4m3's bits shifted to fp16's places, as vec_from_f8 does.  Adding one to the last place carries
+ * into bit 14 for NaN alone, and that bit makes an fp16 NaN of it. */
 VEC_INLINE void vec_pair_from_f8(__m256i bytes, vec *a, vec *b)
 {
     __m512i w = _mm512_slli_epi16(_mm512_cvtepi8_epi16(bytes), 7);
     __m512i h = _mm512_and_si512(w, _mm512_set1_epi16((short)0xbf80));
-    __m512i most = _mm512_set1_epi16(0x3f80);
-    __mmask32 nan = _mm512_cmpeq_epi16_mask(_mm512_and_si512(h, most), most);
-    h = _mm512_mask_mov_epi16(h, nan, _mm512_set1_epi16(0x7e00));
-    *a = _mm512_mul_ps(_mm512_cvtph_ps(_mm512_castsi512_si256(h)), vec_set1(0x1p8f));
-    *b = _mm512_mul_ps(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(h, 1)), vec_set1(0x1p8f));
+    __m512i next = _mm512_add_epi16(h, _mm512_set1_epi16(0x80));
+    h = _mm512_or_si512(h, _mm512_and_si512(next, _mm512_set1_epi16(0x4000)));
+    *a = _mm512_cvtph_ps(_mm512_castsi512_si256(h));
+    *b = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(h, 1));
 }
 
 VEC_INLINE void vec_load_pair(enum attn_dtype t, const char *p, vec *a, vec *b)
@@ -64,6 +65,9 @@ VEC_INLINE void vec_load_pair_part(enum attn_dtype t, const char *p, int n, vec 
     default: vec_pair_from_f8(_mm256_maskz_loadu_epi8(m, p), a, b);
     }
 }
+
+/* What a pair is to be multiplied with to give its elements' values. */
+VEC_INLINE float vec_pair_scale(enum attn_dtype t) { return t == ATTN_F8 ? 0x1p8f : 1.0f; }
 
 VEC_INLINE void vec_unpair(enum attn_dtype t, vec *a, vec *b)
 {
