@@ -35,6 +35,9 @@ static const struct {
     ENTRY(device_get, "cuDeviceGet"),
     ENTRY(device_get_attribute, "cuDeviceGetAttribute"),
     ENTRY(ctx_get_device, "cuCtxGetDevice"),
+    ENTRY(ctx_push_current, "cuCtxPushCurrent_v2"),
+    ENTRY(ctx_pop_current, "cuCtxPopCurrent_v2"),
+    ENTRY(device_primary_ctx_retain, "cuDevicePrimaryCtxRetain"),
     ENTRY(library_load_data, "cuLibraryLoadData"),
     ENTRY(library_get_kernel, "cuLibraryGetKernel"),
     ENTRY(kernel_set_attribute, "cuKernelSetAttribute"),
@@ -95,34 +98,59 @@ attn_status attn_cuda_status(cu_result result, const char *what)
     return attn_fail(ATTN_E_DRIVER, "%s: %s", what, text);
 }
 
-attn_status attn_cuda_current_device(int ordinal, struct attn_cuda_device *out)
+/* The primary context of a device, retained once and kept for the process. */
+static attn_status primary_context(cu_device device, cu_context *context)
 {
-    /* Multiprocessors of each 9.0 device, 0 until looked up. */
+    static _Atomic(cu_context) kept[DEVICES_MAX];
+    ATTN_CHECK(device < DEVICES_MAX, ATTN_E_DEVICE, "device: expected below %d, got %d",
+               DEVICES_MAX, device);
+    *context = atomic_load(&kept[device]);
+    if (*context) return ATTN_OK;
+    ATTN_TRY(attn_cuda_status(driver.device_primary_ctx_retain(context, device),
+                              "cuDevicePrimaryCtxRetain"));
+    atomic_store(&kept[device], *context);
+    return ATTN_OK;
+}
+
+/* Multiprocessors of a 9.0 device, looked up once. */
+static attn_status multiprocessors(cu_device device, int ordinal, int *count)
+{
     static _Atomic int known[DEVICES_MAX];
-    const struct attn_cuda_driver *cu;
-    cu_device device, wanted;
     int major = 0, minor = 0;
-
-    ATTN_TRY(attn_cuda_driver(&cu));
-    ATTN_TRY(attn_cuda_status(cu->ctx_get_device(&device), "the calling thread's CUDA context"));
-    ATTN_TRY(attn_cuda_status(cu->device_get(&wanted, ordinal), "the tensors' device"));
-    ATTN_CHECK(device == wanted, ATTN_E_DEVICE,
-               "device: expected the current context on the tensors' device %d, got device %d",
-               ordinal, device);
-    out->device = device;
-    out->multiprocessors = device < DEVICES_MAX ? atomic_load(&known[device]) : 0;
-    if (out->multiprocessors) return ATTN_OK;
-
-    cu->device_get_attribute(&major, CU_DEVICE_CAPABILITY_MAJOR, device);
-    cu->device_get_attribute(&minor, CU_DEVICE_CAPABILITY_MINOR, device);
+    *count = device < DEVICES_MAX ? atomic_load(&known[device]) : 0;
+    if (*count) return ATTN_OK;
+    driver.device_get_attribute(&major, CU_DEVICE_CAPABILITY_MAJOR, device);
+    driver.device_get_attribute(&minor, CU_DEVICE_CAPABILITY_MINOR, device);
     ATTN_CHECK(major == 9 && minor == 0, ATTN_E_NOT_BUILT,
                "device %d: kernels are built for compute capability 9.0 (Hopper), got %d.%d",
                ordinal, major, minor);
-    ATTN_TRY(attn_cuda_status(cu->device_get_attribute(&out->multiprocessors,
-                                                       CU_DEVICE_MULTIPROCESSOR_COUNT, device),
-                              "cuDeviceGetAttribute"));
-    if (device < DEVICES_MAX) atomic_store(&known[device], out->multiprocessors);
+    ATTN_TRY(attn_cuda_status(
+        driver.device_get_attribute(count, CU_DEVICE_MULTIPROCESSOR_COUNT, device),
+        "cuDeviceGetAttribute"));
+    if (device < DEVICES_MAX) atomic_store(&known[device], *count);
     return ATTN_OK;
+}
+
+attn_status attn_cuda_enter(int ordinal, struct attn_cuda_device *out)
+{
+    const struct attn_cuda_driver *cu;
+    cu_device current;
+    cu_context context;
+    out->pushed = 0;
+    ATTN_TRY(attn_cuda_driver(&cu));
+    ATTN_TRY(attn_cuda_status(cu->device_get(&out->device, ordinal), "the tensors' device"));
+    ATTN_TRY(multiprocessors(out->device, ordinal, &out->multiprocessors));
+    if (cu->ctx_get_device(&current) == 0 && current == out->device) return ATTN_OK;
+    ATTN_TRY(primary_context(out->device, &context));
+    ATTN_TRY(attn_cuda_status(cu->ctx_push_current(context), "cuCtxPushCurrent"));
+    out->pushed = 1;
+    return ATTN_OK;
+}
+
+void attn_cuda_leave(const struct attn_cuda_device *device)
+{
+    cu_context context;
+    if (device->pushed) driver.ctx_pop_current(&context);
 }
 
 int attn_gpu_count(char *text, size_t text_bytes)

@@ -2,7 +2,8 @@
  *
  * libcuda, opened when first asked for.  No header of the toolkit is needed: the few types and
  * numbers used are declared here, and tests/unit_cuda compares them with cuda.h where there is one.
- * Nothing here creates a context: a call runs in the one that is current in the calling thread.
+ * A call runs in the context that is current in the calling thread when that is on the tensors'
+ * device, and else in the device's primary context, the one the CUDA run time uses.
  */
 #ifndef ATTN_CUDA_DRIVER_H
 #define ATTN_CUDA_DRIVER_H
@@ -58,6 +59,9 @@ struct attn_cuda_driver {
     cu_result (*device_get)(cu_device *device, int ordinal);
     cu_result (*device_get_attribute)(int *value, int attribute, cu_device device);
     cu_result (*ctx_get_device)(cu_device *device);
+    cu_result (*ctx_push_current)(cu_context context);
+    cu_result (*ctx_pop_current)(cu_context *context);
+    cu_result (*device_primary_ctx_retain)(cu_context *context, cu_device device);
     cu_result (*library_load_data)(cu_library *library, const void *code, int *jit_options,
                                    void **jit_values, unsigned jit_count, int *options,
                                    void **values, unsigned count);
@@ -82,14 +86,16 @@ attn_status attn_cuda_driver(const struct attn_cuda_driver **driver);
 /* ATTN_OK, or ATTN_E_DRIVER with `what`, the driver's name of the error and its words. */
 attn_status attn_cuda_status(cu_result result, const char *what);
 
-/* A GPU this build has kernels for. */
+/* A GPU this build has kernels for, with a context of it current. */
 struct attn_cuda_device {
     cu_device device;
     int multiprocessors;
+    int pushed; /* 1: attn_cuda_leave has a context to take away again */
 };
 
-/* The device of the calling thread's context; ATTN_E_NOT_BUILT unless its compute capability is
- * 9.0, ATTN_E_DEVICE when it is not the tensors' device `ordinal`. */
-attn_status attn_cuda_current_device(int ordinal, struct attn_cuda_device *device);
+/* Makes a context of device `ordinal` current if none is; ATTN_E_NOT_BUILT unless the device's
+ * compute capability is 9.0.  After ATTN_OK, attn_cuda_leave ends it. */
+attn_status attn_cuda_enter(int ordinal, struct attn_cuda_device *device);
+void attn_cuda_leave(const struct attn_cuda_device *device);
 
 #endif

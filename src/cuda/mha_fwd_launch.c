@@ -15,11 +15,9 @@
 typedef struct attn_mha_fwd_problem problem_t;
 typedef struct attn_mha_fwd_cuda_plan plan_t;
 
-/* The plan for the device of the calling thread's context. */
-static attn_status choose(const problem_t *p, struct attn_cuda_device *device, plan_t *plan)
+static attn_status choose(const problem_t *p, const struct attn_cuda_device *device, plan_t *plan)
 {
     struct attn_mha_fwd_cuda_tile tiles[KERNELS_MAX];
-    ATTN_TRY(attn_cuda_current_device(p->device.device_id, device));
     for (int i = 0; i < attn_mha_fwd_kernel_count; i++) {
         const struct attn_cuda_kernel *k = &attn_mha_fwd_kernels[i];
         tiles[i] = (struct attn_mha_fwd_cuda_tile){k->dtype, k->d_qk, k->d_v, k->rows, k->keys};
@@ -114,11 +112,12 @@ static attn_status encode_keys(const problem_t *p, const plan_t *plan, const str
     bool packed = p->cu_seqlens_k != NULL;
     int64_t rows = p->page_table ? p->page : packed ? p->t_k : p->s_k;
     int64_t batches = p->page_table ? p->num_pages : packed ? 1 : p->cache_rows;
+    int64_t row = rows > 1 ? r->row : 8; /* the stride of a single row may be anything */
     return attn_tma_encode(
         &(struct attn_tma){.rank = 5,
-                           .base = r->data - 2 * plan->box_rows * r->row,
+                           .base = r->data - 2 * plan->box_rows * row,
                            .extent = {width, plan->box_rows, rows + 1, p->h_k, batches},
-                           .stride = {r->row, r->row, r->head, r->batch},
+                           .stride = {row, row, r->head, r->batch},
                            .box = {64, plan->box_rows, 1, 1, 1}},
         p->dtype == ATTN_F16, name, map);
 }
@@ -146,7 +145,10 @@ attn_status attn_mha_fwd_cuda_plan(const problem_t *p, struct attn_mha_fwd_plan 
 {
     struct attn_cuda_device device;
     plan_t plan;
-    ATTN_TRY(choose(p, &device, &plan));
+    ATTN_TRY(attn_cuda_enter(p->device.device_id, &device));
+    attn_status status = choose(p, &device, &plan);
+    attn_cuda_leave(&device);
+    if (status) return status;
     out->splits = 1;
     out->piece = p->s_k;
     out->workspace_bytes = TICKET_BYTES;
@@ -158,25 +160,26 @@ attn_status attn_mha_fwd_cuda_plan(const problem_t *p, struct attn_mha_fwd_plan 
     return ATTN_OK;
 }
 
-attn_status attn_mha_fwd_cuda_run(const problem_t *p, const struct attn_mha_fwd_plan *planned,
-                                  char *workspace, int64_t workspace_bytes, void *stream)
+/* Pointers and strides may have changed since the plan was made: choosing again is cheap. */
+static attn_status launch(const problem_t *p, const struct attn_cuda_device *device,
+                          char *workspace, cu_stream stream)
 {
     const struct attn_cuda_driver *cu;
-    struct attn_cuda_device device;
     struct attn_mha_fwd_params params;
     struct attn_mha_fwd_maps maps;
     cu_kernel handle;
     plan_t plan;
-    (void)planned; /* pointers and strides may have changed since: choosing again is cheap */
-    (void)workspace_bytes;
-
-    ATTN_TRY(choose(p, &device, &plan));
-    if (p->b == 0 || p->s_q == 0 || p->t_q == 0) return ATTN_OK;
+    ATTN_TRY(choose(p, device, &plan));
     struct attn_cuda_kernel *kernel = &attn_mha_fwd_kernels[plan.kernel];
     ATTN_TRY(attn_cuda_driver(&cu));
-    ATTN_TRY(attn_cuda_kernel_load(kernel, device.device, &handle));
+    ATTN_TRY(attn_cuda_kernel_load(kernel, device->device, &handle));
     fill_params(p, &plan, &params);
     ATTN_TRY(encode_maps(p, &plan, kernel->rows, &maps));
+    if (plan.ticket) {
+        params.ticket = (int32_t *)(void *)workspace;
+        ATTN_TRY(attn_cuda_status(
+            cu->memset_d32_async((uint64_t)(uintptr_t)workspace, 0, 1, stream), "cuMemsetD32Async"));
+    }
 
     struct cu_launch_attribute cluster = {.id = CU_LAUNCH_CLUSTER_DIMENSION,
                                           .value.cluster = {(unsigned)plan.cluster, 1, 1}};
@@ -189,10 +192,18 @@ attn_status attn_mha_fwd_cuda_run(const problem_t *p, const struct attn_mha_fwd_
         .attribute_count = 1,
     };
     void *arguments[] = {&params, &maps};
-    if (plan.ticket) {
-        params.ticket = (int32_t *)(void *)workspace;
-        ATTN_TRY(attn_cuda_status(
-            cu->memset_d32_async((uint64_t)(uintptr_t)workspace, 0, 1, stream), "cuMemsetD32Async"));
-    }
     return attn_cuda_status(cu->launch_kernel_ex(&config, handle, arguments, NULL), kernel->name);
+}
+
+attn_status attn_mha_fwd_cuda_run(const problem_t *p, const struct attn_mha_fwd_plan *planned,
+                                  char *workspace, int64_t workspace_bytes, void *stream)
+{
+    struct attn_cuda_device device;
+    (void)planned;
+    (void)workspace_bytes;
+    if (p->b == 0 || p->s_q == 0 || p->t_q == 0) return ATTN_OK;
+    ATTN_TRY(attn_cuda_enter(p->device.device_id, &device));
+    attn_status status = launch(p, &device, workspace, stream);
+    attn_cuda_leave(&device);
+    return status;
 }

@@ -136,12 +136,17 @@ attn_status attn_mha_fwd_cuda_choose(const struct attn_mha_fwd_problem *p,
     int64_t items = ceil_div(ceil_div(p->s_q, tile->rows) * group, plan->cluster) * p->h_k * p->b;
     ATTN_CHECK(items < LENGTH_MAX / 32, ATTN_E_NOT_BUILT,
                "q: fewer than 2^25 row tiles are built for Hopper, got %lld", (long long)items);
-    int64_t head_bytes = p->s_k * (p->d_qk + p->d_v) * 2;
-    plan->section = (int)clamp(L2_SHARE / (head_bytes > 0 ? head_bytes : 1), 1, p->h_k * p->b);
     int64_t blocks = clamp(multiprocessors - p->sm_margin, plan->cluster, multiprocessors);
     plan->grid = (int)(clamp(items, 1, blocks / plan->cluster) * plan->cluster);
     bool even = !p->causal && p->window_left < 0 && p->window_right < 0 && !p->chunk &&
                 !p->cu_seqlens_q && !p->seqused_q && !p->cu_seqlens_k && !p->seqused_k;
     plan->ticket = !even && items > plan->grid / plan->cluster;
+
+    /* Heads side by side: as many as L2 holds, so that there is a long tile to draw for long; where
+     * all are of a length, just as many as fill the grid, so that readers of the same keys meet. */
+    int64_t head_bytes = p->s_k * (p->d_qk + p->d_v) * 2, heads = p->h_k * p->b;
+    int64_t held = clamp(L2_SHARE / (head_bytes > 0 ? head_bytes : 1), 1, heads > 0 ? heads : 1);
+    int64_t fill = ceil_div(plan->grid / plan->cluster * heads, items > 0 ? items : 1);
+    plan->section = (int)(even ? clamp(fill, 1, held) : held);
     return ATTN_OK;
 }

@@ -1,0 +1,109 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * Plans of mha_fwd on Hopper, by the thousand and without a GPU.
+ *     test_plan [seed]
+ * What must hold of every plan: a kernel wide enough; boxes that divide the key step and never
+ * straddle a page; a grid of whole clusters that fits the machine; a ticket wherever row tiles can
+ * differ in length and are more than the grid.
+ */
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "cuda/mha_fwd_cuda.h"
+
+static const struct attn_mha_fwd_cuda_tile tiles[] = {
+#define ATTN_KERNEL(op, arch, dtype, dqk, dv, rows, keys) {DTYPE_##dtype, dqk, dv, rows, keys},
+#define DTYPE_bf16 ATTN_BF16
+#define DTYPE_fp16 ATTN_F16
+#include "cuda/kernels/mha_fwd.def"
+};
+enum { TILES = sizeof tiles / sizeof *tiles };
+
+static uint64_t state;
+
+static int64_t below(int64_t n)
+{
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    return (int64_t)((state >> 33) % (uint64_t)n);
+}
+
+static int64_t pick(const int64_t *values, size_t count)
+{
+    return values[below((int64_t)count)];
+}
+#define PICK(...) pick((const int64_t[]){__VA_ARGS__}, sizeof((int64_t[]){__VA_ARGS__}) / 8)
+
+static int failures;
+
+#define EXPECT(condition)                                                                          \
+    do {                                                                                           \
+        if (!(condition) && failures++ < 20)                                                       \
+            printf("case %d: %s\n", n, #condition);                                                \
+    } while (0)
+
+static void random_problem(struct attn_mha_fwd_problem *p)
+{
+    static const int32_t something;
+    const int32_t *there = &something;
+    *p = (struct attn_mha_fwd_problem){.cp_world = 1, .window_left = -1, .window_right = -1};
+    p->dtype = below(2) ? ATTN_BF16 : ATTN_F16;
+    p->b = PICK(1, 1, 2, 7, 64);
+    p->h_k = PICK(1, 2, 3, 8);
+    p->h_q = p->h_k * PICK(1, 2, 3, 4, 7, 16);
+    p->d_qk = 8 * (1 + below(32));
+    p->d_v = below(2) ? p->d_qk : 8 * (1 + below(32));
+    p->s_q = PICK(1, 64, 191, 192, 193, 1024, 4096, 100000);
+    p->s_k = PICK(0, 1, 79, 80, 1024, 4096, 131072);
+    p->t_q = p->b * p->s_q;
+    p->cache_rows = p->b;
+    p->causal = below(2);
+    if (below(3) == 0) p->window_left = PICK(0, 127, 4096);
+    if (p->causal) p->window_right = 0;
+    if (below(4) == 0) p->chunk = PICK(1, 100, 8192);
+    if (below(4) == 0) p->cu_seqlens_q = there;
+    if (below(3) == 0) {
+        p->page_table = there;
+        p->page = PICK(1, 3, 8, 16, 48, 64, 80, 128, 256, 1000);
+        p->num_pages = 1 + below(1000);
+        if (below(4) == 0) p->leftpad_k = there;
+    } else if (p->b == 1 && below(2)) {
+        p->cu_seqlens_k = there;
+        p->t_k = p->b * p->s_k;
+    }
+    struct attn_rows *rows[] = {&p->q, &p->k, &p->v, &p->out};
+    for (int i = 0; i < 4; i++)
+        *rows[i] = (struct attn_rows){(char *)(uintptr_t)4096, 1 << 20, below(20) ? 4096 : 0, 256};
+    p->sm_margin = (int32_t)PICK(0, 0, 4, 131, 500);
+}
+
+int main(int argc, char **argv)
+{
+    state = argc > 1 ? strtoull(argv[1], NULL, 10) : 1;
+    int planned = 0;
+    for (int n = 0; n < 100000; n++) {
+        struct attn_mha_fwd_problem p;
+        struct attn_mha_fwd_cuda_plan plan;
+        random_problem(&p);
+        attn_status status = attn_mha_fwd_cuda_choose(&p, tiles, TILES, 132, &plan);
+        if (p.d_v > 256 || p.d_qk > 256) {
+            EXPECT(status == ATTN_E_NOT_BUILT);
+            continue;
+        }
+        EXPECT(status == ATTN_OK);
+        if (status) continue;
+        planned++;
+        const struct attn_mha_fwd_cuda_tile *t = &tiles[plan.kernel];
+        int64_t group = p.h_q / p.h_k, row_tiles = (p.s_q + t->rows - 1) / t->rows * group;
+        EXPECT(t->dtype == (int)p.dtype && t->d_qk >= p.d_qk && t->d_v >= p.d_v);
+        EXPECT(plan.cluster == 1 || (plan.cluster == 2 && !plan.gather));
+        EXPECT(plan.grid % plan.cluster == 0 && plan.grid >= plan.cluster && plan.grid <= 132);
+        EXPECT(plan.box_rows % 8 == 0 && t->keys % plan.box_rows == 0 && plan.box_rows <= 256);
+        if (!plan.gather && p.page_table) EXPECT(p.page % plan.box_rows == 0 && !p.leftpad_k);
+        if (!plan.gather && !p.page_table) EXPECT(plan.box_rows * plan.cluster == t->keys);
+        if (!plan.gather && (p.page_table ? p.page : p.s_k) > 1) EXPECT(p.k.row > 0 && p.v.row > 0);
+        EXPECT(plan.section >= 1 && plan.section <= p.b * p.h_k);
+        if (p.causal && row_tiles * p.h_k * p.b > 2 * 132) EXPECT(plan.ticket);
+    }
+    printf("%d plans, %d failures\n", planned, failures);
+    return failures != 0;
+}
