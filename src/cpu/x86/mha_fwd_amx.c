@@ -4,26 +4,36 @@
  *
  * Math, keys down and queries across, so that a lane is a query everywhere:
  *   S^T = K Q^T                     fp32, tiles of 16 keys x 16 queries
- *   P   = 2^(S c - m)               c = scale log2(e); bf16 for the product, l sums them unrounded
+ *   P   = 2^(S c - m)               c = scale log2(e), rounded to bf16 for the product
  *   O^T = V^T P^T                   fp32, tiles of 16 d x 16 queries
- *   out = O out_scale / l,  lse = (m + log2 l) ln 2
- * m is a reference, not the maximum: it begins as the maximum of the first step of 32 keys and moves
- * only when a score exceeds it by more than M_SLACK (P <= 2^8 is as good as P <= 1), so O is almost
- * never rescaled.  A row that sees no key, or only -inf, keeps m = M_NONE and l = 0: out is 0, lse
- * -inf.
+ *   out = O out_scale / l,  lse = (m + log2 l) ln 2       l: sum of P before it is rounded
+ * A partial result, which is fp32, is divided by the sum of the rounded P instead: a row ruled by
+ * one key then gives that key's V to fp32's accuracy.
  *
- * Pipeline.  A beat is one score step of 32 keys; b is a block of up to 256 keys.
- *   beat    | 0    1    2   ..  8    9    10  ..             to the end
- *   tiles   | S0   S1   S2  ..  S8   S9   S10 ..             S = K Q^T of one step
- *           |                        O += V P of block 0     an eighth of the block's 2 x 2 products
- *   vectors |      P0   P1  ..  P7   P8   P9  ..             exp of the step before
- * Within a beat the two are interleaved in source order: after every step of a tile product (four
- * TDPBF16PS, 64 clocks) comes a chunk of exp (8 keys x 16 queries), since the scheduler is too small to
- * find the overlap by itself.  The results of a product are stored during the first step of the
- * next one.  Two buffers of S (a step each) and two of P (a block each) make this possible.
+ * m is a reference, not the maximum: it begins M_SLACK - 1 above the largest score of the first beat
+ * (64 keys) and moves, to as much above a later one, only when an exponential comes to 2 or more.  So
+ * O is almost never rescaled, and no maximum is taken: the bits of all exponentials are ORed, and the
+ * upper exponent bit says that some is 2 or more (or NaN).  A row that sees no key, or only -inf,
+ * keeps m = M_NONE and l = 0: out is 0, lse -inf.
  *
- * Exponentials are taken with the m of the beat's begin while the maximum is gathered; where it
- * turns out too small (close_step) the step's exponentials are taken again.
+ * Work is cut into units: 32 queries ("a pair" of tiles) against a block of 256 keys.  All pairs of
+ * the task take a block before the next one, so K and V come once from memory into L2; from there
+ * they stream past L1, which holds the pair's Q, S and P.
+ *
+ * Pipeline.  A beat is two score steps of 32 keys; a unit has four.
+ *   beat    | 0    1    2    3    4    5    6    7    8        to the end
+ *   tiles   | S0   S1   S2   S3   S4   S5   S6   S7   S8       S = K Q^T of one beat
+ *           |                          O += P V of unit 0      a quarter of the unit's products
+ *   vectors |      P0   P1   P2   P3   P4   P5   P6   P7       exp of the beat before
+ * Within a beat tiles and vectors are interleaved in source order: after every step of a tile
+ * product (four TDPBF16PS, 64 clocks) come chunks of exp (8 keys x 16 queries), since the scheduler
+ * is too small to find the overlap by itself.  The results of a product are stored during the first
+ * step of the next one.  S is a ring of three steps, P a double buffer of units.
+ *
+ * While tiles multiply, port 5 has no FMA: an exponential may cost 8 slots of port 0, and takes 6.
+ *
+ * Exponentials are taken with the m of the beat's begin; where it turns out too small (close_beat)
+ * the beat's exponentials are taken again.
  */
 #include <math.h>
 #include <string.h>
@@ -32,43 +42,65 @@
 #include "cpu/x86/mha_fwd_amx_pack.h"
 
 enum {
-    ROWS_MAX = 64,
+    ROWS_MAX = 256,
     PAIRS_MAX = ROWS_MAX / 32,
-    TILES_MAX = ROWS_MAX / 16,
+    BEAT_STEPS = 2,
+    S_STEPS = 3,                  /* S of the steps being made and being used */
     CHUNK_KEYS = 8,
-    STEP_CHUNKS = STEP_KEYS / CHUNK_KEYS, /* a tile of queries */
+    TILE_CHUNKS = STEP_KEYS / CHUNK_KEYS, /* of a tile of queries in a step */
+    STEP_CHUNKS = 2 * TILE_CHUNKS,
 };
 
 #define M_NONE (-0x1p120f)
-#define M_SLACK 8.0f
+#define M_SLACK 8.0f               /* log2: how far scores may pass the first maximum */
 #define LOG2_E 1.44269504f
 #define LN_2 0.693147181f
+
+/* Steps [begin, end) of one beat of a pair. */
+struct beat {
+    int64_t begin, end;
+    int pair, slot;            /* slot: where S of its first step lies; a ring */
+    bool last;                 /* of its unit */
+    bool first;                /* of its pair */
+    int parity;                /* of its unit: which half of the P buffer */
+};
+
+/* A unit whose P is complete; its products are spread over the beats that follow. */
+struct unit {
+    const char *v, *p;         /* at the first of its steps */
+    int64_t first, steps;
+    int64_t done, products;    /* products is 0 where there is no unit */
+    int pair;
+    bool accumulate;           /* the pair's O holds sums */
+};
 
 struct work {
     const struct attn_mha_task *task;
     int64_t k_steps, v_steps;  /* d_s / 32, d_v / 32, rounded up */
-    int pairs, tiles;          /* of 32 and 16 queries; tiles = 2 pairs */
+    int64_t block_bytes, v_offset; /* of a packed block; of V in it */
+    int pairs;                 /* of 2 tiles of 16 queries */
     float scale;               /* c above, positive; with softcap log2(e) */
     float cap, cap_scale;      /* softcap, or 0; the score's factor inside tanh */
-    char *q, *s[2], *p[2], *o; /* layouts in mha_fwd_amx_pack.h */
-    bool o_used;               /* o holds sums */
+    char *q, *s, *p, *o;       /* layouts in mha_fwd_amx_pack.h; two halves of p */
     char *pending;             /* where tiles 0 to 3 are to be stored, or NULL */
 
-    /* The step whose exponentials this beat takes. */
-    const char *exp_s;
-    char *exp_p;
-    int32_t exp_key;
-    int chunk, chunks;         /* next one; of the beat: STEP_CHUNKS a tile of queries */
+    struct beat exp;           /* whose exponentials are being taken */
+    int chunk, chunks;         /* next one; all of the beat */
     int64_t credit, ticks;     /* chunks are spread evenly over the beat's tile steps */
+    struct unit full;          /* being multiplied */
+    int64_t p_begin;           /* first step of the exp unit that is in no product yet */
 
-    /* A lane a query. */
+    /* A lane a query: 16 a tile. */
+    float beat_l[32] __attribute__((aligned(64)));   /* the beat's part of l */
+    int32_t beat_or[32] __attribute__((aligned(64))); /* all bits set in its exponentials */
     float m[ROWS_MAX] __attribute__((aligned(64)));
     float l[ROWS_MAX] __attribute__((aligned(64)));
-    float step_l[ROWS_MAX] __attribute__((aligned(64)));   /* of the current step */
-    float step_max[ROWS_MAX] __attribute__((aligned(64))); /* its largest score, not yet scaled */
+    float p_sum[2][ROWS_MAX] __attribute__((aligned(64))); /* in steps of even, odd number */
     int32_t lo[ROWS_MAX] __attribute__((aligned(64)));
-    int32_t seen[ROWS_MAX] __attribute__((aligned(64)));   /* hi - lo */
-    int32_t all_lo[TILES_MAX], all_hi[TILES_MAX];          /* keys that all 16 queries see */
+    int32_t seen[ROWS_MAX] __attribute__((aligned(64))); /* hi - lo */
+    int32_t all_lo[ROWS_MAX / 16], all_hi[ROWS_MAX / 16]; /* keys that all 16 queries see */
+    int64_t begin[PAIRS_MAX], end[PAIRS_MAX];             /* steps that some query sees */
+    bool o_used[PAIRS_MAX];                               /* O holds sums */
 };
 
 /* 16 queries of `tile`, element d of O. */
@@ -77,6 +109,12 @@ static inline float *o_line(const struct work *w, int64_t tile, int64_t d)
     char *quad = w->o + (tile / 2 * w->v_steps + d / 32) * QUAD_BYTES;
     quad += d % 32 / 16 * PAIR_BYTES + tile % 2 * TILE_BYTES + d % 16 * TILE_ROW_BYTES;
     return (float *)(void *)quad;
+}
+
+/* S of one of the steps of a beat. */
+static inline char *s_quad(const struct work *w, const struct beat *b, int64_t step)
+{
+    return w->s + (b->slot + step - b->begin) % S_STEPS * QUAD_BYTES;
 }
 
 /* ---- exponentials ---------------------------------------------------------------------------- */
@@ -132,60 +170,83 @@ static inline __m512 tanh_16(__m512 y)
 static inline __m512i bf16_pairs(__m512 even, __m512 odd)
 {
     __m512i half = _mm512_set1_epi32(0x8000);
+    __m512i high_words = _mm512_set4_epi32(0x0f0e0f0e, 0x0b0a0b0a, 0x07060706, 0x03020302);
     __m512i low = _mm512_add_epi32(_mm512_castps_si512(even), half);
     __m512i high = _mm512_add_epi32(_mm512_castps_si512(odd), half);
-    return _mm512_mask_mov_epi16(_mm512_srli_epi32(low, 16), 0xaaaaaaaa, high);
+    low = _mm512_shuffle_epi8(low, high_words);
+    return _mm512_mask_mov_epi16(low, 0xaaaaaaaa, high);
 }
 
-/* One chunk: 8 keys x 16 queries from s[8][16] to p[4][16 pairs].  `plain`: all keys are visible
- * to all queries and there is no softcap. */
+/* What hides keys from the queries of a tile, and softcap. */
+struct mask {
+    __m512i lo, seen;
+    __m512 cap, cap_scale;
+    bool capped;
+};
+
+static inline struct mask load_mask(const struct work *w, int tile)
+{
+    return (struct mask){
+        _mm512_load_si512(w->lo + 16 * tile), _mm512_load_si512(w->seen + 16 * tile),
+        _mm512_set1_ps(w->cap), _mm512_set1_ps(w->cap_scale), w->cap > 0,
+    };
+}
+
+static inline __m512 mask_score(const struct mask *k, __m512 x, int32_t key)
+{
+    if (k->capped) x = _mm512_mul_ps(tanh_16(_mm512_mul_ps(x, k->cap_scale)), k->cap);
+    __m512i at = _mm512_sub_epi32(_mm512_set1_epi32(key), k->lo);
+    return _mm512_mask_mov_ps(x, _mm512_cmpge_epu32_mask(at, k->seen), _mm512_set1_ps(-INFINITY));
+}
+
+/* Whether step `step` needs no mask for a tile: all queries see all its keys. */
+static inline bool is_plain(const struct work *w, int tile, int64_t step)
+{
+    return step * STEP_KEYS >= w->all_lo[tile] && (step + 1) * STEP_KEYS <= w->all_hi[tile];
+}
+
+/* One chunk: 8 keys x 16 queries from s[8][16] to p[4][16 pairs]. */
 static inline __attribute__((always_inline)) void exp_rows(struct work *w, int tile, int32_t key,
                                                            const float *s, char *p, bool plain)
 {
+    float *beat_l = w->beat_l + tile % 2 * 16;
+    int32_t *beat_or = w->beat_or + tile % 2 * 16;
     __m512 scale = _mm512_set1_ps(w->scale), m = _mm512_load_ps(w->m + 16 * tile);
-    __m512 l0 = _mm512_load_ps(w->step_l + 16 * tile), l1 = _mm512_setzero_ps();
-    __m512 top = _mm512_load_ps(w->step_max + 16 * tile);
-    __m512i lo = _mm512_setzero_si512(), seen = lo;
-    if (!plain) {
-        lo = _mm512_sub_epi32(_mm512_set1_epi32(key), _mm512_load_si512(w->lo + 16 * tile));
-        seen = _mm512_load_si512(w->seen + 16 * tile);
-    }
+    __m512 l0 = _mm512_load_ps(beat_l), l1 = _mm512_setzero_ps();
+    __m512i any = _mm512_load_si512(beat_or);
+    struct mask mask = {0};
+    if (!plain) mask = load_mask(w, tile);
 #pragma GCC unroll 4
     for (int i = 0; i < CHUNK_KEYS; i += 2) {
-        __m512 x[2], e[2];
-#pragma GCC unroll 2
-        for (int j = 0; j < 2; j++) {
-            x[j] = _mm512_load_ps(s + 16 * (i + j));
-            if (!plain) {
-                if (w->cap > 0) {
-                    x[j] = tanh_16(_mm512_mul_ps(x[j], _mm512_set1_ps(w->cap_scale)));
-                    x[j] = _mm512_mul_ps(x[j], _mm512_set1_ps(w->cap));
-                }
-                __m512i at = _mm512_add_epi32(lo, _mm512_set1_epi32(i + j));
-                __mmask16 hidden = _mm512_cmpge_epu32_mask(at, seen);
-                x[j] = _mm512_mask_mov_ps(x[j], hidden, _mm512_set1_ps(-INFINITY));
-            }
-            top = _mm512_max_ps(x[j], top); /* skips NaN */
-            e[j] = exp2_16(_mm512_fmsub_ps(x[j], scale, m));
+        __m512 x0 = _mm512_load_ps(s + 16 * i), x1 = _mm512_load_ps(s + 16 * i + 16);
+        if (!plain) {
+            x0 = mask_score(&mask, x0, key + i);
+            x1 = mask_score(&mask, x1, key + i + 1);
         }
-        l0 = _mm512_add_ps(l0, e[0]);
-        l1 = _mm512_add_ps(l1, e[1]);
-        _mm512_store_si512(p + i / 2 * TILE_ROW_BYTES, bf16_pairs(e[0], e[1]));
+        __m512 e0 = exp2_16(_mm512_fmsub_ps(x0, scale, m));
+        __m512 e1 = exp2_16(_mm512_fmsub_ps(x1, scale, m));
+        l0 = _mm512_add_ps(l0, e0);
+        l1 = _mm512_add_ps(l1, e1);
+        any = _mm512_ternarylogic_epi32(any, _mm512_castps_si512(e0), _mm512_castps_si512(e1),
+                                        0xfe);
+        _mm512_store_si512(p + i / 2 * TILE_ROW_BYTES, bf16_pairs(e0, e1));
     }
-    _mm512_store_ps(w->step_l + 16 * tile, _mm512_add_ps(l0, l1));
-    _mm512_store_ps(w->step_max + 16 * tile, top);
+    _mm512_store_ps(beat_l, _mm512_add_ps(l0, l1));
+    _mm512_store_si512(beat_or, any);
 }
 
+/* Chunk number `chunk` of w->exp: its steps, in each its tiles, in each its keys. */
 static inline __attribute__((always_inline)) void exp_chunk(struct work *w, int chunk)
 {
-    int tile = chunk / STEP_CHUNKS, c = chunk % STEP_CHUNKS;
-    int32_t key = w->exp_key + c * CHUNK_KEYS;
-    const char *s = w->exp_s + tile / 2 * QUAD_BYTES + tile % 2 * TILE_BYTES +
-                    c / 2 * PAIR_BYTES + c % 2 * CHUNK_KEYS * TILE_ROW_BYTES;
-    char *p = w->exp_p + tile / 2 * BLOCK_STEPS * PAIR_BYTES + tile % 2 * TILE_BYTES +
-              c * CHUNK_KEYS / 2 * TILE_ROW_BYTES;
-    bool plain = w->exp_key >= w->all_lo[tile] && w->exp_key + STEP_KEYS <= w->all_hi[tile];
-    if (plain) exp_rows(w, tile, key, (const float *)(const void *)s, p, true);
+    int at = chunk / STEP_CHUNKS, side = chunk / TILE_CHUNKS % 2, c = chunk % TILE_CHUNKS;
+    int64_t step = w->exp.begin + at;
+    int tile = 2 * w->exp.pair + side;
+    const char *s = s_quad(w, &w->exp, step) +
+                    c / 2 * PAIR_BYTES + side * TILE_BYTES + c % 2 * CHUNK_KEYS * TILE_ROW_BYTES;
+    char *p = w->p + (w->exp.parity * BLOCK_STEPS + step % BLOCK_STEPS) * PAIR_BYTES +
+              side * TILE_BYTES + c * CHUNK_KEYS / 2 * TILE_ROW_BYTES;
+    int32_t key = (int32_t)step * STEP_KEYS + c * CHUNK_KEYS;
+    if (is_plain(w, tile, step)) exp_rows(w, tile, key, (const float *)(const void *)s, p, true);
     else exp_rows(w, tile, key, (const float *)(const void *)s, p, false);
 }
 
@@ -212,7 +273,8 @@ static inline void store_pending(struct work *w)
     w->pending = NULL;
 }
 
-/* c[2 x 2 tiles] = (accumulate ? c : 0) + sum over steps of a[2 tiles] b[2 tiles]. */
+/* c[2 x 2 tiles] = (accumulate ? c : 0) + sum over steps of a[2 tiles] b[2 tiles].  A is K or V,
+ * streamed; B and C live in L1. */
 static void product(struct work *w, const char *a, const char *b, char *c, int64_t steps,
                     bool accumulate)
 {
@@ -223,14 +285,14 @@ static void product(struct work *w, const char *a, const char *b, char *c, int64
     else tile_zero(t)
 
     tile_fence();
-    tile_load(4, a);
+    tile_load_once(4, a);
     tile_load(6, b);
     FIRST(0);
     tile_dpbf16(0, 4, 6);
     tile_load(7, b + TILE_BYTES);
     FIRST(1);
     tile_dpbf16(1, 4, 7);
-    tile_load(5, a + TILE_BYTES);
+    tile_load_once(5, a + TILE_BYTES);
     FIRST(2);
     tile_dpbf16(2, 5, 6);
     FIRST(3);
@@ -241,152 +303,263 @@ static void product(struct work *w, const char *a, const char *b, char *c, int64
     for (int64_t i = 1; i < steps; i++) {
         a += PAIR_BYTES;
         b += PAIR_BYTES;
-        tile_load(4, a);
+        tile_load_once(4, a);
         tile_load(6, b);
         tile_dpbf16(0, 4, 6);
         tile_load(7, b + TILE_BYTES);
         tile_dpbf16(1, 4, 7);
-        tile_load(5, a + TILE_BYTES);
+        tile_load_once(5, a + TILE_BYTES);
         tile_dpbf16(2, 5, 6);
         tile_dpbf16(3, 5, 7);
         tick(w);
     }
 }
 
-/* A block of keys whose P is complete; its products are spread over the beats that follow. */
-struct block {
-    const char *v, *p;         /* at the first of its steps */
-    int64_t steps;
-    int64_t done, products;    /* products is 0 where there is no block */
-    bool accumulate;
-};
-
-static void multiply_v(struct work *w, struct block *b, int64_t until)
+/* Adds the P of w->full to p_sum by products with ones, whose rows are all the sum.  Steps of even
+ * and of odd number are added apart, which makes four independent chains. */
+static void sum_p(struct work *w)
 {
-    for (; b->done < until; b->done++) {
-        int64_t pair = b->done / w->v_steps, d = b->done % w->v_steps;
-        product(w, b->v + d * BLOCK_STEPS * PAIR_BYTES, b->p + pair * BLOCK_STEPS * PAIR_BYTES,
-                w->o + (pair * w->v_steps + d) * QUAD_BYTES, b->steps, b->accumulate);
-        w->o_used = true;
+    static const uint16_t ones[32] __attribute__((aligned(64))) = {
+#define ONES 0x3f80, 0x3f80, 0x3f80, 0x3f80, 0x3f80, 0x3f80, 0x3f80, 0x3f80
+        ONES, ONES, ONES, ONES,
+#undef ONES
+    };
+    const struct unit *u = &w->full;
+    float *even = w->p_sum[0] + 32 * u->pair, *odd = w->p_sum[1] + 32 * u->pair;
+    store_pending(w);
+    tile_fence();
+    tile_load_row(4, ones);
+    tile_load_row(0, even);
+    tile_load_row(1, even + 16);
+    tile_load_row(2, odd);
+    tile_load_row(3, odd + 16);
+    for (int64_t i = 0; i < u->steps; i++) {
+        tile_load(6, u->p + i * PAIR_BYTES);
+        tile_load(7, u->p + i * PAIR_BYTES + TILE_BYTES);
+        if ((u->first + i) % 2 == 0) {
+            tile_dpbf16(0, 4, 6);
+            tile_dpbf16(1, 4, 7);
+        } else {
+            tile_dpbf16(2, 4, 6);
+            tile_dpbf16(3, 4, 7);
+        }
     }
+    tile_store_row(0, even);
+    tile_store_row(1, even + 16);
+    tile_store_row(2, odd);
+    tile_store_row(3, odd + 16);
+}
+
+/* Products of w->full up to number `until`, one for 32 d each. */
+static void multiply_v(struct work *w, int64_t until)
+{
+    struct unit *u = &w->full;
+    if (w->task->partial && u->done == 0 && until > 0) sum_p(w);
+    for (; u->done < until; u->done++)
+        product(w, u->v + u->done * BLOCK_STEPS * PAIR_BYTES, u->p,
+                w->o + (u->pair * w->v_steps + u->done) * QUAD_BYTES, u->steps, u->accumulate);
 }
 
 /* ---- beats ----------------------------------------------------------------------------------- */
 
-/* Where attend() is in the keys: steps of 32, blocks of BLOCK_STEPS. */
-struct walk {
-    int64_t begin, end;        /* steps that some row sees */
-    int64_t block_bytes, v_offset;
-    int64_t first;             /* first step whose P is in no product yet */
-    struct block full;         /* the block being multiplied */
-};
-
-/* The products of the P of steps [first, end), which are of one block. */
-static struct block take_block(struct work *w, struct walk *at, int64_t end)
+/* Makes the P of steps [p_begin, end) of the exp unit the unit to multiply. */
+static void take_unit(struct work *w, int64_t end)
 {
-    int64_t block = at->first / BLOCK_STEPS, offset = at->first % BLOCK_STEPS * PAIR_BYTES;
-    struct block b = {
-        .v = w->task->packed + block * at->block_bytes + at->v_offset + offset,
-        .p = w->p[block & 1] + offset,
-        .steps = end - at->first,
-        .products = end > at->first ? w->pairs * w->v_steps : 0,
-        .accumulate = w->o_used,
+    int pair = w->exp.pair;
+    int64_t offset = w->p_begin % BLOCK_STEPS * PAIR_BYTES;
+    w->full = (struct unit){
+        .v = w->task->packed + w->p_begin / BLOCK_STEPS * w->block_bytes + w->v_offset + offset,
+        .p = w->p + w->exp.parity * BLOCK_STEPS * PAIR_BYTES + offset,
+        .first = w->p_begin,
+        .steps = end - w->p_begin,
+        .products = w->v_steps,
+        .pair = pair,
+        .accumulate = w->o_used[pair],
     };
-    at->first = end;
-    return b;
+    w->o_used[pair] = true;
+    w->p_begin = end;
 }
 
-/* Rescaling a lane's O wants all earlier P multiplied, so that it comes between the same two steps
- * whatever else is in the task. */
-static void multiply_all(struct work *w, struct walk *at, int64_t step)
+/* Multiplies all P of earlier beats.  Rescaling a lane's O wants this, so that it comes between the
+ * same two beats whatever else is in the task. */
+static void multiply_all(struct work *w)
 {
-    multiply_v(w, &at->full, at->full.products);
-    if (at->first < step) {
-        at->full = take_block(w, at, step);
-        multiply_v(w, &at->full, at->full.products);
+    multiply_v(w, w->full.products);
+    if (w->p_begin < w->exp.begin) {
+        take_unit(w, w->exp.begin);
+        multiply_v(w, w->full.products);
     }
     store_pending(w);
 }
 
-/* Closes a step: raises m where a score passed it by M_SLACK and takes the tile's exponentials
- * again, then adds the step to l. */
-static void close_step(struct work *w, struct walk *at, int64_t step)
+/* S of one beat. */
+static void score(struct work *w, const struct beat *b)
 {
-    for (int tile = 0; tile < w->tiles; tile++) {
-        float *lanes_m = w->m + 16 * tile, *lanes_l = w->l + 16 * tile;
-        float *step_l = w->step_l + 16 * tile, *step_max = w->step_max + 16 * tile;
-        __m512 m = _mm512_load_ps(lanes_m), l = _mm512_load_ps(lanes_l);
-        __m512 top = _mm512_mul_ps(_mm512_load_ps(step_max), _mm512_set1_ps(w->scale));
-        __m512 limit = _mm512_add_ps(m, _mm512_set1_ps(M_SLACK));
-        __mmask16 up = _mm512_cmp_ps_mask(top, limit, _CMP_GT_OQ);
-        if (up) {
-            __mmask16 used = _mm512_mask_cmp_ps_mask(up, m, _mm512_set1_ps(M_NONE), _CMP_NEQ_UQ);
-            __m512 f = _mm512_mask_mov_ps(_mm512_set1_ps(1.0f), used,
-                                          exp2_16_exact(_mm512_sub_ps(m, top)));
-            if (used) multiply_all(w, at, step);
-            for (int64_t d = 0; used && w->o_used && d < w->v_steps * 32; d++) {
-                float *o = o_line(w, tile, d);
-                _mm512_store_ps(o, _mm512_mul_ps(_mm512_load_ps(o), f));
-            }
-            l = _mm512_mul_ps(l, f);
-            _mm512_store_ps(lanes_m, _mm512_mask_mov_ps(m, up, top));
-            _mm512_store_ps(step_l, _mm512_setzero_ps());
-            for (int i = 0; i < STEP_CHUNKS; i++) exp_chunk(w, tile * STEP_CHUNKS + i);
-        }
-        _mm512_store_ps(lanes_l, _mm512_add_ps(l, _mm512_load_ps(step_l)));
-        _mm512_store_ps(step_l, _mm512_setzero_ps());
-        _mm512_store_ps(step_max, _mm512_set1_ps(-INFINITY));
+    for (int64_t i = b->begin; i < b->end; i++) {
+        const char *k = w->task->packed + i / BLOCK_STEPS * w->block_bytes +
+                        i % BLOCK_STEPS * w->k_steps * PAIR_BYTES;
+        product(w, k, w->q + b->pair * w->k_steps * PAIR_BYTES,
+                s_quad(w, b, i), w->k_steps, false);
     }
 }
 
-static void attend(struct work *w, struct walk *at)
+/* Largest score of the beat w->exp for a tile's queries, scaled; skips NaN. */
+static __m512 beat_top(const struct work *w, int side)
 {
-    at->first = at->begin;
-    at->full = (struct block){0};
-    for (int64_t i = at->begin; i <= at->end; i++) {
-        int64_t e = i - 1, until = 0; /* e: the step whose exponentials are taken */
-        bool exp = i > at->begin, score = i < at->end;
-        int64_t block_end = (e / BLOCK_STEPS + 1) * BLOCK_STEPS;
-        if (block_end > at->end) block_end = at->end;
-        w->chunk = w->chunks = 0;
-        w->credit = 0;
-        if (exp) {
-            /* The last beat of a block's exponentials ends the products of the block before. */
-            until = at->full.products - (at->full.products - at->full.done) *
-                                            (block_end - i) / (block_end - e);
-            w->chunks = STEP_CHUNKS * w->tiles;
-            w->exp_s = w->s[e & 1];
-            w->exp_p = w->p[e / BLOCK_STEPS & 1] + e % BLOCK_STEPS * PAIR_BYTES;
-            w->exp_key = (int32_t)(e * STEP_KEYS);
+    int tile = 2 * w->exp.pair + side;
+    __m512 top = _mm512_set1_ps(-INFINITY);
+    struct mask mask = load_mask(w, tile);
+    for (int64_t i = w->exp.begin; i < w->exp.end; i++) {
+        bool plain = is_plain(w, tile, i);
+        for (int j = 0; j < STEP_KEYS; j++) {
+            const char *s = s_quad(w, &w->exp, i) + j / 16 * PAIR_BYTES +
+                            side * TILE_BYTES + j % 16 * TILE_ROW_BYTES;
+            __m512 x = _mm512_load_ps(s);
+            if (!plain) x = mask_score(&mask, x, (int32_t)i * STEP_KEYS + j);
+            top = _mm512_max_ps(x, top);
         }
-        w->ticks = (score ? w->pairs * w->k_steps : 0) + (until - at->full.done) * at->full.steps;
-        if (score) {
-            const char *k = w->task->packed + i / BLOCK_STEPS * at->block_bytes +
-                            i % BLOCK_STEPS * w->k_steps * PAIR_BYTES;
-            for (int pair = 0; pair < w->pairs; pair++)
-                product(w, k, w->q + pair * w->k_steps * PAIR_BYTES,
-                        w->s[i & 1] + pair * QUAD_BYTES, w->k_steps, false);
-        }
-        multiply_v(w, &at->full, until);
-        if (!exp) continue;
-        if (w->ticks == 0) store_pending(w);
-        while (w->chunk < w->chunks) exp_chunk(w, w->chunk++);
-        close_step(w, at, e);
-        if (i == block_end) at->full = take_block(w, at, i);
     }
-    w->chunks = 0;
-    multiply_v(w, &at->full, at->full.products);
+    return _mm512_mul_ps(top, _mm512_set1_ps(w->scale));
+}
+
+/* Sets m of a tile's queries by the first beat of their pair. */
+static void start_reference(struct work *w, int side)
+{
+    __m512 top = beat_top(w, side), none = _mm512_set1_ps(M_NONE);
+    __mmask16 seen = _mm512_cmp_ps_mask(top, none, _CMP_GT_OQ);
+    top = _mm512_add_ps(top, _mm512_set1_ps(M_SLACK - 1));
+    _mm512_store_ps(w->m + 32 * w->exp.pair + 16 * side, _mm512_mask_mov_ps(none, seen, top));
+}
+
+/* Raises m of those `over` lanes of a tile whose scores passed it (the others have NaN), and takes
+ * the beat's exponentials again. */
+static void move_reference(struct work *w, int side, __mmask16 over)
+{
+    int pair = w->exp.pair, tile = 2 * pair + side;
+    __m512 m = _mm512_load_ps(w->m + 16 * tile), l = _mm512_load_ps(w->l + 16 * tile);
+    __m512 top = beat_top(w, side);
+    __mmask16 up = _mm512_mask_cmp_ps_mask(over, top, m, _CMP_GT_OQ);
+    __mmask16 used = _mm512_mask_cmp_ps_mask(up, m, _mm512_set1_ps(M_NONE), _CMP_NEQ_UQ);
+    if (!up) return;
+    top = _mm512_add_ps(top, _mm512_set1_ps(M_SLACK - 1));
+    if (used) {
+        __m512 f = _mm512_mask_mov_ps(_mm512_set1_ps(1.0f), used,
+                                      exp2_16_exact(_mm512_sub_ps(m, top)));
+        multiply_all(w);
+        for (int64_t d = 0; w->o_used[pair] && d < w->v_steps * 32; d++) {
+            float *o = o_line(w, tile, d);
+            _mm512_store_ps(o, _mm512_mul_ps(_mm512_load_ps(o), f));
+        }
+        float *even = w->p_sum[0] + 16 * tile, *odd = w->p_sum[1] + 16 * tile;
+        _mm512_store_ps(w->l + 16 * tile, _mm512_mul_ps(l, f));
+        _mm512_store_ps(even, _mm512_mul_ps(_mm512_load_ps(even), f));
+        _mm512_store_ps(odd, _mm512_mul_ps(_mm512_load_ps(odd), f));
+    }
+    _mm512_store_ps(w->m + 16 * tile, _mm512_mask_mov_ps(m, up, top));
+    _mm512_store_ps(w->beat_l + 16 * side, _mm512_setzero_ps());
+    for (int i = 0; i < w->chunks; i++)
+        if (i / TILE_CHUNKS % 2 == side) exp_chunk(w, i);
+}
+
+/* Ends the beat whose exponentials were taken: a larger m where one came to 2 or more, which is the
+ * upper bit of its exponent; then the beat's part of l.  S has to be made again for that, since the
+ * next beat's lies partly in its place. */
+static void close_beat(struct work *w, const struct beat *next)
+{
+    __mmask16 over[2];
+    for (int side = 0; side < 2; side++)
+        over[side] = _mm512_test_epi32_mask(_mm512_load_si512(w->beat_or + 16 * side),
+                                            _mm512_set1_epi32(0x40000000));
+    if (over[0] | over[1]) {
+        score(w, &w->exp);
+        store_pending(w);
+        move_reference(w, 0, over[0]);
+        move_reference(w, 1, over[1]);
+        if (next) score(w, next);
+    }
+    for (int side = 0; side < 2; side++) {
+        float *l = w->l + 32 * w->exp.pair + 16 * side, *beat_l = w->beat_l + 16 * side;
+        _mm512_store_ps(l, _mm512_add_ps(_mm512_load_ps(l), _mm512_load_ps(beat_l)));
+        _mm512_store_ps(beat_l, _mm512_setzero_ps());
+        _mm512_store_si512(w->beat_or + 16 * side, _mm512_setzero_si512());
+    }
+}
+
+/* One beat: the scores of `next` (NULL: none left) and a share of the products of w->full beside
+ * the exponentials of w->exp, which then becomes `next`. */
+static void play(struct work *w, const struct beat *next)
+{
+    const struct beat *e = &w->exp;
+    int64_t until = 0;
+    w->chunk = w->chunks = (int)(e->end - e->begin) * STEP_CHUNKS;
+    w->credit = 0;
+    if (e->end > e->begin) {
+        /* The last beat of a unit ends the products of the unit before. */
+        int64_t left = w->full.products - w->full.done;
+        int64_t beats = e->last ? 1 : (BLOCK_STEPS - e->begin % BLOCK_STEPS + 1) / BEAT_STEPS;
+        until = w->full.done + (left + beats - 1) / beats;
+        w->chunk = 0;
+        if (e->first) {
+            store_pending(w);
+            start_reference(w, 0);
+            start_reference(w, 1);
+        }
+    }
+    w->ticks = (until - w->full.done) * w->full.steps +
+               (next ? (next->end - next->begin) * w->k_steps : 0);
+    if (next) {
+        score(w, next);
+        /* Its last S is stored in the next product: the place may be that of this beat's first. */
+        while (w->chunk < w->chunks && w->chunk < STEP_CHUNKS) exp_chunk(w, w->chunk++);
+    }
+    multiply_v(w, until);
+    if (e->end > e->begin) {
+        if (!w->ticks) store_pending(w);
+        while (w->chunk < w->chunks) exp_chunk(w, w->chunk++);
+        close_beat(w, next);
+        if (e->last) take_unit(w, e->end);
+    }
+    if (!next) return;
+    if (next->begin < next->end && (e->last || e->end == e->begin)) w->p_begin = next->begin;
+    w->exp = *next;
+}
+
+/* All units: blocks of keys, in each the pairs that see some of it. */
+static void attend(struct work *w, int64_t begin, int64_t end)
+{
+    struct beat b = {0};
+    w->exp = b;
+    w->full = (struct unit){0};
+    for (int64_t block = begin / BLOCK_STEPS; block * BLOCK_STEPS < end; block++) {
+        for (b.pair = 0; b.pair < w->pairs; b.pair++) {
+            int64_t from = block * BLOCK_STEPS, to = from + BLOCK_STEPS;
+            if (from < w->begin[b.pair]) from = w->begin[b.pair];
+            if (to > w->end[b.pair]) to = w->end[b.pair];
+            for (b.begin = from; b.begin < to; b.begin = b.end) {
+                b.end = (b.begin / BEAT_STEPS + 1) * BEAT_STEPS;
+                if (b.end > to) b.end = to;
+                b.last = b.end == to;
+                b.first = b.begin == w->begin[b.pair];
+                play(w, &b);
+                b.slot = (int)(b.slot + b.end - b.begin) % S_STEPS;
+            }
+            if (from < to) b.parity ^= 1;
+        }
+    }
+    play(w, NULL);
+    w->chunk = w->chunks = 0;
+    multiply_v(w, w->full.products);
     store_pending(w);
 }
 
 /* ---- a task ---------------------------------------------------------------------------------- */
 
 /* Adds the infinities and NaNs of V, which were packed as zeros, to the rows that see their key. */
-static void add_not_finite(struct work *w, const struct walk *at, int64_t bits_offset)
+static void add_not_finite(struct work *w, int64_t begin, int64_t end, int64_t bits_offset)
 {
     const struct attn_mha_task *t = w->task;
-    for (int64_t i = at->begin; i < at->end; i++) {
-        const char *block = t->packed + i / BLOCK_STEPS * at->block_bytes;
+    for (int64_t i = begin; i < end; i++) {
+        const char *block = t->packed + i / BLOCK_STEPS * w->block_bytes;
         uint32_t bits = ((const uint32_t *)(const void *)(block + bits_offset))[i % BLOCK_STEPS];
         for (; bits; bits &= bits - 1) {
             int32_t key = (int32_t)(i * STEP_KEYS) + __builtin_ctz(bits);
@@ -408,27 +581,33 @@ static void finish_tile(struct work *w, int tile)
     int rows = t->rows - 16 * tile;
     if (rows > 16) rows = 16;
     __m512 m = _mm512_load_ps(w->m + 16 * tile), l = _mm512_load_ps(w->l + 16 * tile);
+    __m512 p_sum = l;
+    if (t->partial)
+        p_sum = _mm512_add_ps(_mm512_load_ps(w->p_sum[0] + 16 * tile),
+                              _mm512_load_ps(w->p_sum[1] + 16 * tile));
     __m512 f = _mm512_set1_ps(1.0f);
     if (t->sinks) {
         __m512 sink = _mm512_maskz_loadu_ps((__mmask16)((1u << rows) - 1), t->sinks + 16 * tile);
         sink = _mm512_mul_ps(sink, _mm512_set1_ps(LOG2_E));
         __m512 to = _mm512_max_ps(sink, m);
         f = exp2_16_exact(_mm512_sub_ps(m, to));
-        l = _mm512_fmadd_ps(l, f, exp2_16_exact(_mm512_sub_ps(sink, to)));
+        sink = exp2_16_exact(_mm512_sub_ps(sink, to));
+        l = _mm512_fmadd_ps(l, f, sink);
+        p_sum = _mm512_fmadd_ps(p_sum, f, sink);
         m = to;
     }
     float lse[16] __attribute__((aligned(64)));
     _mm512_store_ps(lse, _mm512_mul_ps(_mm512_add_ps(m, log2_16(l)), _mm512_set1_ps(LN_2)));
     for (int i = 0; i < rows; i++) t->lse[t->lse_row[16 * tile + i]] = lse[i];
 
-    __mmask16 empty = _mm512_cmp_ps_mask(l, _mm512_setzero_ps(), _CMP_EQ_OQ);
-    f = _mm512_div_ps(_mm512_mul_ps(f, _mm512_set1_ps(t->out_scale[0])), l);
+    __mmask16 empty = _mm512_cmp_ps_mask(p_sum, _mm512_setzero_ps(), _CMP_EQ_OQ);
+    f = _mm512_div_ps(_mm512_mul_ps(f, _mm512_set1_ps(t->out_scale[0])), p_sum);
     f = _mm512_mask_mov_ps(f, empty, _mm512_setzero_ps());
     for (int64_t s = 0; s < w->v_steps; s++) {
         __m512i low[16], high[16]; /* d of [32 s, 32 s + 16), the 16 after it */
         for (int i = 0; i < 16; i++) {
             __m512 zero = _mm512_setzero_ps(), x = zero, y = zero;
-            if (w->o_used) {
+            if (w->o_used[tile / 2]) {
                 x = _mm512_mul_ps(_mm512_load_ps(o_line(w, tile, 32 * s + i)), f);
                 y = _mm512_mul_ps(_mm512_load_ps(o_line(w, tile, 32 * s + 16 + i)), f);
             }
@@ -452,13 +631,13 @@ static void finish_tile(struct work *w, int tile)
     }
 }
 
-/* Lays q and the rows' intervals out by tile; padding rows repeat the last one with a zero q.
- * Returns the steps [begin, end) that some row sees. */
-static void load_rows(struct work *w, int64_t *begin, int64_t *end)
+/* Lays out the intervals of a pair's rows; padding rows repeat the last one.  Finds the steps that
+ * some row sees. */
+static void load_intervals(struct work *w, int pair)
 {
     const struct attn_mha_task *t = w->task;
     int64_t first = INT32_MAX, last = 0;
-    for (int r = 0; r < 16 * w->tiles; r++) {
+    for (int r = 32 * pair; r < 32 * pair + 32; r++) {
         int from = r < t->rows ? r : t->rows - 1;
         int64_t lo = t->lo[from], hi = t->hi[from];
         if (lo < t->k_begin) lo = t->k_begin;
@@ -470,24 +649,27 @@ static void load_rows(struct work *w, int64_t *begin, int64_t *end)
         w->seen[r] = (int32_t)(hi - lo);
         int32_t *all_lo = &w->all_lo[r / 16], *all_hi = &w->all_hi[r / 16];
         if (r % 16 == 0 || lo > *all_lo) *all_lo = (int32_t)lo;
-        if (r % 16 == 0 || hi < *all_hi) *all_hi = (int32_t)hi;
+        if (r % 16 == 0 || hi < *all_hi) *all_hi = w->cap > 0 ? 0 : (int32_t)hi;
         w->m[r] = M_NONE;
-        w->l[r] = w->step_l[r] = 0;
-        w->step_max[r] = -INFINITY;
+        w->l[r] = w->p_sum[0][r] = w->p_sum[1][r] = 0;
     }
-    *begin = last ? first / STEP_KEYS : 0;
-    *end = (last + STEP_KEYS - 1) / STEP_KEYS;
+    w->begin[pair] = last ? first / STEP_KEYS : 0;
+    w->end[pair] = (last + STEP_KEYS - 1) / STEP_KEYS;
+    w->o_used[pair] = false;
+}
 
-    for (int tile = 0; tile < w->tiles; tile++) {
-        const char *q[16], *qv[16];
-        for (int i = 0; i < 16; i++) {
-            int r = 16 * tile + i;
-            q[i] = r < t->rows ? t->q + t->q_row[r] : NULL;
-            qv[i] = r < t->rows && t->qv ? t->qv + t->qv_row[r] : NULL;
-        }
-        pack_q_rows(q, t->qv ? qv : NULL, t->d_qk, t->d_v, t->score_scale[0] < 0,
-                    w->q + tile / 2 * w->k_steps * PAIR_BYTES + tile % 2 * TILE_BYTES);
+/* Packs the q of one tile, zeros for padding rows. */
+static void load_q(struct work *w, int tile)
+{
+    const struct attn_mha_task *t = w->task;
+    const char *q[16], *qv[16];
+    for (int i = 0; i < 16; i++) {
+        int r = 16 * tile + i;
+        q[i] = r < t->rows ? t->q + t->q_row[r] : NULL;
+        qv[i] = r < t->rows && t->qv ? t->qv + t->qv_row[r] : NULL;
     }
+    pack_q_rows(q, t->qv ? qv : NULL, t->d_qk, t->d_v, t->score_scale[0] < 0,
+                w->q + tile / 2 * w->k_steps * PAIR_BYTES + tile % 2 * TILE_BYTES);
 }
 
 static int64_t pairs_of(int64_t rows)
@@ -497,35 +679,39 @@ static int64_t pairs_of(int64_t rows)
 
 static void run(const struct attn_mha_task *task, char *scratch)
 {
-    int64_t d_s = task->d_qk + (task->qv ? task->d_v : 0);
+    int64_t d_s = task->d_qk + (task->qv ? task->d_v : 0), begin = INT64_MAX, end = 0;
     float scale = fabsf(task->score_scale[0]);
     struct work w;
-    struct walk at = {.v_offset = block_v(d_s), .block_bytes = pack_bytes(d_s, task->d_v)};
     w.task = task;
     w.k_steps = width_steps(d_s);
     w.v_steps = width_steps(task->d_v);
+    w.block_bytes = pack_bytes(d_s, task->d_v);
+    w.v_offset = block_v(d_s);
     w.pairs = (int)pairs_of(task->rows);
-    w.tiles = 2 * w.pairs;
     w.cap = task->softcap;
     w.cap_scale = w.cap > 0 ? scale / w.cap : 0;
     w.scale = w.cap > 0 ? LOG2_E : fmaxf(scale * LOG2_E, 1e-30f); /* 0 * -inf is NaN */
-    w.o_used = false;
     w.pending = NULL;
-
-    w.s[0] = scratch;
-    w.s[1] = w.s[0] + w.pairs * QUAD_BYTES;
-    w.p[0] = w.s[1] + w.pairs * QUAD_BYTES;
-    w.p[1] = w.p[0] + w.pairs * BLOCK_STEPS * PAIR_BYTES;
-    w.q = w.p[1] + w.pairs * BLOCK_STEPS * PAIR_BYTES;
+    w.s = scratch;
+    w.p = w.s + S_STEPS * QUAD_BYTES;
+    w.q = w.p + 2 * BLOCK_STEPS * PAIR_BYTES;
     w.o = w.q + w.pairs * w.k_steps * PAIR_BYTES;
-
-    load_rows(&w, &at.begin, &at.end);
-    if (w.cap > 0) memset(w.all_hi, 0, sizeof w.all_hi);
-    if (at.begin < at.end) {
+    for (int i = 0; i < 32; i++) {
+        w.beat_l[i] = 0;
+        w.beat_or[i] = 0;
+    }
+    for (int pair = 0; pair < w.pairs; pair++) {
+        load_intervals(&w, pair);
+        if (w.begin[pair] < w.end[pair] && w.begin[pair] < begin) begin = w.begin[pair];
+        if (w.end[pair] > end) end = w.end[pair];
+        load_q(&w, 2 * pair);
+        load_q(&w, 2 * pair + 1);
+    }
+    if (begin < end) {
         tile_begin();
-        attend(&w, &at);
+        attend(&w, begin, end);
         tile_end();
-        add_not_finite(&w, &at, block_bits(d_s, task->d_v));
+        add_not_finite(&w, begin, end, block_bits(d_s, task->d_v));
     }
     for (int tile = 0; 16 * tile < task->rows; tile++) finish_tile(&w, tile);
 }
@@ -533,8 +719,8 @@ static void run(const struct attn_mha_task *task, char *scratch)
 static int64_t scratch_bytes(int64_t d_s, int64_t d_v, int64_t rows, int64_t heads)
 {
     (void)heads;
-    return pairs_of(rows) * (2 * QUAD_BYTES + 2 * BLOCK_STEPS * PAIR_BYTES +
-                             width_steps(d_s) * PAIR_BYTES + width_steps(d_v) * QUAD_BYTES);
+    return S_STEPS * QUAD_BYTES + 2 * BLOCK_STEPS * PAIR_BYTES +
+           pairs_of(rows) * (width_steps(d_s) * PAIR_BYTES + width_steps(d_v) * QUAD_BYTES);
 }
 
 static void pack(const struct attn_kv_view *kv, int32_t d_qk, int32_t d_v, bool qv, int64_t j0,

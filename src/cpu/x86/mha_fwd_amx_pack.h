@@ -24,7 +24,7 @@
 
 enum {
     BLOCK_KEYS = 256,             /* keys of a packed block: the depth of one P V product */
-    STEP_KEYS = 32,               /* keys of a score step, and of a step of P V */
+    STEP_KEYS = 32,               /* keys of a tile product S = K Q, and of a step of P V */
     BLOCK_STEPS = BLOCK_KEYS / STEP_KEYS,
     PAIR_BYTES = 2 * TILE_BYTES,  /* an operand of one step */
     QUAD_BYTES = 4 * TILE_BYTES,  /* the result of one product */

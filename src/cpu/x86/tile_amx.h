@@ -6,7 +6,9 @@
  *   tile_dpbf16(C, A, B):  C[m][n] += sum over p of A[m][2p] B[p][2n] + A[m][2p + 1] B[p][2n + 1]
  *     A: 16 rows m of 32 bf16        B: 16 rows p of 16 pairs of bf16        C: 16 x 16 fp32
  *
- * Tile numbers are literals.  gcc 12's tile load has no memory clobber, so a store of an operand
+ * tile_load_once (TILELOADDT1) leaves the lines where they are, in L2, and so keeps L1 for operands
+ * that are used again.  The _row forms make all 16 rows one line of memory, by a stride of 0; to
+ * store, all rows have to be equal.  Tile numbers are literals.  gcc 12's tile load has no memory clobber, so a store of an operand
  * may sink below the load that wants it: put tile_fence() between them.
  *
  * Built with ATTN_AMX_EMU the tiles are plain memory, so that the same kernels run, and have their
@@ -42,6 +44,9 @@ static const struct tile_config tile_config_full = {
 #define tile_end() _tile_release()
 #define tile_zero(t) _tile_zero(t)
 #define tile_load(t, p) _tile_loadd(t, p, TILE_ROW_BYTES)
+#define tile_load_once(t, p) _tile_stream_loadd(t, p, TILE_ROW_BYTES)
+#define tile_load_row(t, p) _tile_loadd(t, p, 0)
+#define tile_store_row(t, p) _tile_stored(t, p, 0)
 #define tile_store(t, p) _tile_stored(t, p, TILE_ROW_BYTES)
 #define tile_dpbf16(c, a, b) _tile_dpbf16ps(c, a, b)
 #endif
