@@ -14,20 +14,13 @@
 /* ---- errors ---------------------------------------------------------------------------------- */
 
 static const char *const status_kinds[] = {
-    [ATTN_E_SHAPE] = "libattn.ShapeError",
-    [ATTN_E_DTYPE] = "libattn.DtypeError",
-    [ATTN_E_VALUE] = "libattn.ArgumentError",
-    [ATTN_E_DEVICE] = "libattn.DeviceError",
-    [ATTN_E_NOT_BUILT] = "libattn.NotBuiltError",
-    [ATTN_E_WORKSPACE] = "libattn.WorkspaceError",
-    [ATTN_E_VERSION] = "libattn.VersionError",
-    [ATTN_E_DRIVER] = "libattn.DriverError",
+    [ATTN_E_SHAPE] = "libattn.ShapeError",        [ATTN_E_DTYPE] = "libattn.DtypeError",
+    [ATTN_E_VALUE] = "libattn.ArgumentError",     [ATTN_E_DEVICE] = "libattn.DeviceError",
+    [ATTN_E_NOT_BUILT] = "libattn.NotBuiltError", [ATTN_E_WORKSPACE] = "libattn.WorkspaceError",
+    [ATTN_E_VERSION] = "libattn.VersionError",    [ATTN_E_DRIVER] = "libattn.DriverError",
 };
 
-static TVMFFIByteArray bytes_of(const char *text)
-{
-    return (TVMFFIByteArray){text, strlen(text)};
-}
+static TVMFFIByteArray bytes_of(const char *text) { return (TVMFFIByteArray){text, strlen(text)}; }
 
 /* The error carries no C backtrace: collecting one takes longer than most calls, and the Python
  * traceback already ends at the call. */
@@ -57,10 +50,7 @@ ffi_args ffi_begin(const char *function, const TVMFFIAny *args, int32_t count)
     return (ffi_args){.function = function, .args = args, .count = count, .required = -1};
 }
 
-void ffi_optional(ffi_args *in)
-{
-    in->required = in->next;
-}
+void ffi_optional(ffi_args *in) { in->required = in->next; }
 
 /* The next argument, or NULL when it was left off. */
 static inline const TVMFFIAny *step(ffi_args *in)
@@ -257,7 +247,8 @@ static int cpu_scratch(ffi_scratch *scratch, int64_t bytes)
         free(kept.memory);
         kept.memory = NULL;
         kept.bytes = 0;
-        if (bytes > INT64_MAX - SCRATCH_STEP) return ffi_raise("MemoryError", "workspace too large");
+        if (bytes > INT64_MAX - SCRATCH_STEP)
+            return ffi_raise("MemoryError", "workspace too large");
         bytes = (bytes + SCRATCH_STEP - 1) / SCRATCH_STEP * SCRATCH_STEP;
         kept.memory = aligned_alloc(SCRATCH_ALIGN, (size_t)bytes);
         if (!kept.memory) {
@@ -284,8 +275,7 @@ static int device_scratch(ffi_scratch *scratch, const DLTensor *like, int64_t by
         .strides = &stride,
     };
     if (TVMFFIEnvTensorAlloc(&want, &scratch->tensor)) return -1;
-    const TVMFFIAny owned = {.type_index = kTVMFFITensor,
-                             .v_obj = (TVMFFIObject *)scratch->tensor};
+    const TVMFFIAny owned = {.type_index = kTVMFFITensor, .v_obj = (TVMFFIObject *)scratch->tensor};
     const DLTensor *t = tensor_of(&owned);
     scratch->memory = (char *)t->data + t->byte_offset;
     return 0;

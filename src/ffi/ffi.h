@@ -28,7 +28,7 @@
 /* ---- arguments ------------------------------------------------------------------------------- */
 
 typedef struct ffi_args {
-    const char *function;  /* for messages */
+    const char *function; /* for messages */
     const TVMFFIAny *args;
     int32_t count, next;
     int32_t required; /* arguments that may not be left off; -1: all that are read */
@@ -46,7 +46,7 @@ const DLTensor *ffi_tensor_or_null(ffi_args *in, const char *name); /* None give
 /* `absent` is what an argument that was left off counts as. */
 int64_t ffi_int64(ffi_args *in, const char *name, int64_t absent);
 int32_t ffi_int32(ffi_args *in, const char *name, int32_t absent);
-int32_t ffi_bool(ffi_args *in, const char *name); /* bool or int; 0 or 1; 0 when left off */
+int32_t ffi_bool(ffi_args *in, const char *name);  /* bool or int; 0 or 1; 0 when left off */
 double ffi_double(ffi_args *in, const char *name); /* float, int or bool */
 /* 0, or -1 with TypeError (wrong type or number of arguments) or ArgumentError raised. */
 int ffi_end(const ffi_args *in);

@@ -135,8 +135,8 @@ static int run_in_scratch(struct attn_mha_fwd_args *a, const struct attn_mha_fwd
         a->out_accum = &out_accum.tensor;
         a->lse_accum = &lse_accum.tensor;
     }
-    const attn_status status =
-        attn_mha_fwd_run(a, plan, workspace, plan->workspace_bytes, ffi_stream(a->q));
+    const attn_status status = attn_mha_fwd_run(a, plan, workspace, plan->workspace_bytes,
+                                                ffi_stream(a->q));
     ffi_scratch_give(&scratch);
     return ffi_status(status);
 }
@@ -231,7 +231,7 @@ FFI_FUNCTION(mha_metadata_length)
     if (b < 0 || b > INT32_MAX) {
         return ffi_raise("libattn.ArgumentError", "batch_size: expected in [0, 2^31)");
     }
-    ffi_return_int(result, attn_mha_metadata_length(b, s_q, s_k, d_qk, paged, causal, left, right,
-                                                    chunk));
+    ffi_return_int(result,
+                   attn_mha_metadata_length(b, s_q, s_k, d_qk, paged, causal, left, right, chunk));
     return 0;
 }
