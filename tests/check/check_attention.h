@@ -6,7 +6,7 @@
  *
  * The rule.  With A = vd sum_j p_j mean_c |v_jc|, a row's own magnitude, an element passes when
  *
- *   |got - out| <= (2 low + floor) A + ulp(out) + 2 slack A
+ *   |got - out| <= (2 low + floor) A + ulp(out) + 2 slack A     ulp: of the case's out dtype
  *
  * low    largest (|plain - out| - ulp(out) / 2) / A of all rows of the case, where plain is the
  *        same row in plain low precision: scores rounded to fp32, probabilities (the largest 1)

@@ -437,7 +437,7 @@ void check_mha_kernel(void)
                                 attn_dtype_name((enum attn_dtype)dtype), "%s as %s", k->name,
                                 slots[s].what))
                     continue;
-                check_kernel(&test, k, (enum attn_dtype)dtype, check_rounds(150));
+                check_kernel(&test, k, (enum attn_dtype)dtype, check_rounds(100));
                 check_close(&test);
             }
         }
