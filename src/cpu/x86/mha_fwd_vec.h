@@ -13,7 +13,8 @@
  * more than SLACK (then l and o are multiplied by 2^(m_old - m)), so p stays below 2^SLACK and most
  * blocks rescale nothing.  In the end out = o * out_scale / l and lse = ln l + m ln 2.  Hidden
  * scores are -inf, their p is exactly 0.  A row that sees no key, or only scores of -inf, keeps
- * m = -inf and l = 0: out 0, lse -inf or the sink.
+ * m = -inf and l = 0: out 0, lse -inf or the sink.  A weight below 2^-126 is 0, so an infinite v_j under
+ * it gives NaN where exact arithmetic gives inf.
  *
  * Layout.  S^T = K Q^T and O^T = V^T P^T: keys run down, queries across, a lane is a query.  So
  * maximum, sum, rescaling and mask are vertical operations, and lanes never mix: a row's bits do
@@ -108,34 +109,34 @@ static int64_t fwd_scratch_bytes(int64_t d_s, int64_t d_v, int64_t rows, int64_t
 
 /* C[A_ROWS][cols] = or += A B.  A[r][k] is a[r * a_row + k * a_step], B and C have cols vectors a
  * row.  cols, accumulate and one of a's strides are constants where this is called, and the
- * accumulators stay in registers only because every loop over them is unrolled. */
+ * accumulators stay in registers. */
 VEC_INLINE void product(const float *a, int64_t a_row, int64_t a_step, const float *b,
                         int64_t depth, float *c, int cols, bool accumulate)
 {
     vec acc[A_ROWS][COLS];
-#pragma GCC unroll 8
+    VEC_UNROLL
     for (int r = 0; r < A_ROWS; r++)
-#pragma GCC unroll 3
+        VEC_UNROLL
         for (int x = 0; x < cols; x++)
             acc[r][x] = accumulate ? vec_load(c + (r * cols + x) * VEC_LANES) : vec_zero();
 
     for (int64_t k = 0; k < depth; k++) {
         vec bk[COLS];
-#pragma GCC unroll 3
+        VEC_UNROLL
         for (int x = 0; x < cols; x++) bk[x] = vec_load(b + x * VEC_LANES);
-#pragma GCC unroll 8
+        VEC_UNROLL
         for (int r = 0; r < A_ROWS; r++) {
             vec ark = vec_set1(a[r * a_row]);
-#pragma GCC unroll 3
+            VEC_UNROLL
             for (int x = 0; x < cols; x++) acc[r][x] = vec_fma(ark, bk[x], acc[r][x]);
         }
         a += a_step;
         b += cols * VEC_LANES;
     }
 
-#pragma GCC unroll 8
+    VEC_UNROLL
     for (int r = 0; r < A_ROWS; r++)
-#pragma GCC unroll 3
+        VEC_UNROLL
         for (int x = 0; x < cols; x++) vec_store(c + (r * cols + x) * VEC_LANES, acc[r][x]);
 }
 
@@ -195,7 +196,7 @@ VEC_INLINE vec column_max(const struct forward *f, struct span w, float *s, int 
     vec_int first = vec_int_load(lo), last = vec_int_load(hi);
     vec max[4] = {hidden, hidden, hidden, hidden};
     for (int32_t j = w.begin; j < w.end; j += 4)
-#pragma GCC unroll 4
+        VEC_UNROLL
         for (int u = 0; u < 4; u++) {
             float *at = s + (j + u) * width;
             vec t = vec_load(at);
@@ -213,7 +214,7 @@ VEC_INLINE vec column_exp(struct span w, float *s, int width, vec m)
 {
     vec sum[4] = {vec_zero(), vec_zero(), vec_zero(), vec_zero()};
     for (int32_t j = w.begin; j < w.end; j += 4)
-#pragma GCC unroll 4
+        VEC_UNROLL
         for (int u = 0; u < 4; u++) {
             float *at = s + (j + u) * width;
             vec p = vec_exp2(vec_sub(vec_load(at), m));
@@ -332,14 +333,14 @@ VEC_INLINE void pack_queries(enum attn_dtype t, const char *x, const int64_t *at
     for (int32_t i = 0; i < d; i += VEC_LANES) {
         int32_t n = d - i < VEC_LANES ? d - i : VEC_LANES;
         vec e[VEC_LANES];
-#pragma GCC unroll 16
+        VEC_UNROLL
         for (int r = 0; r < VEC_LANES; r++) {
             e[r] = vec_zero();
             if (r >= rows) continue;
             e[r] = vec_mul(load_some(t, x + at[r] + i * attn_dtype_bytes(t), n), vec_set1(scale));
         }
         vec_transpose(e);
-#pragma GCC unroll 16
+        VEC_UNROLL
         for (int k = 0; k < VEC_LANES; k++)
             if (k < n) vec_store(y + (i + k) * width, e[k]);
     }
@@ -365,9 +366,9 @@ VEC_INLINE void store_rows(enum attn_dtype t, const struct attn_mha_task *task, 
                            const int64_t *at, int32_t rows, int32_t i, int n)
 {
     char *out = task->out + i * attn_dtype_bytes(t);
-#pragma GCC unroll 16
+    VEC_UNROLL
     for (int r = 0; r < VEC_LANES; r++) {
-        if (r >= rows) break;
+        if (r >= rows) continue;
         if (n == VEC_LANES)
             vec_store_elem(t, out + at[r], o[r]);
         else
@@ -391,7 +392,7 @@ VEC_INLINE void finish_group(const struct attn_mha_task *task, enum attn_dtype t
         for (int32_t i = 0; i < task->d_v; i += VEC_LANES) {
             int32_t n = task->d_v - i < VEC_LANES ? task->d_v - i : VEC_LANES;
             vec o[VEC_LANES];
-#pragma GCC unroll 16
+            VEC_UNROLL
             for (int k = 0; k < VEC_LANES; k++)
                 o[k] = k < n ? vec_mul(vec_load(g->o + (i + k) * width + x), share) : vec_zero();
             vec_transpose(o);

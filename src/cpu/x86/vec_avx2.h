@@ -15,6 +15,14 @@
 
 #define VEC_INLINE static inline __attribute__((always_inline))
 
+/* Before a loop over a small array of vectors: only unrolled whole does the array live in registers.
+ * (clang reads GCC's pragma as a count and then may leave the array on the stack.) */
+#ifdef __clang__
+#define VEC_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define VEC_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 enum { VEC_LANES = 8 };
 
 typedef __m256 vec;
@@ -280,7 +288,7 @@ VEC_INLINE vec vec_tanh(vec x)
 VEC_INLINE void vec_transpose(vec r[VEC_LANES])
 {
     vec t[8];
-#pragma GCC unroll 2
+    VEC_UNROLL
     for (int i = 0; i < 8; i += 4) { /* 4 x 4 inside each 128-bit lane */
         __m256d a = _mm256_castps_pd(_mm256_unpacklo_ps(r[i], r[i + 1]));
         __m256d b = _mm256_castps_pd(_mm256_unpackhi_ps(r[i], r[i + 1]));
@@ -291,7 +299,7 @@ VEC_INLINE void vec_transpose(vec r[VEC_LANES])
         t[i + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(b, d));
         t[i + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(b, d));
     }
-#pragma GCC unroll 4
+    VEC_UNROLL
     for (int i = 0; i < 4; i++) { /* 2 x 2 of the 128-bit lanes */
         r[i] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x20);
         r[i + 4] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x31);

@@ -21,6 +21,14 @@
 
 #define VEC_INLINE static inline __attribute__((always_inline))
 
+/* Before a loop over a small array of vectors: only unrolled whole does the array live in registers.
+ * (clang reads GCC's pragma as a count and then may leave the array on the stack.) */
+#ifdef __clang__
+#define VEC_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define VEC_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 enum { VEC_LANES = 16 };
 
 typedef __m512 vec;
@@ -261,7 +269,7 @@ VEC_INLINE vec vec_tanh(vec x)
 VEC_INLINE void vec_transpose(vec r[VEC_LANES])
 {
     vec t[16];
-#pragma GCC unroll 4
+    VEC_UNROLL
     for (int i = 0; i < 16; i += 4) { /* 4 x 4 inside each 128-bit lane */
         __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(r[i], r[i + 1]));
         __m512d b = _mm512_castps_pd(_mm512_unpackhi_ps(r[i], r[i + 1]));
@@ -272,7 +280,7 @@ VEC_INLINE void vec_transpose(vec r[VEC_LANES])
         t[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
         t[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
     }
-#pragma GCC unroll 4
+    VEC_UNROLL
     for (int i = 0; i < 4; i++) { /* 4 x 4 of the 128-bit lanes */
         vec a = _mm512_shuffle_f32x4(t[i], t[i + 4], 0x88);
         vec b = _mm512_shuffle_f32x4(t[i], t[i + 4], 0xdd);
