@@ -13,8 +13,8 @@
  * more than SLACK (then l and o are multiplied by 2^(m_old - m)), so p stays below 2^SLACK and most
  * blocks rescale nothing.  In the end out = o * out_scale / l and lse = ln l + m ln 2.  Hidden
  * scores are -inf, their p is exactly 0.  A row that sees no key, or only scores of -inf, keeps
- * m = -inf and l = 0: out 0, lse -inf or the sink.  A weight below 2^-126 is 0, so an infinite v_j under
- * it gives NaN where exact arithmetic gives inf.
+ * m = -inf and l = 0: out 0, lse -inf or the sink.  A weight below 2^-126 is 0, so an infinite v_j
+ * under it gives NaN where exact arithmetic gives inf.
  *
  * Layout.  S^T = K Q^T and O^T = V^T P^T: keys run down, queries across, a lane is a query.  So
  * maximum, sum, rescaling and mask are vertical operations, and lanes never mix: a row's bits do

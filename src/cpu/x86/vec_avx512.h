@@ -21,8 +21,8 @@
 
 #define VEC_INLINE static inline __attribute__((always_inline))
 
-/* Before a loop over a small array of vectors: only unrolled whole does the array live in registers.
- * (clang reads GCC's pragma as a count and then may leave the array on the stack.) */
+/* Before a loop over a small array of vectors: the array is in registers only if the loop is
+ * unrolled whole.  (clang reads GCC's pragma as a count and may leave the array on the stack.) */
 #ifdef __clang__
 #define VEC_UNROLL _Pragma("clang loop unroll(full)")
 #else
