@@ -4,18 +4,15 @@
 Shapes, dense and packed: q (b, s_q, h_q, d_qk) or (t_q, h_q, d_qk); k, v (b, s_k, h_k, d) or
 (t_k, h_k, d); out as q with d_v last; lse fp32 (b, h_q, s_q) or (h_q, t_q), the natural logarithm of
 the sum of exp(score).  docs/compatibility/flash_attn_3.md says what runs where.
-
-A call takes one of four ways: straight to libattn (plain CPU and CUDA tensors, no gradient wanted);
-through an autograd class; through torch.ops when it is traced or a mode looks on; or to MATE for
-tensors on MUSA.
 """
 
 import torch
 from libattn import NotBuiltError, mha, musa
 
-from . import _C as _operators  # registers torch.ops.flash_attn_3
-from . import _eager
+from . import _C, _eager  # _C registers torch.ops.flash_attn_3
+from ._autograd import FlashAttnFunc, FlashAttnQKVPackedFunc, FlashAttnVarlenFunc, unpack_qkv
 from ._eager import length, score_scale, unit_stride, unit_stride_value, window_sides
+from ._ways import backward, by_class, direct, forward, grad_on, is_traced, modes, on_musa
 
 __all__ = [
     "FlashAttnFunc",
@@ -29,254 +26,11 @@ __all__ = [
     "get_scheduler_metadata",
 ]
 
-_Tensor = torch.Tensor
-_Parameter = torch.nn.Parameter
-_is_traced = torch.compiler.is_dynamo_compiling
-_modes = torch._C._len_torch_dispatch_stack
-_grad_on = torch.is_grad_enabled
 _attend = mha.attend
 _ABSENT = list(mha.FEATURES.values())
 _NAMES = list(mha.FEATURES)
 _NO_LENGTHS = _ABSENT[: _NAMES.index("qv")]
 _NO_APPEND = _ABSENT[_NAMES.index("kv_batch_idx") : _NAMES.index("qv")]
-
-
-# ---- the four ways ---------------------------------------------------------------------------------
-
-
-def _wants_grad(q, k, v, qv=None, sinks=None):
-    return _grad_on() and any(getattr(x, "requires_grad", False) for x in (q, k, v, qv, sinks))
-
-
-def _direct(q, k, v, qv=None, sinks=None):
-    """Whether a call may go straight to libattn."""
-    return (
-        not _is_traced()
-        and type(q) is _Tensor
-        and type(k) is _Tensor
-        and type(v) is _Tensor
-        and (q.is_cpu or q.is_cuda)
-        and not _modes()
-        and not (
-            _grad_on()
-            and (
-                q.requires_grad
-                or k.requires_grad
-                or v.requires_grad
-                or (qv is not None and getattr(qv, "requires_grad", False))
-                or (sinks is not None and getattr(sinks, "requires_grad", False))
-            )
-        )
-    )
-
-
-def _on_musa(x, name="q"):
-    """Whether x lies on MUSA; TypeError when it lies nowhere."""
-    try:
-        return not _is_traced() and x.device.type == "musa"
-    except AttributeError:
-        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}") from None
-
-
-def _by_class(q, k, v, qv, sinks):
-    """Whether a call that is not direct goes through an autograd class; else through torch.ops."""
-    return (
-        not _is_traced()
-        and type(q) in (_Tensor, _Parameter)
-        and not _modes()
-        and _wants_grad(q, k, v, qv, sinks)
-    )
-
-
-def _forward(*args):
-    """(out, lse, out_accum, lse_accum) for the arguments of _eager.forward, up to num_splits at
-    least, by the first way that is open."""
-    if _direct(*args[:3]):
-        return _eager.forward(*args)
-    if _on_musa(args[0]):
-        raise NotBuiltError("_flash_attn_forward: MATE has no such function for tensors on MUSA")
-    if args[3] is not None:
-        return torch.ops.flash_attn_3._flash_attn_append(*args)
-    if len(args) > 34 and (args[34] is not None or args[35] > 1):
-        return torch.ops.flash_attn_3._flash_attn_forward_ext(*args)
-    return torch.ops.flash_attn_3._flash_attn_forward(*args[:34])
-
-
-# ---- autograd classes ------------------------------------------------------------------------------
-
-
-def _keep(ctx, q, k, v, out, lse, lengths, without, options):
-    ctx.without, ctx.options = without, options
-    ctx.save_for_backward(q, k, v, out, lse, *lengths)
-
-
-def _gradients(ctx, dout):
-    return _eager.gradients(_flash_attn_backward, dout, ctx.saved_tensors, ctx.without, ctx.options)
-
-
-def _without(qv, attention_chunk, sinks, cp_world_size, page_table=None):
-    return {
-        "qv": qv is not None,
-        "attention_chunk": bool(attention_chunk),
-        "sinks": sinks is not None,
-        "context parallelism": cp_world_size > 1,
-        "pages": page_table is not None,
-    }
-
-
-class FlashAttnFunc(torch.autograd.Function):
-    """flash_attn_func with gradients; apply()'s arguments are upstream's, then ours."""
-
-    @staticmethod
-    def forward(
-        ctx,
-        q,
-        k,
-        v,
-        softmax_scale,
-        causal,
-        qv=None,
-        q_descale=None,
-        k_descale=None,
-        v_descale=None,
-        window_size=(-1, -1),
-        attention_chunk=0,
-        softcap=0.0,
-        num_splits=1,
-        pack_gqa=None,
-        deterministic=False,
-        sm_margin=0,
-        return_softmax=False,
-        sinks=None,
-        cp_world_size=1,
-        cp_rank=0,
-        cp_tot_seqused_k=None,
-    ):
-        left, right = window_sides(window_size)
-        scale = score_scale(softmax_scale, q, qv)
-        out, lse, *_ = _forward(
-            *(q, k, v, None, None, qv, None),
-            *(None,) * 13,
-            *(q_descale, k_descale, v_descale, scale, causal, left, right, attention_chunk or 0),
-            *(softcap, False, None, num_splits, pack_gqa, sm_margin),
-            *(sinks, cp_world_size, cp_rank, cp_tot_seqused_k),
-        )
-        without = _without(qv, attention_chunk, sinks, cp_world_size)
-        options = (None, None, scale, causal, left, right, softcap, deterministic, sm_margin)
-        _keep(ctx, q, k, v, out, lse, (None,) * 4, without, options)
-        return (out, lse) if return_softmax else out
-
-    @staticmethod
-    def backward(ctx, dout, *unused):
-        assert not ctx.without["attention_chunk"], "backward: attention_chunk is not supported"
-        return (*_gradients(ctx, dout), *(None,) * 18)
-
-
-class FlashAttnVarlenFunc(torch.autograd.Function):
-    """flash_attn_varlen_func with gradients; apply()'s arguments are upstream's, then ours."""
-
-    @staticmethod
-    def forward(
-        ctx,
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        seqused_q,
-        seqused_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        softmax_scale,
-        causal,
-        qv=None,
-        q_descale=None,
-        k_descale=None,
-        v_descale=None,
-        window_size=(-1, -1),
-        attention_chunk=0,
-        softcap=0.0,
-        num_splits=1,
-        pack_gqa=None,
-        deterministic=False,
-        sm_margin=0,
-        return_softmax=False,
-        sinks=None,
-        cp_world_size=1,
-        cp_rank=0,
-        cp_tot_seqused_k=None,
-        page_table=None,
-        scheduler_metadata=None,
-        out=None,
-    ):
-        left, right = window_sides(window_size)
-        scale = score_scale(softmax_scale, q, qv)
-        if out is not None:
-            ctx.mark_dirty(out)
-        out, lse, *_ = _forward(
-            *(q, k, v, None, None, qv, out, cu_seqlens_q, cu_seqlens_k, None),
-            *(seqused_q, seqused_k, max_seqlen_q, max_seqlen_k, page_table),
-            *(None,) * 5,
-            *(q_descale, k_descale, v_descale, scale, causal, left, right, attention_chunk or 0),
-            *(softcap, False, scheduler_metadata, num_splits, pack_gqa, sm_margin),
-            *(sinks, cp_world_size, cp_rank, cp_tot_seqused_k),
-        )
-        without = _without(qv, attention_chunk, sinks, cp_world_size, page_table)
-        lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
-        options = (max_seqlen_q, max_seqlen_k, scale, causal, left, right, softcap)
-        _keep(ctx, q, k, v, out, lse, lengths, without, (*options, deterministic, sm_margin))
-        return (out, lse) if return_softmax else out
-
-    @staticmethod
-    def backward(ctx, dout, *unused):
-        assert not ctx.without["attention_chunk"], "backward: attention_chunk is not supported"
-        return (*_gradients(ctx, dout), *(None,) * 27)
-
-
-class FlashAttnQKVPackedFunc(torch.autograd.Function):
-    """flash_attn_qkvpacked_func with gradients; apply()'s arguments are upstream's."""
-
-    @staticmethod
-    def forward(
-        ctx,
-        qkv,
-        softmax_scale,
-        causal,
-        q_descale=None,
-        k_descale=None,
-        v_descale=None,
-        window_size=(-1, -1),
-        attention_chunk=0,
-        softcap=0.0,
-        deterministic=False,
-        num_heads_q=None,
-        sm_margin=0,
-        return_softmax=False,
-    ):
-        q, k, v = _unpack(qkv, num_heads_q)
-        left, right = window_sides(window_size)
-        scale = softmax_scale
-        out, lse, *_ = _forward(
-            *(q, k, v),
-            *(None,) * 17,
-            *(q_descale, k_descale, v_descale, scale, causal, left, right, attention_chunk or 0),
-            *(softcap, False, None, 1, None, sm_margin),
-        )
-        ctx.packed_dims = qkv.dim()
-        without = _without(None, attention_chunk, None, 1)
-        options = (None, None, scale, causal, left, right, softcap, deterministic, sm_margin)
-        _keep(ctx, q, k, v, out, lse, (None,) * 4, without, options)
-        return (out, lse) if return_softmax else out
-
-    @staticmethod
-    def backward(ctx, dout, *unused):
-        assert not ctx.without["attention_chunk"], "backward: attention_chunk is not supported"
-        grads = _gradients(ctx, dout)
-        join = torch.stack if ctx.packed_dims == 5 else torch.cat
-        return (join(grads, dim=2), *(None,) * 12)
-
-
-# ---- public functions ------------------------------------------------------------------------------
 
 
 def flash_attn_func(
@@ -323,7 +77,7 @@ def flash_attn_func(
     """
     if sinks is None:
         sinks = s_aux
-    if _direct(q, k, v, qv, sinks):
+    if direct(q, k, v, qv, sinks):
         left, right = window_sides(window_size)
         features = ()
         if (
@@ -368,7 +122,7 @@ def flash_attn_func(
             False,
             features,
         )
-    elif _on_musa(q):
+    elif on_musa(q):
         return musa.flash_attn_varlen_func(
             q=q,
             k=k,
@@ -392,7 +146,7 @@ def flash_attn_func(
             cp_rank=cp_rank,
             cp_tot_seqused_k=cp_tot_seqused_k,
         )
-    elif _by_class(q, k, v, qv, sinks):
+    elif by_class(q, k, v, qv, sinks):
         out, lse = FlashAttnFunc.apply(
             *(q, k, v, softmax_scale, causal, qv, q_descale, k_descale, v_descale, window_size),
             *(attention_chunk, softcap, num_splits, pack_gqa, deterministic, sm_margin, True),
@@ -401,7 +155,7 @@ def flash_attn_func(
     else:
         left, right = window_sides(window_size)
         scale = score_scale(softmax_scale, q, qv)
-        out, lse, _, _ = _forward(
+        out, lse, _, _ = forward(
             *(q, k, v, None, None, qv, None),
             *(None,) * 13,
             *(q_descale, k_descale, v_descale, scale, causal, left, right, attention_chunk or 0),
@@ -463,7 +217,7 @@ def flash_attn_varlen_func(
         sinks = s_aux
     if page_table is None:
         page_table = block_table
-    if _direct(q, k, v, qv, sinks):
+    if direct(q, k, v, qv, sinks):
         left, right = window_sides(window_size)
         features = (
             unit_stride(cu_seqlens_q),
@@ -520,7 +274,7 @@ def flash_attn_varlen_func(
             False,
             features,
         )
-    elif _on_musa(q):
+    elif on_musa(q):
         return musa.flash_attn_varlen_func(
             q=q,
             k=k,
@@ -556,7 +310,7 @@ def flash_attn_varlen_func(
     else:
         max_seqlen_q = None if max_seqlen_q is None else int(max_seqlen_q)
         max_seqlen_k = None if max_seqlen_k is None else int(max_seqlen_k)
-        if _by_class(q, k, v, qv, sinks):
+        if by_class(q, k, v, qv, sinks):
             out, lse = FlashAttnVarlenFunc.apply(
                 *(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q),
                 *(max_seqlen_k, softmax_scale, causal, qv, q_descale, k_descale, v_descale),
@@ -567,7 +321,7 @@ def flash_attn_varlen_func(
         else:
             left, right = window_sides(window_size)
             scale = score_scale(softmax_scale, q, qv)
-            out, lse, _, _ = _forward(
+            out, lse, _, _ = forward(
                 *(q, k, v, None, None, qv, out, cu_seqlens_q, cu_seqlens_k, None),
                 *(seqused_q, seqused_k, max_seqlen_q, max_seqlen_k, page_table),
                 *(None,) * 5,
@@ -576,18 +330,6 @@ def flash_attn_varlen_func(
                 *(pack_gqa, sm_margin, sinks, cp_world_size, cp_rank, cp_tot_seqused_k),
             )
     return (out, lse) if return_attn_probs or return_softmax_lse else out
-
-
-def _unpack(qkv, num_heads_q):
-    """q, k, v as views of (b, s, 3, h, d) or of (b, s, h_q + 2 h_k, d)."""
-    if qkv.dim() == 5:
-        assert qkv.shape[2] == 3, f"qkv: expected (b, s, 3, h, d), got {tuple(qkv.shape)}"
-        return qkv.unbind(2)
-    assert qkv.dim() == 4, f"qkv: expected 4 or 5 dimensions, got {qkv.dim()}"
-    assert num_heads_q is not None, "num_heads_q: needed with a qkv of 4 dimensions"
-    num_heads_k, odd = divmod(qkv.shape[2] - num_heads_q, 2)
-    assert num_heads_k > 0 and odd == 0, f"qkv: expected {num_heads_q} + 2 h_k heads, got {qkv.shape[2]}"
-    return qkv.split([num_heads_q, num_heads_k, num_heads_k], dim=2)
 
 
 def flash_attn_qkvpacked_func(
@@ -610,13 +352,13 @@ def flash_attn_qkvpacked_func(
     Returns out (b, s, h_q, d); with return_attn_probs (out, lse).  Raises AssertionError when qkv
     does not split.
     """
-    if _by_class(qkv, qkv, qkv, None, None) and qkv.device.type != "musa":
+    if by_class(qkv, qkv, qkv, None, None) and qkv.device.type != "musa":
         out, lse = FlashAttnQKVPackedFunc.apply(
             *(qkv, softmax_scale, causal, q_descale, k_descale, v_descale, window_size),
             *(attention_chunk, softcap, deterministic, num_heads_q, sm_margin, True),
         )
         return (out, lse) if return_attn_probs else out
-    q, k, v = _unpack(qkv, num_heads_q)
+    q, k, v = unpack_qkv(qkv, num_heads_q)
     return flash_attn_func(
         q,
         k,
@@ -695,8 +437,8 @@ def flash_attn_with_kvcache(
         raise TypeError("k_cache, v_cache: expected tensors") from None
     if sinks is None:
         sinks = s_aux
-    direct = _direct(q, k_cache, v_cache, qv, sinks)
-    if not direct and _on_musa(q):
+    straight = direct(q, k_cache, v_cache, qv, sinks)
+    if not straight and on_musa(q):
         return musa.flash_attn_with_kvcache(
             q=q,
             k_cache=k_cache,
@@ -738,7 +480,7 @@ def flash_attn_with_kvcache(
     if isinstance(cache_seqlens, int):
         batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
         cache_seqlens = torch.full((batch,), cache_seqlens, dtype=torch.int32, device=k_cache.device)
-    if direct:
+    if straight:
         features = (
             unit_stride(cu_seqlens_q),
             None,
@@ -813,7 +555,7 @@ def flash_attn_with_kvcache(
         return out, lse, out_accum, lse_accum
 
     def run():
-        return _forward(
+        return forward(
             *(q, k_cache, v_cache, k, v, qv, None, cu_seqlens_q, None, cu_seqlens_k_new),
             *(None, cache_seqlens, None if max_seqlen_q is None else int(max_seqlen_q), None),
             *(page_table, cache_batch_idx, cache_leftpad, rotary_cos, rotary_sin),
@@ -822,10 +564,8 @@ def flash_attn_with_kvcache(
             *(pack_gqa, sm_margin, sinks, cp_world_size, cp_rank, cp_tot_seqused_k),
         )
 
-    if _by_class(q, k_cache, v_cache, qv, sinks):
-        result = _operators.ForwardOnly.apply(
-            "flash_attn_with_kvcache", run, q, k_cache, v_cache, k, v, qv, sinks
-        )
+    if by_class(q, k_cache, v_cache, qv, sinks):
+        result = _C.ForwardOnly.apply("flash_attn_with_kvcache", run, q, k_cache, v_cache, k, v, qv, sinks)
     else:
         result = run()
     return result if return_softmax_lse else result[0]
@@ -839,13 +579,13 @@ def flash_attn_combine(out_partial, lse_partial, out=None, out_dtype=None):
 
     Returns (out, lse), lse fp32 (b, s, h), a transposed view.  There is no gradient.
     """
-    if _on_musa(out_partial, "out_partial"):
+    if on_musa(out_partial, "out_partial"):
         raise NotBuiltError("flash_attn_combine: MATE has no such function for tensors on MUSA")
-    if _is_traced() or type(out_partial) is not _Tensor or _modes():
+    if is_traced() or type(out_partial) is not torch.Tensor or modes():
         merged, lse = torch.ops.flash_attn_3._flash_attn_combine(out_partial, lse_partial, out_dtype)
         return (merged if out is None else out.copy_(merged)), lse
-    if _grad_on() and (out_partial.requires_grad or lse_partial.requires_grad):
-        return _operators.ForwardOnly.apply(
+    if grad_on() and (out_partial.requires_grad or lse_partial.requires_grad):
+        return _C.ForwardOnly.apply(
             "flash_attn_combine",
             lambda: _eager.combine(out_partial, lse_partial, out, out_dtype),
             out_partial,
@@ -912,7 +652,7 @@ def get_scheduler_metadata(
     else:
         device = cache_seqlens.device
     left, right = window_sides(window_size)
-    if _is_traced() and cache_seqlens is not None:
+    if is_traced() and cache_seqlens is not None:
         return torch.ops.flash_attn_3.get_scheduler_metadata(
             *(batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim),
             *(headdim_v or headdim, qkv_dtype, cache_seqlens, cu_seqlens_q, None),
@@ -977,7 +717,7 @@ def _flash_attn_forward(
     The last two are empty 1-D tensors when the call was not split.  softmax_scale None is d_qk^-1/2,
     with qv too.  k and v are the cache when k_new and v_new are given.
     """
-    return _forward(
+    return forward(
         q,
         k,
         v,
@@ -1040,9 +780,6 @@ def _flash_attn_backward(
     sm_margin=0,
 ):
     """Gradients into dq, dk, dv; returns softmax_d.  Raises NotImplementedError: see CONFIG."""
-    backward = (
-        torch.ops.flash_attn_3._flash_attn_backward if _is_traced() or _modes() else _operators._backward
-    )
     return backward(
         dout,
         q,
