@@ -6,6 +6,8 @@ Shapes, dense and packed: q (b, s_q, h_q, d_qk) or (t_q, h_q, d_qk); k, v (b, s_
 the sum of exp(score).  docs/compatibility/flash_attn_3.md says what runs where.
 """
 
+import functools
+
 import torch
 from libattn import NotBuiltError, mha, musa
 
@@ -554,15 +556,15 @@ def flash_attn_with_kvcache(
             out_accum, lse_accum = lse.new_empty(0), lse.new_empty(0)
         return out, lse, out_accum, lse_accum
 
-    def run():
-        return forward(
-            *(q, k_cache, v_cache, k, v, qv, None, cu_seqlens_q, None, cu_seqlens_k_new),
-            *(None, cache_seqlens, None if max_seqlen_q is None else int(max_seqlen_q), None),
-            *(page_table, cache_batch_idx, cache_leftpad, rotary_cos, rotary_sin),
-            *(rotary_seqlens, q_descale, k_descale, v_descale, softmax_scale, causal, left, right),
-            *(attention_chunk or 0, softcap, rotary_interleaved, scheduler_metadata, num_splits),
-            *(pack_gqa, sm_margin, sinks, cp_world_size, cp_rank, cp_tot_seqused_k),
-        )
+    run = functools.partial(
+        forward,
+        *(q, k_cache, v_cache, k, v, qv, None, cu_seqlens_q, None, cu_seqlens_k_new),
+        *(None, cache_seqlens, None if max_seqlen_q is None else int(max_seqlen_q), None),
+        *(page_table, cache_batch_idx, cache_leftpad, rotary_cos, rotary_sin),
+        *(rotary_seqlens, q_descale, k_descale, v_descale, softmax_scale, causal, left, right),
+        *(attention_chunk or 0, softcap, rotary_interleaved, scheduler_metadata, num_splits),
+        *(pack_gqa, sm_margin, sinks, cp_world_size, cp_rank, cp_tot_seqused_k),
+    )
 
     if by_class(q, k_cache, v_cache, qv, sinks):
         result = _C.ForwardOnly.apply("flash_attn_with_kvcache", run, q, k_cache, v_cache, k, v, qv, sinks)
