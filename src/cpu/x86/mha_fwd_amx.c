@@ -10,11 +10,11 @@
  * A partial result, which is fp32, is divided by the sum of the rounded P instead: a row ruled by
  * one key then gives that key's V to fp32's accuracy.
  *
- * m is a reference, not the maximum: it begins M_SLACK - 1 above the largest score of the first beat
- * (64 keys) and moves, to as much above a later one, only when an exponential comes to 2 or more.  So
- * O is almost never rescaled, and no maximum is taken: the bits of all exponentials are ORed, and the
- * upper exponent bit says that some is 2 or more (or NaN).  A row that sees no key, or only -inf,
- * keeps m = M_NONE and l = 0: out is 0, lse -inf.
+ * m is a reference, not the maximum: it begins M_SLACK - 1 above the largest score of the first
+ * beat (64 keys) and moves, to as much above a later one, only when an exponential comes to 2 or
+ * more.  So O is almost never rescaled, and no maximum is taken: the bits of all exponentials are
+ * ORed, and the upper exponent bit says that some is 2 or more (or NaN).  A row that sees no key,
+ * or only -inf, keeps m = M_NONE and l = 0: out is 0, lse -inf.
  *
  * Work is cut into units: 32 queries ("a pair" of tiles) against a block of 256 keys.  All pairs of
  * the task take a block before the next one, so K and V come once from memory into L2; from there
@@ -319,11 +319,8 @@ static void product(struct work *w, const char *a, const char *b, char *c, int64
  * and of odd number are added apart, which makes four independent chains. */
 static void sum_p(struct work *w)
 {
-    static const uint16_t ones[32] __attribute__((aligned(64))) = {
-#define ONES 0x3f80, 0x3f80, 0x3f80, 0x3f80, 0x3f80, 0x3f80, 0x3f80, 0x3f80
-        ONES, ONES, ONES, ONES,
-#undef ONES
-    };
+    uint16_t ones[32] __attribute__((aligned(64)));
+    _mm512_store_si512(ones, _mm512_set1_epi16(0x3f80));
     const struct unit *u = &w->full;
     float *even = w->p_sum[0] + 32 * u->pair, *odd = w->p_sum[1] + 32 * u->pair;
     store_pending(w);

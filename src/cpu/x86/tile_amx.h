@@ -8,7 +8,9 @@
  *
  * tile_load_once (TILELOADDT1) leaves the lines where they are, in L2, and so keeps L1 for operands
  * that are used again.  The _row forms make all 16 rows one line of memory, by a stride of 0; to
- * store, all rows have to be equal.  Tile numbers are literals.  gcc 12's tile load has no memory clobber, so a store of an operand
+ * store, all rows have to be equal.
+ *
+ * Tile numbers are literals.  gcc 12's tile load has no memory clobber, so a store of an operand
  * may sink below the load that wants it: put tile_fence() between them.
  *
  * Built with ATTN_AMX_EMU the tiles are plain memory, so that the same kernels run, and have their
