@@ -4,11 +4,18 @@
     make bench                          every line of bench/shapes/cpu_mha_fwd.txt
     make bench ARGS="--rows decode"     lines that hold a text
     make bench ARGS=--write             also writes bench/results/<machine>.json
+    make bench ARGS=--quick             a few calls of one small row a kind: does it run?
 
-Ours and the peer take turns, so that a machine that slows down slows both; a time is the median and
-the half distance of the quartiles.  FLOPs count visible scores only, bytes count q, k, v and out
-once.  The ceiling is measured in the same run: torch's own square matmul in the same dtype for
-dense and ragged rows, torch summing a large tensor for decode.
+Ours and the peer take turns, so that a machine that slows down slows both; times are the best, the
+median and the half distance of the quartiles, and rates and ratios are those of the medians.  FLOPs
+count visible scores only, bytes count q, k, v and out once.
+
+The ceiling is measured in the same run by bench/ceiling.c: of all threads together the multiply-adds
+in registers that the dtype could use (bf16: the best of tiles, bf16 dot products and fp32; fp16: fp32,
+or a third of the tiles' rate, as it is exact in two bf16 halves; fp32: fp32), and for decode the rate
+of reading memory.  Without a C compiler torch's matmul and sum stand in, and the row says so.
+The `call` row also says what Python and binding add: its time less that of the same problem run by
+bench/smallest.c.
 """
 
 import argparse
@@ -16,7 +23,10 @@ import functools
 import json
 import math
 import os
+import shutil
 import statistics
+import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -28,6 +38,7 @@ from flash_attn_interface import flash_attn_func, flash_attn_varlen_func, flash_
 HERE = Path(__file__).resolve().parent
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SECONDS = 1.5  # for each of the two, a row
+LEAST_CALLS = 5
 SDPA = F.scaled_dot_product_attention
 
 
@@ -38,7 +49,7 @@ def alternate(*functions) -> list[list[float]]:
         function()
         function()
     until = time.perf_counter() + SECONDS * len(functions)
-    while time.perf_counter() < until or len(times[0]) < 5:
+    while time.perf_counter() < until or len(times[0]) < LEAST_CALLS:
         for function, mine in zip(functions, times):
             start = time.perf_counter()
             function()
@@ -67,6 +78,58 @@ def read_rate() -> float:
     return 4 * 2**27 / statistics.median(times)
 
 
+@functools.cache
+def program(name: str, *flags: str) -> str | None:
+    """Path of bench/<name>.c, built; None without a compiler."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if not compiler:
+        return None
+    path = Path(tempfile.mkdtemp(prefix="attn-bench-")) / name
+    built = subprocess.run(
+        [compiler, "-O3", *flags, HERE / f"{name}.c", "-o", path, "-ldl"], capture_output=True
+    )
+    return str(path) if built.returncode == 0 else None
+
+
+@functools.cache
+def ceilings() -> dict[str, float]:
+    """Rates of bench/ceiling.c; empty where it cannot be built."""
+    path = program("ceiling", "-fopenmp")
+    if not path:
+        return {}
+    got = subprocess.run([path, str(torch.get_num_threads())], capture_output=True, text=True)
+    return {name: float(rate) for name, rate in (line.split() for line in got.stdout.splitlines())}
+
+
+def ceiling(dtype: torch.dtype, memory: bool) -> tuple[str, float]:
+    """What bounds a row, and its rate."""
+    rates = ceilings()
+    if memory:
+        return ("read", rates["read"]) if "read" in rates else ("torch sum", read_rate())
+    if "fma_fp32" not in rates:
+        return "torch matmul", matmul_rate(dtype)
+    usable = {"fma_fp32": rates["fma_fp32"]}
+    if dtype == torch.bfloat16:
+        usable |= {name: rates[name] for name in ("dp_bf16", "amx_bf16") if name in rates}
+    if dtype == torch.float16 and "amx_bf16" in rates:
+        usable["amx_bf16 / 3"] = rates["amx_bf16"] / 3
+    return max(usable.items(), key=lambda item: item[1])
+
+
+def smallest_run(d: int) -> float | None:
+    """Seconds of attn_mha_fwd_run alone at the shape of a `call` row."""
+    import tvm_ffi
+    from libattn import _native
+
+    include = Path(tvm_ffi.__file__).parent / "include"
+    folders = (HERE.parent / "include", include, include / "dlpack")
+    path = program("smallest", *(f"-I{folder}" for folder in folders))
+    if not path:
+        return None
+    got = subprocess.run([path, _native.find("libattn.so"), str(d)], capture_output=True, text=True)
+    return float(got.stdout) if got.returncode == 0 else None
+
+
 def random_tensors(dtype, *shapes):
     return [torch.randn(*shape).to(dtype) for shape in shapes]
 
@@ -89,14 +152,19 @@ def dense(b, s_q, s_k, h_q, h_k, d, dtype, causal):
     }
 
 
-def decode(b, s_k, h_q, h_k, d, dtype):
+def decode(b, s_k, h_q, h_k, d, dtype, page=0):
     q, k, v = random_tensors(dtype, (b, 1, h_q, d), (b, s_k, h_k, d), (b, s_k, h_k, d))
     lengths = torch.full((b,), s_k, dtype=torch.int32)
-    plan = libattn.mha_fwd_plan(q, k, v, d**-0.5, num_splits=0, seqused_k=lengths)
     qt, kt, vt = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+    table = None
+    if page:
+        pages = b * s_k // page
+        table = torch.randperm(pages, generator=torch.Generator().manual_seed(0)).int().view(b, -1)
+        k, v = k.view(pages, page, h_k, d), v.view(pages, page, h_k, d)
+    plan = libattn.mha_fwd_plan(q, k, v, d**-0.5, num_splits=0, seqused_k=lengths, page_table=table)
     return {
         "kernel": plan.kernel,
-        "ours": lambda: flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths),
+        "ours": lambda: flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, page_table=table),
         "peer": lambda: SDPA(qt, kt, vt, enable_gqa=True),
         "flops": 4 * b * h_q * d * s_k,
         "bytes": q.element_size() * d * b * 2 * (h_q + s_k * h_k),
@@ -156,10 +224,12 @@ def measure(kind: str, sizes: dict) -> dict:
 
     ours, peer = ([t / many for t in ts] for ts in alternate(repeated(row["ours"]), repeated(row["peer"])))
     mine, theirs = statistics.median(ours), statistics.median(peer)
-    if row.get("memory"):
-        share = row["bytes"] / mine / read_rate()
+    share, bound, kernel_seconds = None, None, None
+    if kind == "call":
+        kernel_seconds = smallest_run(sizes["d"])
     else:
-        share = row["flops"] / mine / matmul_rate(DTYPES[dtype])
+        bound, rate = ceiling(DTYPES[dtype], row.get("memory", False))
+        share = row["bytes" if row.get("memory") else "flops"] / mine / rate
     return {
         "op": "mha_fwd",
         "kind": kind,
@@ -167,13 +237,16 @@ def measure(kind: str, sizes: dict) -> dict:
         "dtype": dtype,
         "kernel": row["kernel"],
         "seconds": mine,
+        "best": min(ours),
         "spread": spread(ours),
         "flops_per_second": row["flops"] / mine,
         "bytes_per_second": row["bytes"] / mine,
-        "ceiling": "read" if row.get("memory") else "matmul",
-        "share": None if kind == "call" else share,
+        "ceiling": bound,
+        "share": share,
+        "overhead_seconds": kernel_seconds and min(ours) - kernel_seconds,
         "peer": "torch SDPA",
         "peer_seconds": theirs,
+        "peer_best": min(peer),
         "peer_spread": spread(peer),
         "ratio": theirs / mine,
     }
@@ -187,10 +260,15 @@ def in_units(seconds: float) -> str:
 def as_line(row: dict) -> str:
     shape = " ".join(f"{key}{value}" for key, value in row["shape"].items())
     share = "     " if row["share"] is None else f"{row['share']:5.0%}"
+    extra = ""
+    if row["overhead_seconds"]:
+        extra = f"\n{'':7} of these {in_units(row['overhead_seconds']).strip()} are Python and binding"
     return (
-        f"{row['kind']:<7} {shape:<44} {row['dtype']:<5} {row['kernel']:<32} {in_units(row['seconds'])}"
+        f"{row['kind']:<7} {shape:<44} {row['dtype']:<5} {row['kernel']:<32} {in_units(row['best'])}"
+        f" {in_units(row['seconds'])}"
         f" ±{row['spread'] / row['seconds']:4.0%} {row['flops_per_second'] / 1e9:8.1f}"
         f" {row['bytes_per_second'] / 1e9:7.2f} {share} {in_units(row['peer_seconds'])} {row['ratio']:6.2f}"
+        f"{extra}"
     )
 
 
@@ -208,30 +286,52 @@ def shapes(wanted: str):
             yield kind, {key: value if key == "dtype" else int(value) for key, value in sizes.items()}
 
 
+def quick_shapes():
+    """One row of each kind and dtype, small."""
+    for dtype in DTYPES:
+        yield (
+            "dense",
+            {"b": 1, "s_q": 128, "s_k": 128, "h_q": 4, "h_k": 2, "d": 64, "dtype": dtype, "causal": 1},
+        )
+    yield "decode", {"b": 1, "s_k": 1024, "h_q": 4, "h_k": 2, "d": 64, "dtype": "bf16"}
+    yield "decode", {"b": 1, "s_k": 1024, "h_q": 4, "h_k": 2, "d": 64, "dtype": "bf16", "page": 16}
+    yield "ragged", {"b": 3, "s": 100, "h_q": 4, "h_k": 2, "d": 64, "dtype": "bf16", "causal": 1}
+    yield "call", {"h_q": 1, "d": 8, "dtype": "bf16"}
+
+
 def main():
     parser = argparse.ArgumentParser(description="flash_attn_interface on the CPU beside torch SDPA")
     parser.add_argument("--rows", default="", help="only lines of the shape file that hold this text")
     parser.add_argument("--write", action="store_true", help="write bench/results/<machine>.json")
+    parser.add_argument("--quick", action="store_true", help="a few calls of small rows: a smoke test")
     args = parser.parse_args()
+    if args.quick:
+        global SECONDS
+        SECONDS = 0.01
 
     print(f"{machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
           f"libattn {libattn.__version__}, {time.strftime('%Y-%m-%d')}")  # fmt: skip
-    print(f"{'':<7} {'shape':<44} {'dtype':<5} {'kernel':<32} {'time':>11} {'':5} {'GFLOP/s':>8} {'GB/s':>7}"
-          f" {'share':>5} {'torch SDPA':>11} {'ratio':>6}")  # fmt: skip
+    print(f"{'':<7} {'shape':<44} {'dtype':<5} {'kernel':<32} {'best':>11} {'median':>11} {'':6}"
+          f"{'GFLOP/s':>8} {'GB/s':>7} {'share':>5} {'torch SDPA':>11} {'ratio':>6}")  # fmt: skip
     rows = []
-    for kind, sizes in shapes(args.rows):
+    for kind, sizes in quick_shapes() if args.quick else shapes(args.rows):
         rows.append(measure(kind, sizes))
         print(as_line(rows[-1]), flush=True)
     worst = min((row["ratio"] for row in rows if row["kind"] != "call"), default=math.nan)
-    print(
-        f"least ratio {worst:.2f}; share is of torch's matmul in that dtype, for decode of its reading rate"
-    )
+    print(f"least ratio {worst:.2f}; share is of", end=" ")
+    print(*(f"{name} {rate / 1e9:.0f} G/s" for name, rate in ceilings().items()), sep=", ")
     if args.write:
         name = "".join(c if c.isalnum() else "-" for c in f"{machine()}-{os.cpu_count()}").strip("-").lower()
         path = HERE / "results" / f"{name}.json"
         path.parent.mkdir(exist_ok=True)
-        head = {"machine": machine(), "threads": torch.get_num_threads(), "torch": torch.__version__,
-                "libattn": libattn.__version__, "date": time.strftime("%Y-%m-%d")}  # fmt: skip
+        head = {
+            "machine": machine(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "libattn": libattn.__version__,
+            "date": time.strftime("%Y-%m-%d"),
+            "ceilings": ceilings(),
+        }
         path.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
         print(f"written: {path.relative_to(HERE.parent)}")
 
