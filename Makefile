@@ -48,7 +48,7 @@ asan: ## the C program under the address and undefined-behaviour sanitizers
 tsan: ## the C program under the thread sanitizer: one OpenMP thread, many callers
 	@$(VENV) build
 	@$(BUILD) tsan attn_check
-	OMP_NUM_THREADS=1 build/tsan/attn_check $(CHECK)
+	OMP_NUM_THREADS=1 OMP_THREAD_LIMIT=1 build/tsan/attn_check $(CHECK)
 
 bench: dev ## the figures: a table, one row a shape (ARGS="--rows decode", ARGS=--write)
 	@$(VENV) demo

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: MIT
 #
 # test.sh: everything `make test` runs, in the order in which a fault is cheapest to find.  A stage that
-# fails ends the run.  FROM=<stage> starts later, e.g. FROM=python.
+# fails ends the run.  Sanitizer builds check fewer cases by themselves.  FROM=<stage> starts later, e.g. FROM=python.
 set -eu
 
 export WERROR=ON
@@ -20,8 +20,8 @@ stage() {
 build() { tools/build.sh release all attn_check; }
 abi() { python tools/abi.py build/release && python tools/isa.py build/release; }
 check() { build/release/attn_check; }
-asan() { tools/build.sh asan attn_check && build/asan/attn_check --quick; }
-tsan() { tools/build.sh tsan attn_check && OMP_NUM_THREADS=1 build/tsan/attn_check --quick; }
+asan() { tools/build.sh asan attn_check && build/asan/attn_check; }
+tsan() { tools/build.sh tsan attn_check && OMP_NUM_THREADS=1 OMP_THREAD_LIMIT=1 build/tsan/attn_check; }
 demo() { python demo/search.py; }
 python_tests() { python -m pytest tests; }
 

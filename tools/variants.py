@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 
+PLAIN = re.compile(r"^ATTN_PLAIN_KERNEL\((\w+), (\w+)\)")
 LINE = re.compile(r"^ATTN_KERNEL\((\w+), (\w+), (\w+), (\d+), (\d+), (\d+), (\d+)\)")
 FIELDS = ("DTYPE", "DQK", "DV", "ROWS", "KEYS")
 # C7504-C7508: setmaxnreg ignored; C7509-C7515: wgmma serialised; C7602: too many registers.
@@ -31,7 +32,9 @@ def variants(path):
             op, arch, dtype, dqk, dv, rows, keys = match.groups()
             name = f"attn_{op}_{arch}_{dtype}_d{dqk}x{dv}_m{rows}n{keys}"
             found[name] = {"op": op, **dict(zip(FIELDS, (dtype, dqk, dv, rows, keys)))}
-        elif line.startswith("ATTN_KERNEL"):
+        elif match := PLAIN.match(line):
+            found["attn_{}_{}".format(*match.groups())] = {"op": match.group(1)}
+        elif re.match("ATTN_.*KERNEL", line):
             sys.exit(f"{path}: not understood: {line}")
     return found
 
@@ -52,7 +55,7 @@ def build(nvcc, deflist, name, fields, out):
     source = deflist.with_name(fields["op"] + ".cu")
     command = [nvcc, "-gencode", "arch=compute_90a,code=sm_90a", "-cubin", "-O3", "-std=c++17",
                "-Xptxas", "-v", "-o", str(out / f"{name}.cubin"), str(source)]
-    command += [f"-DVARIANT_{field}={fields[field]}" for field in FIELDS]
+    command += [f"-DVARIANT_{field}={fields[field]}" for field in FIELDS if field in fields]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     (out / f"{name}.ptxas").write_text(done.stdout)
     if done.returncode:
