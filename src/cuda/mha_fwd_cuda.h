@@ -30,6 +30,15 @@ attn_status attn_mha_fwd_cuda_choose(const struct attn_mha_fwd_problem *problem,
                                      const struct attn_mha_fwd_cuda_tile *tiles, int tile_count,
                                      int multiprocessors, struct attn_mha_fwd_cuda_plan *plan);
 
+/* Calls with k_new run kv_append first: it writes the cache and, into attn_kv_append_bytes() of
+ * workspace, the lengths with the new keys and (with a rotary table) a rotated copy of q.
+ * attn_kv_append_result: the problem whose seqused_k and q are those. */
+int64_t attn_kv_append_bytes(const struct attn_mha_fwd_problem *problem);
+attn_status attn_kv_append_launch(const struct attn_mha_fwd_problem *problem, cu_device device,
+                                  char *workspace, cu_stream stream);
+void attn_kv_append_result(const struct attn_mha_fwd_problem *problem, char *workspace,
+                           struct attn_mha_fwd_problem *after);
+
 /* The rows of struct attn_backend. */
 attn_status attn_mha_fwd_cuda_plan(const struct attn_mha_fwd_problem *problem,
                                    struct attn_mha_fwd_plan *plan);

@@ -10,7 +10,7 @@
 
 #define KERNELS_MAX 64
 #define LOG2E 1.4426950408889634
-#define TICKET_BYTES 64 /* the workspace: one counter, on a line of its own */
+#define TICKET_BYTES 64 /* the workspace: one counter on a line of its own, then kv_append's part */
 
 typedef struct attn_mha_fwd_problem problem_t;
 typedef struct attn_mha_fwd_cuda_plan plan_t;
@@ -151,7 +151,7 @@ attn_status attn_mha_fwd_cuda_plan(const problem_t *p, struct attn_mha_fwd_plan 
     if (status) return status;
     out->splits = 1;
     out->piece = p->s_k;
-    out->workspace_bytes = TICKET_BYTES;
+    out->workspace_bytes = TICKET_BYTES + attn_kv_append_bytes(p);
     out->tile[0] = plan.kernel;
     out->tile[1] = plan.cluster;
     out->tile[2] = plan.gather;
@@ -195,15 +195,29 @@ static attn_status launch(const problem_t *p, const struct attn_cuda_device *dev
     return attn_cuda_status(cu->launch_kernel_ex(&config, handle, arguments, NULL), kernel->name);
 }
 
+static attn_status append_and_launch(const problem_t *p, const struct attn_cuda_device *device,
+                                     char *workspace, cu_stream stream)
+{
+    problem_t after = *p;
+    plan_t plan;
+    if (p->k_new.data) {
+        ATTN_TRY(choose(p, device, &plan)); /* whatever is wrong shows before the cache changes */
+        ATTN_TRY(attn_kv_append_launch(p, device->device, workspace + TICKET_BYTES, stream));
+        attn_kv_append_result(p, workspace + TICKET_BYTES, &after);
+    }
+    if (p->s_q == 0 || p->t_q == 0) return ATTN_OK;
+    return launch(&after, device, workspace, stream);
+}
+
 attn_status attn_mha_fwd_cuda_run(const problem_t *p, const struct attn_mha_fwd_plan *planned,
                                   char *workspace, int64_t workspace_bytes, void *stream)
 {
     struct attn_cuda_device device;
     (void)planned;
     (void)workspace_bytes;
-    if (p->b == 0 || p->s_q == 0 || p->t_q == 0) return ATTN_OK;
+    if (p->b == 0) return ATTN_OK;
     ATTN_TRY(attn_cuda_enter(p->device.device_id, &device));
-    attn_status status = launch(p, &device, workspace, stream);
+    attn_status status = append_and_launch(p, &device, workspace, stream);
     attn_cuda_leave(&device);
     return status;
 }

@@ -24,7 +24,6 @@ static attn_status check_built(const struct attn_mha_fwd_problem *p)
     ATTN_CHECK(p->dtype == ATTN_BF16 || p->dtype == ATTN_F16, ATTN_E_NOT_BUILT,
                "q: %s is not built for Hopper; bf16 and fp16 are", attn_dtype_name(p->dtype));
     ATTN_CHECK(!p->qv.data, ATTN_E_NOT_BUILT, "qv: not built for Hopper");
-    ATTN_CHECK(!p->k_new.data, ATTN_E_NOT_BUILT, "k_new: not built for Hopper");
     ATTN_CHECK(p->d_qk <= 256 && p->d_v <= 256, ATTN_E_NOT_BUILT,
                "q, v: head dims up to 256 are built for Hopper, got %lld and %lld",
                (long long)p->d_qk, (long long)p->d_v);
@@ -105,6 +104,11 @@ attn_status attn_mha_fwd_cuda_choose(const struct attn_mha_fwd_problem *p,
     ATTN_TRY(check_rows(&p->q, "q", q_batches, q_rows, p->h_q));
     ATTN_TRY(check_rows(&p->k, "k", k_batches, k_rows, p->h_k));
     ATTN_TRY(check_rows(&p->v, "v", k_batches, k_rows, p->h_k));
+    if (p->k_new.data) {
+        int64_t batches = p->cu_seqlens_k_new ? 1 : p->b;
+        ATTN_TRY(check_rows(&p->k_new, "k_new", batches, p->s_new, p->h_k));
+        ATTN_TRY(check_rows(&p->v_new, "v_new", batches, p->s_new, p->h_k));
+    }
     if (p->out.data) ATTN_TRY(check_rows(&p->out, "out", q_batches, q_rows, p->h_q));
 
     plan->kernel = -1;

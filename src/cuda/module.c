@@ -5,6 +5,8 @@
  */
 #include "cuda/module.h"
 
+#include <string.h>
+
 #include "core/dtype.h"
 #include "cuda/kernels/mha_fwd_params.h"
 
@@ -27,8 +29,11 @@
             ".hidden " #symbol "\n" #symbol ":\n"                                                  \
             ".incbin \"" ATTN_CUBIN_DIR "/" name ".cubin\"\n"                                      \
             ".previous\n");
+#define ATTN_PLAIN_KERNEL(op, arch) INCBIN_TEXT("attn_" #op "_" #arch, cubin_##op##_##arch)
 #include "cuda/kernels/mha_fwd.def"
+#include "cuda/kernels/plain.def"
 #undef ATTN_KERNEL
+#undef ATTN_PLAIN_KERNEL
 
 #define ATTN_KERNEL(op, arch, dtype_, dqk, dv, rows_, keys_)                                       \
     {.name = NAME(op, arch, dtype_, dqk, dv, rows_, keys_),                                        \
@@ -45,12 +50,30 @@ struct attn_cuda_kernel attn_mha_fwd_kernels[] = {
 };
 const int attn_mha_fwd_kernel_count = sizeof attn_mha_fwd_kernels / sizeof *attn_mha_fwd_kernels;
 
+#define ATTN_PLAIN_KERNEL(op, arch)                                                                \
+    {.name = "attn_" #op "_" #arch, .cubin = cubin_##op##_##arch, .lock = PTHREAD_MUTEX_INITIALIZER},
+struct attn_cuda_kernel attn_plain_kernels[] = {
+#include "cuda/kernels/plain.def"
+};
+const int attn_plain_kernel_count = sizeof attn_plain_kernels / sizeof *attn_plain_kernels;
+
 #else
 
 struct attn_cuda_kernel attn_mha_fwd_kernels[1];
 const int attn_mha_fwd_kernel_count = 0;
+struct attn_cuda_kernel attn_plain_kernels[1];
+const int attn_plain_kernel_count = 0;
 
 #endif
+
+attn_status attn_plain_kernel(const char *name, struct attn_cuda_kernel **kernel)
+{
+    for (int i = 0; i < attn_plain_kernel_count; i++) {
+        *kernel = &attn_plain_kernels[i];
+        if (strcmp(name, (*kernel)->name) == 0) return ATTN_OK;
+    }
+    return attn_fail(ATTN_E_NOT_BUILT, "%s: not in this build, which was made without nvcc", name);
+}
 
 static attn_status load(const struct attn_cuda_driver *cu, struct attn_cuda_kernel *kernel)
 {
@@ -73,7 +96,7 @@ attn_status attn_cuda_kernel_load(struct attn_cuda_kernel *kernel, cu_device dev
         ATTN_TRY(attn_cuda_driver(&cu));
         pthread_mutex_lock(&kernel->lock);
         status = atomic_load(&kernel->handle) ? ATTN_OK : load(cu, kernel);
-        if (!status)
+        if (!status && kernel->shared_bytes)
             status = attn_cuda_status(
                 cu->kernel_set_attribute(CU_KERNEL_MAX_DYNAMIC_SHARED_SIZE_BYTES,
                                          kernel->shared_bytes, kernel->handle, device),

@@ -10,7 +10,8 @@
 
 #include "cuda/driver.h"
 
-/* One mha_fwd kernel.  All but the last four members are constants. */
+/* One kernel.  All but the last three members are constants; those of mha_fwd's tiles are 0 in a
+ * kernel without variants. */
 struct attn_cuda_kernel {
     const char *name;
     int dtype;      /* enum attn_dtype */
@@ -27,6 +28,11 @@ struct attn_cuda_kernel {
 /* The kernels of this build; 0 of them when it was made without nvcc. */
 extern struct attn_cuda_kernel attn_mha_fwd_kernels[];
 extern const int attn_mha_fwd_kernel_count;
+extern struct attn_cuda_kernel attn_plain_kernels[];
+extern const int attn_plain_kernel_count;
+
+/* The kernel of that name in attn_plain_kernels; ATTN_E_NOT_BUILT where there is none. */
+attn_status attn_plain_kernel(const char *name, struct attn_cuda_kernel **kernel);
 
 /* Loads the kernel when it is asked for first, in any thread, and sets its attributes on `device`.
  * Later calls take no lock. */

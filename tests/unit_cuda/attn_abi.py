@@ -39,6 +39,11 @@ class Args(C.Structure):
                 + [(name, C.c_int64) for name in INTS64] + [(name, C.c_int32) for name in INTS32])
 
 
+class CombineArgs(C.Structure):
+    _fields_ = [("size", C.c_uint32), ("threads", C.c_int32)] + [
+        (name, C.POINTER(DLTensor)) for name in ("out_partial", "lse_partial", "out", "lse")]
+
+
 class Plan(C.Structure):
     _fields_ = [("size", C.c_uint32), ("splits", C.c_int32), ("workspace_bytes", C.c_int64),
                 ("piece", C.c_int64), ("shape", C.c_int64 * 12), ("tile", C.c_int64 * 8),
@@ -49,6 +54,7 @@ def load():
     path = os.environ.get("ATTN_LIB") or sorted(glob.glob(str(ROOT / "build*/libattn.so*")))[0]
     lib = C.CDLL(path)
     lib.attn_last_error.restype = C.c_char_p
+    lib.attn_split_combine_run.argtypes = [C.POINTER(CombineArgs), C.c_void_p]
     lib.attn_mha_fwd_plan.argtypes = [C.POINTER(Args), C.POINTER(Plan)]
     lib.attn_mha_fwd_run.argtypes = [C.POINTER(Args), C.POINTER(Plan), C.c_void_p, C.c_int64,
                                      C.c_void_p]
@@ -105,3 +111,13 @@ class Call:
         self._check(LIB.attn_mha_fwd_run(C.byref(self.args), C.byref(self.plan),
                                          self.workspace.data_ptr(), self.plan.workspace_bytes,
                                          stream))
+
+
+def split_combine(**tensors):
+    args = CombineArgs(size=C.sizeof(CombineArgs))
+    described = {name: describe(t) for name, t in tensors.items()}
+    for name, d in described.items():
+        setattr(args, name, C.pointer(d))
+    status = LIB.attn_split_combine_run(C.byref(args), torch.cuda.current_stream().cuda_stream)
+    if status:
+        raise AttnError(status)

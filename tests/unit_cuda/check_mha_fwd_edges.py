@@ -8,7 +8,7 @@ import threading
 
 import torch
 
-from attn_abi import AttnError, Call
+from attn_abi import AttnError, Call, split_combine
 
 BF16 = torch.bfloat16
 
@@ -164,10 +164,112 @@ def long_keys():
     close(a["out"][0], reference(a["q"][0], a["k"][0], a["v"][0], False), 1e-2)
 
 
+def segment_start():
+    """Keys that begin where mapped memory begins: nothing before them may be touched."""
+    parts = [torch.empty(64 << 20, device="cuda", dtype=torch.uint8) for _ in range(6)]
+    parts.sort(key=lambda t: t.data_ptr())
+    k, v, q = (parts[i].view(BF16).view(4, 4096, 8, 256).normal_() for i in (1, 3, 5))
+    del parts
+    torch.cuda.empty_cache()
+    for n in (4096, 81, 80, 79, 41, 40, 39, 16, 1):
+        a = outputs({"q": q, "k": k[:, :n], "v": v[:, :n]})
+        Call(**a).run()
+        torch.cuda.synchronize()
+
+
+def rotate(x, cos, sin, positions, interleaved):
+    """x [s, h, d] in fp32, rounded to x's type."""
+    r = 2 * cos.shape[1]
+    c, s = cos[positions].float()[:, None], sin[positions].float()[:, None]
+    y = x.float().clone()
+    one, two = (slice(0, r, 2), slice(1, r, 2)) if interleaved else (slice(0, r // 2),
+                                                                     slice(r // 2, r))
+    y[..., one] = x[..., one].float() * c - x[..., two].float() * s
+    y[..., two] = x[..., one].float() * s + x[..., two].float() * c
+    return y.to(x.dtype)
+
+
+def append():
+    torch.manual_seed(5)
+    b, h, h_k, d, page = 3, 6, 2, 128, 32
+    cached, new = [5, 0, 130], [3, 70, 1]
+    cos, sin = randn(512, 32).clamp(-1, 1), randn(512, 32).clamp(-1, 1)
+    for paged in (False, True):
+        for packed in (False, True):
+            for rotary in (None, False, True):
+                for causal in (0, 1):
+                    counts = new if packed else [4] * b
+                    k_rows = [randn(n + m, h_k, d) for n, m in zip(cached, counts)]
+                    v_rows = [randn(n + m, h_k, d) for n, m in zip(cached, counts)]
+                    q = randn(b, 4, h, d)
+                    a = {"q": q, "causal": causal, "seqused_k": ints(cached)}
+                    if paged:
+                        table = torch.randperm(30)[:24].int().view(b, 8)
+                        a["page_table"] = table.cuda()
+                        k, v = (torch.full((30, page, h_k, d), math.nan, device="cuda", dtype=BF16)
+                                for _ in range(2))
+                    else:
+                        table = None
+                        k, v = (torch.full((b, 256, h_k, d), math.nan, device="cuda", dtype=BF16)
+                                for _ in range(2))
+
+                    def rows(cache, i, n):
+                        at = torch.arange(n)
+                        if not paged:
+                            return i, at.cuda()
+                        return table[i, at // page].long().cuda(), (at % page).cuda()
+                    for i in range(b):
+                        k[rows(k, i, cached[i])] = k_rows[i][:cached[i]]
+                        v[rows(v, i, cached[i])] = v_rows[i][:cached[i]]
+                    k_new = [r[n:] for r, n in zip(k_rows, cached)]
+                    v_new = [r[n:] for r, n in zip(v_rows, cached)]
+                    join = torch.cat if packed else torch.stack
+                    a.update(k=k, v=v, k_new=join(k_new), v_new=join(v_new))
+                    if packed:
+                        a["cu_seqlens_k_new"] = ints([0, 3, 73, 74])
+                    if rotary is not None:
+                        a.update(rotary_cos=cos, rotary_sin=sin, rotary_interleaved=int(rotary))
+                    Call(**outputs(a)).run()
+                    for i in range(b):
+                        want, qi, n = k_rows[i].clone(), q[i], cached[i]
+                        if rotary is not None:
+                            at = torch.arange(n, n + counts[i], device="cuda")
+                            want[n:] = rotate(want[n:], cos, sin, at, rotary)
+                            first = torch.full((4,), n, device="cuda")
+                            turn = first + torch.arange(4, device="cuda") * causal
+                            qi = rotate(qi, cos, sin, turn, rotary)
+                        total = n + counts[i]
+                        got = k[rows(k, i, total)]
+                        assert (got.float() - want.float()).abs().max() <= 0.04, "cached keys"
+                        assert torch.equal(v[rows(v, i, total)], v_rows[i]), "cached values"
+                        group = h // h_k
+                        full = reference(qi, *(t.repeat_interleave(group, 1)
+                                               for t in (want, v_rows[i])), causal)
+                        close(a["out"][i], torch.nan_to_num(full), 8e-3)
+
+
+def combine():
+    for splits, dtype in ((1, torch.float32), (3, BF16), (200, torch.float16)):
+        out = torch.randn(splits, 2, 33, 3, 72, device="cuda")
+        lse = torch.randn(splits, 2, 3, 33, device="cuda").transpose(2, 3) * 4
+        lse[:, 1, 5] = -math.inf
+        lse[0, 0, 7] = -math.inf
+        out[:, 1, 5] = math.nan
+        got = torch.full((2, 33, 3, 72), 7.0, device="cuda", dtype=dtype)
+        got_lse = torch.full((2, 3, 33), 7.0, device="cuda").transpose(1, 2)
+        split_combine(out_partial=out, lse_partial=lse, out=got, lse=got_lse)
+        want_lse = torch.logsumexp(lse.double(), 0)
+        w = torch.nan_to_num(torch.exp(lse.double() - want_lse))[..., None]
+        want = (w * torch.nan_to_num(out.double())).sum(0)
+        assert (got[1, 5] == 0).all() and (got_lse[1, 5] == -math.inf).all()
+        close(got, want.float(), 3e-3)
+        live = torch.isfinite(want_lse)
+        assert (got_lse[live] - want_lse[live]).abs().max() < 1e-4
+
+
 def not_built():
     q = randn(1, 8, 2, 64)
     for wish, more in (("qv", {"qv": randn(1, 8, 2, 512), "v": randn(1, 8, 2, 512)}),
-                       ("k_new", {"k_new": q, "v_new": q, "seqused_k": ints([0])}),
                        ("512", {"v": randn(1, 8, 2, 512)})):
         try:
             Call(**outputs({"q": q, "k": q, "v": q, **more}))
@@ -180,7 +282,7 @@ def not_built():
 def main():
     failures = 0
     for check in (no_keys, no_queries, one_key_row, expanded, graph, streams_and_threads, large,
-                  many_sequences, long_keys, not_built):
+                  many_sequences, long_keys, segment_start, append, combine, not_built):
         try:
             check()
             torch.cuda.synchronize()
