@@ -6,7 +6,10 @@ context-parallel arguments), cuts them into single sequences and calls `attend` 
 `math=torch.bfloat16` (or any other dtype) the same formulas run in plain low precision: that is the
 yardstick of `assert_close`, whose rule is
 
-    max |got - exact|  <=  2 max |low - exact| + floor.
+    max |got - exact|  <=  2 max |low - exact| + floor
+
+over the whole tensor, and, so that a small row cannot hide behind a large one, with a floor of its own
+over each row.
 
 Symbols as in attn.h: b sequences of s_q queries and s_k keys, h_q and h_k heads, widths d and d_v.
 """
@@ -20,6 +23,7 @@ INF = float("inf")
 # The stated floor, in units of eps(output dtype) * max |exact|: one rounding of the result more than
 # the plain computation has, and for fp32 a few, since there the plain computation is itself exact.
 FLOOR = {torch.bfloat16: 1.0, torch.float16: 1.0, torch.float32: 16.0}
+ROW_FLOOR = {torch.bfloat16: 4.0, torch.float16: 4.0, torch.float32: 512.0}
 # The LSE is fp32 whatever the inputs are; 16-bit kernels may use an exp of 1e-4 relative error.
 LSE_FLOOR = {torch.float32: 1e-5, torch.bfloat16: 3e-4, torch.float16: 3e-4, torch.float8_e4m3fn: 3e-4}
 
@@ -225,13 +229,20 @@ def assert_close(got, exact, low, floor=None, what="out"):
         return
     assert torch.isfinite(got.float()).all(), f"{what}: not finite"
     error, plain = (got.double() - exact).abs(), (low.double() - exact).abs()
+    eps = torch.finfo(got.dtype).eps
     if floor is None:
-        floor = FLOOR[got.dtype] * torch.finfo(got.dtype).eps * float(exact.abs().max())
+        floor = FLOOR[got.dtype] * eps * float(exact.abs().max())
     limit = 2 * float(plain.max()) + floor
     worst = float(error.max())
     assert worst <= limit, (
         f"{what}: error {worst:.3g} above {limit:.3g} (plain {got.dtype} {float(plain.max()):.3g}, "
         f"floor {floor:.3g}) at {_where(error)}"
+    )
+    tiny = torch.finfo(got.dtype).smallest_normal
+    row_limit = 2 * plain.amax(-1) + ROW_FLOOR[got.dtype] * eps * exact.abs().amax(-1) + tiny
+    over = error.amax(-1) - row_limit
+    assert float(over.max()) <= 0, (
+        f"{what}: a row's error is {float(over.max()):.3g} too large, at {_where(over)}"
     )
 
 
