@@ -99,39 +99,39 @@ struct attn_mha_fwd_args {
     uint32_t size;   /* sizeof(struct attn_mha_fwd_args) */
     int32_t threads; /* CPU threads to use at most; 0: the OpenMP run time's own number */
 
-    const DLTensor *q, *k, *v;            /* fp32 (CPU only), bf16, fp16 or fp8 e4m3fn, one dtype */
-    const DLTensor *k_new, *v_new;        /* [b, s_new, h_k, d] or, with cu_seqlens_k_new, packed */
-    const DLTensor *qv;                   /* [b, s_q, h_q, d_v] or packed: the second score term */
-    const DLTensor *out;                  /* q's dtype; bf16 for fp8.  NULL only for plan */
-    const DLTensor *lse;                  /* NULL only for plan */
-    const DLTensor *out_accum;            /* fp32 [splits, b, h_q, s_q, d_v] or [splits, h_q, t_q, d_v] */
-    const DLTensor *lse_accum;            /* the same without d_v; both needed when plan.splits > 1 */
-    const DLTensor *cu_seqlens_q;         /* int32 [b + 1], contiguous, first element 0 */
-    const DLTensor *cu_seqlens_k;         /* int32 [b + 1] */
-    const DLTensor *cu_seqlens_k_new;     /* int32 [b + 1]; ignored without k_new */
-    const DLTensor *seqused_q, *seqused_k; /* int32 [b]: live rows of each sequence */
-    const DLTensor *page_table;           /* int32 [rows, max_pages] */
-    const DLTensor *kv_batch_idx;         /* int32 [b] */
-    const DLTensor *leftpad_k;            /* int32 [b] */
-    const DLTensor *rotary_cos, *rotary_sin; /* [ro, r / 2], q's dtype; need k_new */
-    const DLTensor *seqlens_rotary;       /* int32 [b]; ignored without rotary_cos */
+    const DLTensor *q, *k, *v;     /* fp32 (CPU only), bf16, fp16 or fp8 e4m3fn, one dtype */
+    const DLTensor *k_new, *v_new; /* [b, s_new, h_k, d] or, with cu_seqlens_k_new, packed */
+    const DLTensor *qv;            /* [b, s_q, h_q, d_v] or packed: the second score term */
+    const DLTensor *out;           /* q's dtype; bf16 for fp8.  NULL only for plan */
+    const DLTensor *lse;           /* NULL only for plan */
+    const DLTensor *out_accum;     /* fp32 [splits, b, h_q, s_q, d_v] or [splits, h_q, t_q, d_v] */
+    const DLTensor *lse_accum;     /* the same without d_v; both needed when plan.splits > 1 */
+    const DLTensor *cu_seqlens_q;  /* int32 [b + 1], contiguous, first element 0 */
+    const DLTensor *cu_seqlens_k;  /* int32 [b + 1] */
+    const DLTensor *cu_seqlens_k_new;                  /* int32 [b + 1]; ignored without k_new */
+    const DLTensor *seqused_q, *seqused_k;             /* int32 [b]: live rows of each sequence */
+    const DLTensor *page_table;                        /* int32 [rows, max_pages] */
+    const DLTensor *kv_batch_idx;                      /* int32 [b] */
+    const DLTensor *leftpad_k;                         /* int32 [b] */
+    const DLTensor *rotary_cos, *rotary_sin;           /* [ro, r / 2], q's dtype; need k_new */
+    const DLTensor *seqlens_rotary;                    /* int32 [b]; ignored without rotary_cos */
     const DLTensor *q_descale, *k_descale, *v_descale; /* fp32 [b, h_k]; used for fp8 only */
-    const DLTensor *sinks;                /* [h_q], fp32, bf16 or fp16: one more logit a head */
-    const DLTensor *cp_tot_seqused_k;     /* int32 [b]: global key count, with cp_world_size > 1 */
-    const DLTensor *scheduler_metadata;   /* shape checked, contents never read */
+    const DLTensor *sinks;              /* [h_q], fp32, bf16 or fp16: one more logit a head */
+    const DLTensor *cp_tot_seqused_k;   /* int32 [b]: global key count, with cp_world_size > 1 */
+    const DLTensor *scheduler_metadata; /* shape checked, contents never read */
 
     double softmax_scale;
-    double softcap;            /* <= 0: off */
-    int64_t max_seqlen_q;      /* needed with cu_seqlens_q; an over-estimate is legal */
-    int64_t max_seqlen_k;      /* needed with cu_seqlens_k */
+    double softcap;                    /* <= 0: off */
+    int64_t max_seqlen_q;              /* needed with cu_seqlens_q; an over-estimate is legal */
+    int64_t max_seqlen_k;              /* needed with cu_seqlens_k */
     int64_t window_left, window_right; /* negative: unlimited */
-    int64_t attention_chunk;   /* <= 0: off */
+    int64_t attention_chunk;           /* <= 0: off */
     int32_t causal;
     int32_t rotary_interleaved;
-    int32_t num_splits;        /* 1: none; > 1: so many (an upper bound for ragged); <= 0: chosen */
-    int32_t pack_gqa;          /* -1 unset, 0, 1: tuning only */
-    int32_t sm_margin;         /* SMs left free: tuning only */
-    int32_t cp_world_size;     /* <= 1: off; local key j is global key j * world + rank */
+    int32_t num_splits;    /* 1: none; > 1: so many (an upper bound for ragged); <= 0: chosen */
+    int32_t pack_gqa;      /* -1 unset, 0, 1: tuning only */
+    int32_t sm_margin;     /* SMs left free: tuning only */
+    int32_t cp_world_size; /* <= 1: off; local key j is global key j * world + rank */
     int32_t cp_rank;
     int32_t reserved;
 };
@@ -142,9 +142,9 @@ struct attn_mha_fwd_plan {
     int32_t splits;          /* key ranges computed apart and combined; 1 = none */
     int64_t workspace_bytes; /* may be 0; the workspace is 64-byte aligned, on q's device */
     int64_t piece;           /* keys of one split */
-    int64_t shape[12];       /* b s_q s_k t_q t_k h_q h_k d_qk d_v s_new page features: compared by run */
-    int64_t tile[8];         /* the backend's own integers: tiles, tasks, slots */
-    char kernel[96];         /* name of the kernel that will run */
+    int64_t shape[12]; /* b s_q s_k t_q t_k h_q h_k d_qk d_v s_new page features: compared by run */
+    int64_t tile[8];   /* the backend's own integers: tiles, tasks, slots */
+    char kernel[96];   /* name of the kernel that will run */
 };
 
 ATTN_API attn_status attn_mha_fwd_plan(const struct attn_mha_fwd_args *args,
@@ -176,7 +176,8 @@ struct attn_split_combine_args {
     const DLTensor *lse;         /* fp32 [b, s, h], any strides */
 };
 
-ATTN_API attn_status attn_split_combine_run(const struct attn_split_combine_args *args, void *stream);
+ATTN_API attn_status attn_split_combine_run(const struct attn_split_combine_args *args,
+                                            void *stream);
 
 #ifdef __cplusplus
 }

@@ -44,10 +44,7 @@ static inline uint32_t attn_float_bits(float f)
     return u;
 }
 
-static inline float attn_bf16_to_float(uint16_t h)
-{
-    return attn_bits_float((uint32_t)h << 16);
-}
+static inline float attn_bf16_to_float(uint16_t h) { return attn_bits_float((uint32_t)h << 16); }
 
 static inline uint16_t attn_float_to_bf16(float f)
 {

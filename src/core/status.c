@@ -18,12 +18,6 @@ attn_status attn_fail(attn_status status, const char *format, ...)
     return status;
 }
 
-const char *attn_last_error(void)
-{
-    return message;
-}
+const char *attn_last_error(void) { return message; }
 
-const char *attn_version(void)
-{
-    return ATTN_VERSION_STRING;
-}
+const char *attn_version(void) { return ATTN_VERSION_STRING; }

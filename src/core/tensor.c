@@ -9,7 +9,10 @@
 const char *attn_tensor_dtype_text(const DLTensor *t, char text[32])
 {
     static const char *const names[] = {
-        [kDLInt] = "int", [kDLUInt] = "uint", [kDLFloat] = "fp", [kDLBfloat] = "bf",
+        [kDLInt] = "int",
+        [kDLUInt] = "uint",
+        [kDLFloat] = "fp",
+        [kDLBfloat] = "bf",
     };
     unsigned code = t->dtype.code, bits = t->dtype.bits, lanes = t->dtype.lanes;
     if (code == kDLFloat8_e4m3fn)

@@ -31,10 +31,7 @@ static inline int64_t attn_tensor_stride(const DLTensor *t, int32_t dim)
     return stride;
 }
 
-static inline char *attn_tensor_data(const DLTensor *t)
-{
-    return (char *)t->data + t->byte_offset;
-}
+static inline char *attn_tensor_data(const DLTensor *t) { return (char *)t->data + t->byte_offset; }
 
 static inline bool attn_tensor_empty(const DLTensor *t)
 {

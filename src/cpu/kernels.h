@@ -27,13 +27,13 @@
 /* Where the keys of one sequence lie.  Key j is at cache position x = first + j: row x of a
  * contiguous cache, or slot x % page of page pages[x / page].  All strides are bytes. */
 struct attn_kv_view {
-    const char *k, *v;       /* position 0 (of page 0 when paged), KV head 0 of the task */
-    int64_t k_row, v_row;    /* one position to the next */
-    int64_t k_head, v_head;  /* one KV head to the next */
-    int64_t k_page, v_page;  /* one page to the next */
-    const int32_t *pages;    /* NULL: contiguous */
-    int64_t page;            /* positions a page */
-    int64_t first;           /* position of key 0: the left padding */
+    const char *k, *v;      /* position 0 (of page 0 when paged), KV head 0 of the task */
+    int64_t k_row, v_row;   /* one position to the next */
+    int64_t k_head, v_head; /* one KV head to the next */
+    int64_t k_page, v_page; /* one page to the next */
+    const int32_t *pages;   /* NULL: contiguous */
+    int64_t page;           /* positions a page */
+    int64_t first;          /* position of key 0: the left padding */
 };
 
 static inline int64_t attn_kv_k_offset(const struct attn_kv_view *kv, int64_t j)
@@ -60,34 +60,34 @@ static inline int64_t attn_kv_v_offset(const struct attn_kv_view *kv, int64_t j)
  * A sink adds exp(sink) to l.  A row with no visible key gives out 0 and lse -inf, or the sink.  A
  * row with a NaN or +inf among its visible scores gives NaN in out, and an lse of NaN or +inf. */
 struct attn_mha_task {
-    int32_t rows, heads;         /* heads: KV heads; 1 unless the kernel is a decode kernel */
+    int32_t rows, heads; /* heads: KV heads; 1 unless the kernel is a decode kernel */
     int32_t d_qk, d_v;
-    const char *q, *qv;          /* qv NULL: off */
+    const char *q, *qv; /* qv NULL: off */
     char *out;
     float *lse;
     const int64_t *q_row, *qv_row, *out_row; /* [rows] bytes */
     const int64_t *lse_row;                  /* [rows] elements */
     int64_t q_head, qv_head, out_head;       /* bytes */
     int64_t lse_head;                        /* elements */
-    const int32_t *lo, *hi;      /* [rows] row r sees keys lo <= j < hi; lo = hi = 0: none */
-    int64_t k_begin, k_end;      /* k_begin is a multiple of the kernel's n; empty: k_begin = k_end */
+    const int32_t *lo, *hi; /* [rows] row r sees keys lo <= j < hi; lo = hi = 0: none */
+    int64_t k_begin, k_end; /* k_begin is a multiple of the kernel's n; empty: k_begin = k_end */
     struct attn_kv_view kv;
-    const char *packed;          /* this KV head's blocks: keys [i n, (i + 1) n) at i * pack_bytes */
-    const float *score_scale;    /* [heads] softmax scale times q and k descales */
-    const float *out_scale;      /* [heads] v descale */
-    float softcap;               /* 0: off */
-    const float *sinks;          /* [heads][rows] logits, or NULL */
-    bool partial;                /* out is fp32 whatever the dtype: a split's partial result */
+    const char *packed;       /* this KV head's blocks: keys [i n, (i + 1) n) at i * pack_bytes */
+    const float *score_scale; /* [heads] softmax scale times q and k descales */
+    const float *out_scale;   /* [heads] v descale */
+    float softcap;            /* 0: off */
+    const float *sinks;       /* [heads][rows] logits, or NULL */
+    bool partial;             /* out is fp32 whatever the dtype: a split's partial result */
 };
 
 /* One kernel of mha_fwd (many rows, lanes are queries) or mha_decode (few rows a KV head, lanes are
  * the width).  d_s is the width of a score's dot product: d_qk, or d_qk + d_v with qv. */
 struct attn_mha_kernel {
-    const char *name;    /* attn_mha_fwd_bf16_avx512 */
-    int32_t rows_max;    /* most rows a task may have */
-    int32_t rows_step;   /* rows are padded to a multiple of this inside; a power of two */
-    int32_t n;           /* keys of a block */
-    bool decode;         /* takes several KV heads a task and walks the cache in address order */
+    const char *name;  /* attn_mha_fwd_bf16_avx512 */
+    int32_t rows_max;  /* most rows a task may have */
+    int32_t rows_step; /* rows are padded to a multiple of this inside; a power of two */
+    int32_t n;         /* keys of a block */
+    bool decode;       /* takes several KV heads a task and walks the cache in address order */
     /* Bytes of scratch one thread needs for tasks of at most these sizes. */
     int64_t (*scratch_bytes)(int64_t d_s, int64_t d_v, int64_t rows, int64_t heads);
     /* Kernels that want K and V rearranged once for all row blocks of a KV head; NULL: reads them
@@ -104,7 +104,7 @@ struct attn_mha_kernel {
  * copied.  Computed in fp32, rounded to the dtype.  y == x is allowed.
  *   interleaved: pairs (2m, 2m + 1), else (m, m + r / 2);  x' = x cos - y sin, y' = x sin + y cos */
 struct attn_rotary_kernel {
-    const char *name;    /* attn_rotary_bf16_avx512 */
+    const char *name; /* attn_rotary_bf16_avx512 */
     void (*run)(const void *x, void *y, const void *cos, const void *sin, int32_t d, int32_t r,
                 bool interleaved);
 };
@@ -112,7 +112,7 @@ struct attn_rotary_kernel {
 /* Combines one row: out[0..d_v) from `splits` partial rows o + s * o_split (elements) with weights
  * exp(lse[s * lse_split] - max), sink (may be NULL) added to the sum once; *lse_out is the total. */
 struct attn_split_combine_kernel {
-    const char *name;    /* attn_split_combine_avx512 */
+    const char *name; /* attn_split_combine_avx512 */
     void (*run)(const float *o, int64_t o_split, const float *lse, int64_t lse_split,
                 int32_t splits, int32_t d_v, const float *sink, void *out,
                 enum attn_dtype out_dtype, float *lse_out);
@@ -120,7 +120,8 @@ struct attn_split_combine_kernel {
 
 struct attn_cpu_kernels {
     const struct attn_mha_kernel *mha_fwd[ATTN_DTYPES];
-    const struct attn_mha_kernel *mha_fwd_short[ATTN_DTYPES]; /* G * s_q too small to repay a pack */
+    const struct attn_mha_kernel
+        *mha_fwd_short[ATTN_DTYPES];                       /* G * s_q too small to repay a pack */
     const struct attn_mha_kernel *mha_decode[ATTN_DTYPES]; /* rows_max rows of G * s_q */
     const struct attn_rotary_kernel *rotary[ATTN_DTYPES];
     const struct attn_split_combine_kernel *split_combine;

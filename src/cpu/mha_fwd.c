@@ -30,12 +30,19 @@ typedef struct attn_mha_fwd_plan plan_t;
 typedef struct attn_cpu_seq seq_t;
 
 enum form { FORM_REF, FORM_PREFILL, FORM_DECODE };
-enum { TILE_FORM, TILE_ROWS, TILE_SLOTS, TILE_SLOT_BYTES, TILE_THREADS, TILE_SCRATCH }; /* plan.tile */
+enum {
+    TILE_FORM,
+    TILE_ROWS,
+    TILE_SLOTS,
+    TILE_SLOT_BYTES,
+    TILE_THREADS,
+    TILE_SCRATCH
+}; /* plan.tile */
 
-#define SHORT_ROWS 128                    /* below this a pack of K and V is not repaid */
+#define SHORT_ROWS 128 /* below this a pack of K and V is not repaid */
 #define PACK_BYTES_MAX ((int64_t)256 << 20)
 #define SPLITS_MAX 256
-#define SMALL_WORK 4e6                    /* FLOP below which waking threads costs more */
+#define SMALL_WORK 4e6 /* FLOP below which waking threads costs more */
 
 static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -134,12 +141,12 @@ attn_status attn_mha_fwd_cpu_plan_with(const struct attn_cpu_kernels *table, con
     plan->tile[TILE_FORM] = kernel->decode ? FORM_DECODE : FORM_PREFILL;
     plan->tile[TILE_ROWS] = rows;
     plan->tile[TILE_THREADS] = work < SMALL_WORK ? 1 : attn_threads(p->threads, INT64_MAX);
-    plan->tile[TILE_SCRATCH] =
-        row_table_bytes(rows, heads) +
-        round_up(kernel->scratch_bytes(d_s, p->d_v, rows, heads), 128);
+    plan->tile[TILE_SCRATCH] = row_table_bytes(rows, heads) +
+                               round_up(kernel->scratch_bytes(d_s, p->d_v, rows, heads), 128);
     if (kernel->pack) {
         int64_t slot = round_up(ceil_div(max64(p->s_k, 1), kernel->n) *
-                                    kernel->pack_bytes(d_s, p->d_v), 64);
+                                    kernel->pack_bytes(d_s, p->d_v),
+                                64);
         int64_t units = p->b * p->h_k;
         plan->tile[TILE_SLOT_BYTES] = slot;
         plan->tile[TILE_SLOTS] = min64(units, max64(PACK_BYTES_MAX / slot, 1));
@@ -152,20 +159,20 @@ attn_status attn_mha_fwd_cpu_plan_with(const struct attn_cpu_kernels *table, con
 
 /* What all tasks of one call share. */
 struct call {
-    problem_t p;              /* q replaced by its rotated copy where there is a rotary table */
-    struct attn_rows raw_q;   /* the caller's */
+    problem_t p;            /* q replaced by its rotated copy where there is a rotary table */
+    struct attn_rows raw_q; /* the caller's */
     const plan_t *plan;
     const struct attn_mha_kernel *kernel;
     const struct attn_rotary_kernel *rotary;
     const struct attn_split_combine_kernel *combine;
     seq_t *seqs;
-    int64_t *first_task;      /* [b + 1] row blocks of the sequences before */
+    int64_t *first_task;            /* [b + 1] row blocks of the sequences before */
     float *score_scale, *out_scale; /* [b, h_k] */
-    float *sinks;             /* [h_q] or NULL */
+    float *sinks;                   /* [h_q] or NULL */
     char *packs, *scratch;
-    int64_t group;            /* query heads a KV head */
-    int64_t block_rows;       /* rows a prefill task */
-    int64_t block_heads;      /* KV heads a decode task */
+    int64_t group;       /* query heads a KV head */
+    int64_t block_rows;  /* rows a prefill task */
+    int64_t block_heads; /* KV heads a decode task */
     int threads;
 };
 
@@ -195,9 +202,12 @@ static struct attn_kv_view kv_view(const problem_t *p, const seq_t *s, int64_t h
 {
     int64_t bytes = attn_dtype_bytes(p->dtype);
     struct attn_kv_view kv = {
-        .k = p->k.data + bytes * head * p->k.head, .v = p->v.data + bytes * head * p->v.head,
-        .k_row = bytes * p->k.row, .v_row = bytes * p->v.row,
-        .k_head = bytes * p->k.head, .v_head = bytes * p->v.head,
+        .k = p->k.data + bytes * head * p->k.head,
+        .v = p->v.data + bytes * head * p->v.head,
+        .k_row = bytes * p->k.row,
+        .v_row = bytes * p->v.row,
+        .k_head = bytes * p->k.head,
+        .v_head = bytes * p->v.head,
         .first = s->leftpad,
     };
     if (p->page_table) {
@@ -256,25 +266,38 @@ static void run_task(const struct call *c, int64_t i, int64_t head, int64_t head
     if (first > end || k_begin >= k_end) k_begin = k_end = 0;
 
     struct attn_mha_task task = {
-        .rows = (int32_t)rows, .heads = (int32_t)heads,
-        .d_qk = (int32_t)p->d_qk, .d_v = (int32_t)p->d_v,
+        .rows = (int32_t)rows,
+        .heads = (int32_t)heads,
+        .d_qk = (int32_t)p->d_qk,
+        .d_v = (int32_t)p->d_v,
         .q = p->q.data + in * (i * p->q.batch + s->q_start * p->q.row + q_head * p->q.head),
-        .qv = p->qv.data ? p->qv.data + in * (i * p->qv.batch + s->q_start * p->qv.row +
-                                              q_head * p->qv.head) : NULL,
-        .out = out->data + out_bytes * (i * out->batch + s->q_start * out->row +
-                                        q_head * out->head +
-                                        (partial ? split * p->out_accum_split : 0)),
+        .qv = p->qv.data ? p->qv.data +
+                               in * (i * p->qv.batch + s->q_start * p->qv.row + q_head * p->qv.head)
+                         : NULL,
+        .out = out->data +
+               out_bytes * (i * out->batch + s->q_start * out->row + q_head * out->head +
+                            (partial ? split * p->out_accum_split : 0)),
         .lse = partial ? p->lse_accum + split * p->lse_accum_split + i * p->lse_accum_batch +
                              s->q_start + q_head * lse_head
                        : p->lse + i * p->lse_batch + s->q_start + q_head * lse_head,
-        .q_row = q_row, .qv_row = qv_row, .out_row = out_row, .lse_row = lse_row,
-        .q_head = in * group * p->q.head, .qv_head = in * group * p->qv.head,
-        .out_head = out_bytes * group * out->head, .lse_head = group * lse_head,
-        .lo = lo, .hi = hi, .k_begin = k_begin, .k_end = k_end,
-        .kv = kv_view(p, s, head), .packed = packed,
+        .q_row = q_row,
+        .qv_row = qv_row,
+        .out_row = out_row,
+        .lse_row = lse_row,
+        .q_head = in * group * p->q.head,
+        .qv_head = in * group * p->qv.head,
+        .out_head = out_bytes * group * out->head,
+        .lse_head = group * lse_head,
+        .lo = lo,
+        .hi = hi,
+        .k_begin = k_begin,
+        .k_end = k_end,
+        .kv = kv_view(p, s, head),
+        .packed = packed,
         .score_scale = c->score_scale + i * p->h_k + head,
         .out_scale = c->out_scale + i * p->h_k + head,
-        .softcap = (float)p->softcap, .sinks = c->sinks && !partial ? sinks : NULL,
+        .softcap = (float)p->softcap,
+        .sinks = c->sinks && !partial ? sinks : NULL,
         .partial = partial,
     };
     c->kernel->run(&task, scratch);
@@ -286,8 +309,10 @@ static int64_t find_sequence(const int64_t *first_task, int64_t b, int64_t t)
     int64_t low = 0, high = b;
     while (high - low > 1) {
         int64_t middle = low + (high - low) / 2;
-        if (first_task[middle] <= t) low = middle;
-        else high = middle;
+        if (first_task[middle] <= t)
+            low = middle;
+        else
+            high = middle;
     }
     return low;
 }
@@ -391,8 +416,8 @@ static void combine_head(void *context, int64_t task, int thread)
     for (int64_t t = c->seqs[i].q_start; t < c->seqs[i].q_start + c->seqs[i].q_len; ++t)
         c->combine->run(o + t * p->out_accum.row, p->out_accum_split, lse + t, p->lse_accum_split,
                         c->plan->splits, (int32_t)p->d_v, c->sinks ? c->sinks + h : NULL,
-                        p->out.data + out_bytes * (i * p->out.batch + t * p->out.row +
-                                                   h * p->out.head),
+                        p->out.data +
+                            out_bytes * (i * p->out.batch + t * p->out.row + h * p->out.head),
                         p->out_dtype, p->lse + i * p->lse_batch + h * p->lse_head + t);
 }
 
@@ -480,8 +505,8 @@ static void run_phases(struct call *c)
         c->block_rows = choose_rows(c);
         c->first_task[0] = 0;
         for (int64_t i = 0; i < p->b; ++i)
-            c->first_task[i + 1] =
-                c->first_task[i] + ceil_div(c->seqs[i].q_len * c->group, c->block_rows);
+            c->first_task[i + 1] = c->first_task[i] +
+                                   ceil_div(c->seqs[i].q_len * c->group, c->block_rows);
         run_prefill(c);
     }
     if (c->plan->splits > 1) attn_parallel(c->threads, p->b * p->h_q, combine_head, c);
@@ -498,14 +523,19 @@ attn_status attn_mha_fwd_cpu_run_with(const struct attn_cpu_kernels *table, cons
                "workspace: expected %lld bytes, got %lld", (long long)l.bytes,
                (long long)workspace_bytes);
     struct call c = {
-        .p = *p, .raw_q = p->q, .plan = plan, .kernel = choose_kernel(table, p),
-        .rotary = table->rotary[p->dtype], .combine = table->split_combine,
+        .p = *p,
+        .raw_q = p->q,
+        .plan = plan,
+        .kernel = choose_kernel(table, p),
+        .rotary = table->rotary[p->dtype],
+        .combine = table->split_combine,
         .seqs = (seq_t *)(void *)(workspace + l.seqs),
         .first_task = (int64_t *)(void *)(workspace + l.first_task),
         .score_scale = (float *)(void *)(workspace + l.scales),
         .out_scale = (float *)(void *)(workspace + l.scales) + p->b * p->h_k,
         .sinks = p->sinks ? (float *)(void *)(workspace + l.sinks) : NULL,
-        .packs = workspace + l.packs, .scratch = workspace + l.scratch,
+        .packs = workspace + l.packs,
+        .scratch = workspace + l.scratch,
         .group = p->h_q / p->h_k,
     };
     for (int64_t i = 0; i < p->b; ++i) ATTN_TRY(attn_cpu_seq_read(p, i, &c.seqs[i]));

@@ -11,13 +11,14 @@
 
 /* One sequence, its lengths read and found in range. */
 struct attn_cpu_seq {
-    int64_t q_start, q_len;  /* rows of the packed q (or 0), live rows */
-    int64_t k_start, k_len;  /* first row of packed k (or 0); effective keys: cached - leftpad + new */
-    int64_t cached;          /* cache position where the append starts */
+    int64_t q_start, q_len; /* rows of the packed q (or 0), live rows */
+    int64_t k_start,
+        k_len;      /* first row of packed k (or 0); effective keys: cached - leftpad + new */
+    int64_t cached; /* cache position where the append starts */
     int64_t new_start, new_len;
-    int64_t leftpad, row;    /* row: of the cache or the page table */
-    int64_t rotary;          /* position of the first new key */
-    int64_t total;           /* context parallel: global key count */
+    int64_t leftpad, row; /* row: of the cache or the page table */
+    int64_t rotary;       /* position of the first new key */
+    int64_t total;        /* context parallel: global key count */
 };
 
 /* Reads and checks what the index tensors say of sequence i; ATTN_E_VALUE names the entry. */

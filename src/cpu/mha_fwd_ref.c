@@ -105,13 +105,16 @@ static void attend(const struct attn_mha_fwd_problem *p, const struct attn_cpu_s
     struct row r = {.p = p, .seq = seq, .i = i, .h = h, .hk = h / (p->h_q / p->h_k)};
     double out[WIDTH_MAX] = {0}, m = -INFINITY, l = 0, v_scale;
     int64_t bytes = attn_dtype_bytes(p->dtype), t = seq->q_start + i;
-    r.scale = p->scale * load_descale(p->q_descale, p->q_descale_batch, p->q_descale_head, b, r.hk) *
+    r.scale = p->scale *
+              load_descale(p->q_descale, p->q_descale_batch, p->q_descale_head, b, r.hk) *
               load_descale(p->k_descale, p->k_descale_batch, p->k_descale_head, b, r.hk);
     v_scale = load_descale(p->v_descale, p->v_descale_batch, p->v_descale_head, b, r.hk);
 
     const char *q = p->q.data + bytes * (b * p->q.batch + t * p->q.row + h * p->q.head);
-    if (p->rotary_cos) rotate(p, q, attn_rotary_query_position(p, seq, i), r.q);
-    else for (int64_t c = 0; c < p->d_qk; ++c) r.q[c] = attn_load(p->dtype, q, c);
+    if (p->rotary_cos)
+        rotate(p, q, attn_rotary_query_position(p, seq, i), r.q);
+    else
+        for (int64_t c = 0; c < p->d_qk; ++c) r.q[c] = attn_load(p->dtype, q, c);
     const char *qv = p->qv.data + bytes * (b * p->qv.batch + t * p->qv.row + h * p->qv.head);
     for (int64_t c = 0; p->qv.data && c < p->d_v; ++c) r.qv[c] = attn_load(p->dtype, qv, c);
 

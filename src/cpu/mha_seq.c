@@ -77,8 +77,8 @@ attn_status attn_cpu_seq_read(const problem_t *p, int64_t i, struct attn_cpu_seq
                                   &s->new_start, &s->new_len));
         ATTN_CHECK(n + s->new_len <= p->s_k, ATTN_E_VALUE,
                    "cache_seqlens: expected entry %lld plus %lld new keys within the cache's %lld "
-                   "positions, got %lld", (long long)i, (long long)s->new_len, (long long)p->s_k,
-                   (long long)n);
+                   "positions, got %lld",
+                   (long long)i, (long long)s->new_len, (long long)p->s_k, (long long)n);
     }
     s->cached = n;
     s->k_len = n - s->leftpad + s->new_len;
@@ -93,7 +93,8 @@ attn_status attn_cpu_seq_read(const problem_t *p, int64_t i, struct attn_cpu_seq
         int64_t rows = s->new_len > queries ? s->new_len : queries;
         ATTN_CHECK(s->rotary >= 0 && s->rotary + rows <= p->rotary_rows, ATTN_E_VALUE,
                    "rotary_cos: expected positions %lld to %lld of sequence %lld within its %lld "
-                   "rows", (long long)s->rotary, (long long)(s->rotary + rows - 1), (long long)i,
+                   "rows",
+                   (long long)s->rotary, (long long)(s->rotary + rows - 1), (long long)i,
                    (long long)p->rotary_rows);
     }
     if (p->cp_world > 1) {

@@ -50,8 +50,8 @@ static void combine_row(void *context, int64_t task, int thread)
     const struct attn_split_combine_problem *p = c->p;
     const int64_t *os = p->out_partial_stride, *ls = p->lse_partial_stride;
     int64_t i = task / p->s, t = task % p->s;
-    char *out = p->out + attn_dtype_bytes(p->out_dtype) * (i * p->out_stride[0] +
-                                                           t * p->out_stride[1]);
+    char *out = p->out +
+                attn_dtype_bytes(p->out_dtype) * (i * p->out_stride[0] + t * p->out_stride[1]);
     float *lse = p->lse + i * p->lse_stride[0] + t * p->lse_stride[1];
     for (int64_t h = 0; h < p->h; ++h)
         c->kernel->run(p->out_partial + i * os[1] + t * os[2] + h * os[3], os[0],

@@ -14,10 +14,7 @@
 
 static atomic_int forked; /* this process is a fork's child: its OpenMP pool died with the parent */
 
-static void note_fork(void)
-{
-    atomic_store(&forked, 1);
-}
+static void note_fork(void) { atomic_store(&forked, 1); }
 
 /* At load: the pool may be torch's, used before our first call. */
 __attribute__((constructor)) static void watch_forks(void)
@@ -34,8 +31,8 @@ int attn_threads(int32_t wish, int64_t tasks)
     return tasks < n ? (int)tasks : n;
 }
 
-void attn_parallel(int threads, int64_t tasks, void (*body)(void *context, int64_t task, int thread),
-                   void *context)
+void attn_parallel(int threads, int64_t tasks,
+                   void (*body)(void *context, int64_t task, int thread), void *context)
 {
     if (threads <= 1 || tasks <= 1) {
         uint32_t state = attn_fp_enter();

@@ -16,8 +16,8 @@ int attn_threads(int32_t wish, int64_t tasks);
 /* Calls body(context, task, thread) for 0 <= task < tasks on up to `threads` threads, in rising
  * order of start, each inside attn_fp_enter / leave; returns when all are done.  One thread is the
  * caller, without OpenMP, which would allocate a team. */
-void attn_parallel(int threads, int64_t tasks, void (*body)(void *context, int64_t task, int thread),
-                   void *context);
+void attn_parallel(int threads, int64_t tasks,
+                   void (*body)(void *context, int64_t task, int thread), void *context);
 
 /* MXCSR to round-to-nearest with denormals flushed, all exceptions masked; returns the old state,
  * which attn_fp_leave restores.  Every thread of a region does this, so results do not depend on

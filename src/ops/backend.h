@@ -17,7 +17,8 @@ struct attn_backend {
     attn_status (*mha_fwd_run)(const struct attn_mha_fwd_problem *problem,
                                const struct attn_mha_fwd_plan *plan, char *workspace,
                                int64_t workspace_bytes, void *stream);
-    attn_status (*split_combine_run)(const struct attn_split_combine_problem *problem, void *stream);
+    attn_status (*split_combine_run)(const struct attn_split_combine_problem *problem,
+                                     void *stream);
     const char *(*kernel_name)(int index); /* NULL past the last */
 };
 

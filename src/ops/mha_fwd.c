@@ -88,8 +88,9 @@ static attn_status check_query(const args_t *a, problem_t *p)
                "q: expected on a CPU or CUDA device, got DLPack device type %d",
                (int)p->device.device_type);
     bool cpu = p->device.device_type == kDLCPU;
-    ATTN_TRY(attn_tensor_dtype(q, "q", cpu ? "fp32, bf16, fp16 or fp8 e4m3fn"
-                                           : "bf16, fp16 or fp8 e4m3fn", &p->dtype));
+    ATTN_TRY(attn_tensor_dtype(q, "q",
+                               cpu ? "fp32, bf16, fp16 or fp8 e4m3fn" : "bf16, fp16 or fp8 e4m3fn",
+                               &p->dtype));
     ATTN_CHECK(cpu || p->dtype != ATTN_F32, ATTN_E_DTYPE,
                "q: expected dtype bf16, fp16 or fp8 e4m3fn on a GPU, got fp32");
     p->out_dtype = attn_dtype_out(p->dtype);
@@ -127,8 +128,8 @@ static attn_status check_keys(const args_t *a, problem_t *p)
     const char *wish = packed  ? "[t_k, h_k, d]"
                        : paged ? "[num_pages, page, h_k, d]"
                                : "[rows, s_k, h_k, d]";
-    ATTN_TRY(check_rows(a->k, "k", wish, packed, p, p->dtype, (int64_t[]){-1, -1, -1, p->d_qk},
-                        &p->k));
+    ATTN_TRY(
+        check_rows(a->k, "k", wish, packed, p, p->dtype, (int64_t[]){-1, -1, -1, p->d_qk}, &p->k));
     const int64_t *s = a->k->shape;
     p->h_k = s[a->k->ndim - 2];
     int64_t want[4] = {packed ? -1 : s[0], s[a->k->ndim - 3], p->h_k, -1};
@@ -136,8 +137,8 @@ static attn_status check_keys(const args_t *a, problem_t *p)
     p->d_v = a->v->shape[a->v->ndim - 1];
 
     ATTN_CHECK(p->h_k > 0 && p->h_q > 0 && p->h_q % p->h_k == 0, ATTN_E_SHAPE,
-               "q: expected h_q a positive multiple of k's %lld heads, got %lld",
-               (long long)p->h_k, (long long)p->h_q);
+               "q: expected h_q a positive multiple of k's %lld heads, got %lld", (long long)p->h_k,
+               (long long)p->h_q);
     int64_t unit = p->dtype == ATTN_F8 ? 16 : 8;
     ATTN_CHECK(p->d_qk > 0 && p->d_qk <= WIDTH_MAX && p->d_qk % unit == 0, ATTN_E_SHAPE,
                "q: expected a head dim that is a multiple of %lld up to %d for %s, got %lld",
@@ -206,8 +207,7 @@ static attn_status check_append(const args_t *a, problem_t *p)
                "rotary_cos: expected none without k_new, got a table");
     if (!a->k_new) return ATTN_OK;
 
-    ATTN_CHECK(!a->cu_seqlens_k, ATTN_E_VALUE,
-               "k_new: expected none with cu_seqlens_k, got both");
+    ATTN_CHECK(!a->cu_seqlens_k, ATTN_E_VALUE, "k_new: expected none with cu_seqlens_k, got both");
     ATTN_CHECK(p->seqused_k, ATTN_E_VALUE,
                "cache_seqlens (seqused_k): expected a tensor with k_new, got none");
     ATTN_CHECK(p->s_q <= p->s_k, ATTN_E_VALUE,
@@ -224,8 +224,8 @@ static attn_status check_append(const args_t *a, problem_t *p)
                         (int64_t[]){b, p->s_new, p->h_k, p->d_v}, &p->v_new));
     ATTN_TRY(check_distinct(a->k, "k"));
     ATTN_TRY(check_distinct(a->v, "v"));
-    ATTN_TRY(check_index(a->cu_seqlens_k_new, "cu_seqlens_k_new", p->b + 1, p,
-                         &p->cu_seqlens_k_new));
+    ATTN_TRY(
+        check_index(a->cu_seqlens_k_new, "cu_seqlens_k_new", p->b + 1, p, &p->cu_seqlens_k_new));
 
     ATTN_CHECK(!a->rotary_cos == !a->rotary_sin, ATTN_E_VALUE,
                "%s: expected both rotary_cos and rotary_sin or neither, got one",
@@ -354,8 +354,8 @@ static attn_status check_mask(const args_t *a, problem_t *p)
         ATTN_CHECK(p->chunk == 0 && p->window_left < 0 && (p->window_right < 0 || p->causal),
                    ATTN_E_VALUE,
                    "cp_world_size: expected no window and no attention_chunk with it, got one");
-        ATTN_TRY(check_index(a->cp_tot_seqused_k, "cp_tot_seqused_k", p->b, p,
-                             &p->cp_tot_seqused_k));
+        ATTN_TRY(
+            check_index(a->cp_tot_seqused_k, "cp_tot_seqused_k", p->b, p, &p->cp_tot_seqused_k));
         /* Rows are aligned to the global length, which the static maxima do not bound. */
         p->window_left = -1;
         p->window_right = p->causal ? 0 : -1;
@@ -365,8 +365,8 @@ static attn_status check_mask(const args_t *a, problem_t *p)
                        &p->window_right, p->chunk, &p->is_local);
         p->is_causal = p->window_left < 0 && p->window_right == 0 && p->chunk == 0;
     }
-    ATTN_CHECK(a->num_splits <= SPLITS_MAX, ATTN_E_VALUE,
-               "num_splits: expected at most %d, got %d", SPLITS_MAX, (int)a->num_splits);
+    ATTN_CHECK(a->num_splits <= SPLITS_MAX, ATTN_E_VALUE, "num_splits: expected at most %d, got %d",
+               SPLITS_MAX, (int)a->num_splits);
     p->num_splits = a->num_splits;
     p->pack_gqa = a->pack_gqa;
     p->sm_margin = a->sm_margin;
@@ -398,8 +398,9 @@ static attn_status check_metadata(const args_t *a, const problem_t *p)
     return attn_index_check(t, "scheduler_metadata", n, p->device);
 }
 
-static attn_status check_lse(const DLTensor *t, const char *name, const problem_t *p, int64_t splits,
-                             float **data, int64_t *split, int64_t *batch, int64_t *head)
+static attn_status check_lse(const DLTensor *t, const char *name, const problem_t *p,
+                             int64_t splits, float **data, int64_t *split, int64_t *batch,
+                             int64_t *head)
 {
     char text[128];
     bool packed = p->cu_seqlens_q != NULL, pieces = splits >= 0;
@@ -474,7 +475,8 @@ static attn_status check_gpu_widths(const problem_t *p)
     bool small = d <= 64 && dv <= 512, deep = d > 128 && d <= 192 && dv > 96 && dv <= 128;
     ATTN_CHECK(d == dv || small || deep, ATTN_E_SHAPE,
                "v: expected q's head dim, or up to 512 with q's <= 64, or 97..128 with q's "
-               "129..192, got d_qk %lld, d_v %lld", (long long)d, (long long)dv);
+               "129..192, got d_qk %lld, d_v %lld",
+               (long long)d, (long long)dv);
     ATTN_CHECK(p->dtype != ATTN_F8 || d == dv || dv <= 64, ATTN_E_SHAPE,
                "v: expected q's head dim or at most 64 for fp8, got d_qk %lld, d_v %lld",
                (long long)d, (long long)dv);
@@ -488,8 +490,8 @@ attn_status attn_mha_fwd_check(const args_t *a, problem_t *p, bool outputs)
 {
     ATTN_CHECK(a, ATTN_E_VALUE, "args: expected a pointer, got NULL");
     ATTN_CHECK(a->size == sizeof *a, ATTN_E_VERSION,
-               "args.size: expected %zu (libattn %s), got %u: caller and library differ",
-               sizeof *a, ATTN_VERSION_STRING, (unsigned)a->size);
+               "args.size: expected %zu (libattn %s), got %u: caller and library differ", sizeof *a,
+               ATTN_VERSION_STRING, (unsigned)a->size);
     *p = (problem_t){.threads = a->threads};
     ATTN_TRY(check_query(a, p));
     ATTN_TRY(check_keys(a, p));
@@ -549,10 +551,11 @@ attn_status attn_mha_fwd_run(const args_t *args, const struct attn_mha_fwd_plan 
                (long long)p.accum_splits);
     const struct attn_backend *backend = attn_backend_for(p.device.device_type);
     if (attn_log_on())
-        attn_log("%s b %lld s_q %lld s_k %lld t_q %lld h %lld/%lld d %lld/%lld splits %d piece %lld "
-                 "workspace %lld", plan->kernel, (long long)p.b, (long long)p.s_q,
-                 (long long)p.s_k, (long long)p.t_q, (long long)p.h_q, (long long)p.h_k,
-                 (long long)p.d_qk, (long long)p.d_v, (int)plan->splits, (long long)plan->piece,
-                 (long long)plan->workspace_bytes);
+        attn_log(
+            "%s b %lld s_q %lld s_k %lld t_q %lld h %lld/%lld d %lld/%lld splits %d piece %lld "
+            "workspace %lld",
+            plan->kernel, (long long)p.b, (long long)p.s_q, (long long)p.s_k, (long long)p.t_q,
+            (long long)p.h_q, (long long)p.h_k, (long long)p.d_qk, (long long)p.d_v,
+            (int)plan->splits, (long long)plan->piece, (long long)plan->workspace_bytes);
     return backend->mha_fwd_run(&p, plan, workspace, workspace_bytes, stream);
 }

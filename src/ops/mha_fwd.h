@@ -24,14 +24,14 @@ struct attn_mha_fwd_problem {
     int32_t threads;
 
     int64_t b, h_q, h_k, d_qk, d_v;
-    int64_t s_q;        /* longest query sequence: q's extent or max_seqlen_q */
-    int64_t s_k;        /* longest cached key sequence: extent, capacity, max_pages * page, max_seqlen_k */
-    int64_t s_new;      /* longest append: extent, or t_new when packed; 0 without k_new */
+    int64_t s_q; /* longest query sequence: q's extent or max_seqlen_q */
+    int64_t s_k; /* longest cached key sequence: extent, capacity, max_pages * page, max_seqlen_k */
+    int64_t s_new;           /* longest append: extent, or t_new when packed; 0 without k_new */
     int64_t t_q, t_k, t_new; /* rows of the packed tensor, or b * extent */
     struct attn_rows q, k, v, k_new, v_new, qv, out;
-    float *lse;         /* element (i, h, s) at lse + i * lse_batch + h * lse_head + s */
+    float *lse; /* element (i, h, s) at lse + i * lse_batch + h * lse_head + s */
     int64_t lse_batch, lse_head;
-    struct attn_rows out_accum;  /* fp32; split s at data + 4 * s * out_accum_split */
+    struct attn_rows out_accum; /* fp32; split s at data + 4 * s * out_accum_split */
     int64_t out_accum_split;
     float *lse_accum;
     int64_t lse_accum_split, lse_accum_batch, lse_accum_head;
@@ -41,9 +41,9 @@ struct attn_mha_fwd_problem {
     const int32_t *cu_seqlens_q, *cu_seqlens_k, *cu_seqlens_k_new;
     const int32_t *seqused_q, *seqused_k, *kv_batch_idx, *leftpad_k, *seqlens_rotary;
     const int32_t *page_table;
-    int64_t page_table_row;           /* elements from one row of the table to the next */
+    int64_t page_table_row;             /* elements from one row of the table to the next */
     int64_t page, num_pages, max_pages; /* 0 when not paged */
-    int64_t cache_rows;               /* rows that kv_batch_idx may name */
+    int64_t cache_rows;                 /* rows that kv_batch_idx may name */
 
     const void *rotary_cos, *rotary_sin;
     int64_t rotary_rows, rotary_width; /* ro, r */
@@ -62,7 +62,7 @@ struct attn_mha_fwd_problem {
     int64_t window_left, window_right; /* -1: unlimited; causal has window_right 0 */
     int64_t chunk;                     /* 0: off */
     bool causal, is_causal, is_local;
-    int64_t cp_world, cp_rank;         /* world 1: off */
+    int64_t cp_world, cp_rank; /* world 1: off */
     const int32_t *cp_tot_seqused_k;
     int32_t num_splits, pack_gqa, sm_margin;
     bool no_keys; /* no key storage at all: every live row gives 0 and lse +inf */

@@ -37,8 +37,8 @@ attn_status attn_split_combine_check(const struct attn_split_combine_args *a,
     char text[128];
     ATTN_CHECK(a, ATTN_E_VALUE, "args: expected a pointer, got NULL");
     ATTN_CHECK(a->size == sizeof *a, ATTN_E_VERSION,
-               "args.size: expected %zu (libattn %s), got %u: caller and library differ",
-               sizeof *a, ATTN_VERSION_STRING, (unsigned)a->size);
+               "args.size: expected %zu (libattn %s), got %u: caller and library differ", sizeof *a,
+               ATTN_VERSION_STRING, (unsigned)a->size);
     const DLTensor *x = a->out_partial;
     ATTN_CHECK(x, ATTN_E_VALUE, "out_partial: expected a tensor, got none");
     ATTN_CHECK(x->ndim == 5, ATTN_E_SHAPE,
@@ -56,11 +56,17 @@ attn_status attn_split_combine_check(const struct attn_split_combine_args *a,
     ATTN_TRY(check_output_strides(a->out, "out"));
     ATTN_TRY(check_output_strides(a->lse, "lse"));
     *p = (struct attn_split_combine_problem){
-        .device = x->device, .threads = a->threads,
-        .splits = s[0], .b = s[1], .s = s[2], .h = s[3], .d_v = s[4],
+        .device = x->device,
+        .threads = a->threads,
+        .splits = s[0],
+        .b = s[1],
+        .s = s[2],
+        .h = s[3],
+        .d_v = s[4],
         .out_partial = (const float *)attn_tensor_data(x),
         .lse_partial = (const float *)attn_tensor_data(a->lse_partial),
-        .out = attn_tensor_data(a->out), .lse = (float *)attn_tensor_data(a->lse),
+        .out = attn_tensor_data(a->out),
+        .lse = (float *)attn_tensor_data(a->lse),
     };
     ATTN_TRY(attn_tensor_dtype(a->out, "out", "fp32, fp16 or bf16", &p->out_dtype));
     ATTN_CHECK(p->out_dtype != ATTN_F8, ATTN_E_DTYPE,

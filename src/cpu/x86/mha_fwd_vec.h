@@ -52,15 +52,15 @@
 #include "cpu/kernels.h"
 
 enum {
-    N = 128,                      /* keys of a block */
-    COLS = 3,                     /* most vectors across a group */
-    GROUP = COLS * VEC_LANES,     /* most rows of a group */
+    N = 128,                  /* keys of a block */
+    COLS = 3,                 /* most vectors across a group */
+    GROUP = COLS * VEC_LANES, /* most rows of a group */
     ROWS_MAX = 384,
     GROUPS_MAX = ROWS_MAX / GROUP,
-    DEPTH = 256,                  /* of S^T's product at a time: this much q stays in L1 */
-    LINE = 16,                    /* floats of a cache line */
-    A_ROWS = VEC_LANES / 2,       /* rows of the micro-kernel */
-    PANEL = N * A_ROWS + LINE,    /* floats of a panel of V */
+    DEPTH = 256,               /* of S^T's product at a time: this much q stays in L1 */
+    LINE = 16,                 /* floats of a cache line */
+    A_ROWS = VEC_LANES / 2,    /* rows of the micro-kernel */
+    PANEL = N * A_ROWS + LINE, /* floats of a panel of V */
 };
 
 #define SLACK 8.0f
@@ -69,12 +69,12 @@ enum {
 
 /* Up to GROUP query rows.  Arrays of [width] have one element a row, padding included. */
 struct group {
-    int32_t rows, cols;           /* live rows; vectors across, width = cols * VEC_LANES */
-    int32_t lo_min, hi_max;       /* keys lo_min <= j < hi_max are seen by some row, */
-    int32_t lo_max, hi_min;       /* lo_max <= j < hi_min by every row */
-    float *q, *o;                 /* [d_s][width], [d_v][width] */
-    float *m, *l;                 /* [width] */
-    int32_t *lo, *hi;             /* [width] */
+    int32_t rows, cols;     /* live rows; vectors across, width = cols * VEC_LANES */
+    int32_t lo_min, hi_max; /* keys lo_min <= j < hi_max are seen by some row, */
+    int32_t lo_max, hi_min; /* lo_max <= j < hi_min by every row */
+    float *q, *o;           /* [d_s][width], [d_v][width] */
+    float *m, *l;           /* [width] */
+    int32_t *lo, *hi;       /* [width] */
 };
 
 /* The block's keys that a group, or any group, sees: rows begin <= i < end, multiples of A_ROWS. */
@@ -84,19 +84,16 @@ struct span {
 
 struct forward {
     const struct attn_mha_task *task;
-    int64_t d_s, k_stride;        /* width of a score's product; floats from one k to the next */
-    float cap;                    /* softcap * log2 e; 0: off */
-    float *k, *v, *s;             /* [N][k_stride], [d_v / A_ROWS][PANEL], [N][width] */
-    int32_t j0;                   /* the block's first key */
-    bool poisoned;                /* some V of the block is infinite or NaN */
+    int64_t d_s, k_stride; /* width of a score's product; floats from one k to the next */
+    float cap;             /* softcap * log2 e; 0: off */
+    float *k, *v, *s;      /* [N][k_stride], [d_v / A_ROWS][PANEL], [N][width] */
+    int32_t j0;            /* the block's first key */
+    bool poisoned;         /* some V of the block is infinite or NaN */
     int32_t groups;
     struct group group[GROUPS_MAX];
 };
 
-static int64_t odd_lines(int64_t floats)
-{
-    return ((floats + LINE - 1) / LINE | 1) * LINE;
-}
+static int64_t odd_lines(int64_t floats) { return ((floats + LINE - 1) / LINE | 1) * LINE; }
 
 static int64_t fwd_scratch_bytes(int64_t d_s, int64_t d_v, int64_t rows, int64_t heads)
 {
@@ -115,10 +112,9 @@ VEC_INLINE void product(const float *a, int64_t a_row, int64_t a_step, const flo
 {
     vec acc[A_ROWS][COLS];
     VEC_UNROLL
-    for (int r = 0; r < A_ROWS; r++)
-        VEC_UNROLL
-        for (int x = 0; x < cols; x++)
-            acc[r][x] = accumulate ? vec_load(c + (r * cols + x) * VEC_LANES) : vec_zero();
+    for (int r = 0; r < A_ROWS; r++) VEC_UNROLL
+    for (int x = 0; x < cols; x++)
+        acc[r][x] = accumulate ? vec_load(c + (r * cols + x) * VEC_LANES) : vec_zero();
 
     for (int64_t k = 0; k < depth; k++) {
         vec bk[COLS];
@@ -135,9 +131,8 @@ VEC_INLINE void product(const float *a, int64_t a_row, int64_t a_step, const flo
     }
 
     VEC_UNROLL
-    for (int r = 0; r < A_ROWS; r++)
-        VEC_UNROLL
-        for (int x = 0; x < cols; x++) vec_store(c + (r * cols + x) * VEC_LANES, acc[r][x]);
+    for (int r = 0; r < A_ROWS; r++) VEC_UNROLL
+    for (int x = 0; x < cols; x++) vec_store(c + (r * cols + x) * VEC_LANES, acc[r][x]);
 }
 
 /* S^T rows of the span = K Q^T. */
@@ -195,16 +190,15 @@ VEC_INLINE vec column_max(const struct forward *f, struct span w, float *s, int 
     const vec hidden = vec_set1(-INFINITY), scale = vec_set1(f->cap);
     vec_int first = vec_int_load(lo), last = vec_int_load(hi);
     vec max[4] = {hidden, hidden, hidden, hidden};
-    for (int32_t j = w.begin; j < w.end; j += 4)
-        VEC_UNROLL
-        for (int u = 0; u < 4; u++) {
-            float *at = s + (j + u) * width;
-            vec t = vec_load(at);
-            if (cap) t = vec_mul(scale, vec_tanh(t));
-            if (edge) t = vec_select(vec_within(f->j0 + j + u, first, last), t, hidden);
-            if (cap || edge) vec_store(at, t);
-            max[u] = vec_max(t, max[u]);
-        }
+    for (int32_t j = w.begin; j < w.end; j += 4) VEC_UNROLL
+    for (int u = 0; u < 4; u++) {
+        float *at = s + (j + u) * width;
+        vec t = vec_load(at);
+        if (cap) t = vec_mul(scale, vec_tanh(t));
+        if (edge) t = vec_select(vec_within(f->j0 + j + u, first, last), t, hidden);
+        if (cap || edge) vec_store(at, t);
+        max[u] = vec_max(t, max[u]);
+    }
     return vec_max(vec_max(max[0], max[1]), vec_max(max[2], max[3]));
 }
 
@@ -213,14 +207,13 @@ VEC_INLINE vec column_max(const struct forward *f, struct span w, float *s, int 
 VEC_INLINE vec column_exp(struct span w, float *s, int width, vec m)
 {
     vec sum[4] = {vec_zero(), vec_zero(), vec_zero(), vec_zero()};
-    for (int32_t j = w.begin; j < w.end; j += 4)
-        VEC_UNROLL
-        for (int u = 0; u < 4; u++) {
-            float *at = s + (j + u) * width;
-            vec p = vec_exp2(vec_sub(vec_load(at), m));
-            vec_store(at, p);
-            sum[u] = vec_add(sum[u], p);
-        }
+    for (int32_t j = w.begin; j < w.end; j += 4) VEC_UNROLL
+    for (int u = 0; u < 4; u++) {
+        float *at = s + (j + u) * width;
+        vec p = vec_exp2(vec_sub(vec_load(at), m));
+        vec_store(at, p);
+        sum[u] = vec_add(sum[u], p);
+    }
     return vec_add(vec_add(sum[0], sum[1]), vec_add(sum[2], sum[3]));
 }
 
@@ -231,9 +224,12 @@ static void softmax(const struct forward *f, struct group *g, struct span w, boo
         float *s = f->s + x;
         const int32_t *lo = g->lo + x, *hi = g->hi + x;
         vec max, m_old = vec_load(g->m + x), l = vec_load(g->l + x);
-        if (f->cap != 0.0f) max = column_max(f, w, s, width, lo, hi, true, true);
-        else if (edge) max = column_max(f, w, s, width, lo, hi, false, true);
-        else max = column_max(f, w, s, width, lo, hi, false, false);
+        if (f->cap != 0.0f)
+            max = column_max(f, w, s, width, lo, hi, true, true);
+        else if (edge)
+            max = column_max(f, w, s, width, lo, hi, false, true);
+        else
+            max = column_max(f, w, s, width, lo, hi, false, false);
 
         vec_mask rises = vec_gt(max, vec_add(m_old, vec_set1(SLACK)));
         vec m = vec_select(rises, max, m_old);
@@ -284,8 +280,10 @@ VEC_INLINE void convert_key(enum attn_dtype t, const char *x, int32_t d, float *
 {
     for (int32_t i = 0; i < d; i += VEC_LANES) {
         vec e = load_some(t, x + i * attn_dtype_bytes(t), d - i);
-        if (d - i >= VEC_LANES) vec_store_f32(y + i, e);
-        else vec_store_part_f32(y + i, e, d - i);
+        if (d - i >= VEC_LANES)
+            vec_store_f32(y + i, e);
+        else
+            vec_store_part_f32(y + i, e, d - i);
     }
 }
 
@@ -503,17 +501,22 @@ static void run_fp8(const struct attn_mha_task *task, char *scratch)
     run(task, scratch, ATTN_F8);
 }
 
-#define FWD_KERNEL(dtype, isa)                                                              \
-    {                                                                                       \
-        .name = "attn_mha_fwd_" #dtype "_" #isa, .rows_max = ROWS_MAX,                      \
-        .rows_step = VEC_LANES, .n = N, .scratch_bytes = fwd_scratch_bytes,                 \
-        .run = run_##dtype,                                                                 \
+#define FWD_KERNEL(dtype, isa)                                                                     \
+    {                                                                                              \
+        .name = "attn_mha_fwd_" #dtype "_" #isa,                                                   \
+        .rows_max = ROWS_MAX,                                                                      \
+        .rows_step = VEC_LANES,                                                                    \
+        .n = N,                                                                                    \
+        .scratch_bytes = fwd_scratch_bytes,                                                        \
+        .run = run_##dtype,                                                                        \
     }
 
-#define FWD_KERNELS(isa)                                                                    \
-    {                                                                                       \
-        [ATTN_F32] = FWD_KERNEL(fp32, isa), [ATTN_BF16] = FWD_KERNEL(bf16, isa),            \
-        [ATTN_F16] = FWD_KERNEL(fp16, isa), [ATTN_F8] = FWD_KERNEL(fp8, isa),               \
+#define FWD_KERNELS(isa)                                                                           \
+    {                                                                                              \
+        [ATTN_F32] = FWD_KERNEL(fp32, isa),                                                        \
+        [ATTN_BF16] = FWD_KERNEL(bf16, isa),                                                       \
+        [ATTN_F16] = FWD_KERNEL(fp16, isa),                                                        \
+        [ATTN_F8] = FWD_KERNEL(fp8, isa),                                                          \
     }
 
 #endif

@@ -94,10 +94,7 @@ VEC_INLINE __m128i vec_load_bytes(const void *p, int bytes)
     memcpy(&x, p, (size_t)bytes);
     return x;
 }
-VEC_INLINE void vec_store_bytes(void *p, __m128i x, int bytes)
-{
-    memcpy(p, &x, (size_t)bytes);
-}
+VEC_INLINE void vec_store_bytes(void *p, __m128i x, int bytes) { memcpy(p, &x, (size_t)bytes); }
 
 /* fp32 */
 
@@ -191,15 +188,9 @@ VEC_INLINE __m128i vec_to_f8(vec x)
 }
 
 VEC_INLINE vec vec_load_f8(const void *p) { return vec_from_f8(_mm_loadl_epi64(p)); }
-VEC_INLINE vec vec_load_part_f8(const void *p, int n)
-{
-    return vec_from_f8(vec_load_bytes(p, n));
-}
+VEC_INLINE vec vec_load_part_f8(const void *p, int n) { return vec_from_f8(vec_load_bytes(p, n)); }
 VEC_INLINE void vec_store_f8(void *p, vec x) { _mm_storel_epi64(p, vec_to_f8(x)); }
-VEC_INLINE void vec_store_part_f8(void *p, vec x, int n)
-{
-    vec_store_bytes(p, vec_to_f8(x), n);
-}
+VEC_INLINE void vec_store_part_f8(void *p, vec x, int n) { vec_store_bytes(p, vec_to_f8(x), n); }
 
 /* The four types by name; t is a constant where these are called. */
 

@@ -77,10 +77,7 @@ VEC_INLINE vec_mask vec_within(int32_t j, vec_int lo, vec_int hi)
     return _mm512_mask_cmpgt_epi32_mask(_mm512_cmple_epi32_mask(lo, x), hi, x);
 }
 
-VEC_INLINE __mmask16 vec_first(int n)
-{
-    return (__mmask16)((1u << n) - 1u);
-}
+VEC_INLINE __mmask16 vec_first(int n) { return (__mmask16)((1u << n) - 1u); }
 
 /* fp32 */
 
@@ -109,8 +106,7 @@ VEC_INLINE __m256i vec_to_bf16(vec x)
     __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
     __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(u, half), 16);
     __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-    return _mm512_cvtepi32_epi16(
-        _mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40)));
+    return _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40)));
 }
 
 VEC_INLINE vec vec_load_bf16(const void *p) { return vec_from_bf16(_mm256_loadu_si256(p)); }
