@@ -45,59 +45,59 @@ enum {
     ROWS_MAX = 256,
     PAIRS_MAX = ROWS_MAX / 32,
     BEAT_STEPS = 2,
-    S_STEPS = 3,                  /* S of the steps being made and being used */
+    S_STEPS = 3, /* S of the steps being made and being used */
     CHUNK_KEYS = 8,
     TILE_CHUNKS = STEP_KEYS / CHUNK_KEYS, /* of a tile of queries in a step */
     STEP_CHUNKS = 2 * TILE_CHUNKS,
 };
 
 #define M_NONE (-0x1p120f)
-#define M_SLACK 8.0f               /* log2: how far scores may pass the first maximum */
+#define M_SLACK 8.0f /* log2: how far scores may pass the first maximum */
 #define LOG2_E 1.44269504f
 #define LN_2 0.693147181f
 
 /* Steps [begin, end) of one beat of a pair. */
 struct beat {
     int64_t begin, end;
-    int pair, slot;            /* slot: where S of its first step lies; a ring */
-    bool last;                 /* of its unit */
-    bool first;                /* of its pair */
-    int parity;                /* of its unit: which half of the P buffer */
+    int pair, slot; /* slot: where S of its first step lies; a ring */
+    bool last;      /* of its unit */
+    bool first;     /* of its pair */
+    int parity;     /* of its unit: which half of the P buffer */
 };
 
 /* A unit whose P is complete; its products are spread over the beats that follow. */
 struct unit {
-    const char *v, *p;         /* at the first of its steps */
+    const char *v, *p; /* at the first of its steps */
     int64_t first, steps;
-    int64_t done, products;    /* products is 0 where there is no unit */
+    int64_t done, products; /* products is 0 where there is no unit */
     int pair;
-    bool accumulate;           /* the pair's O holds sums */
+    bool accumulate; /* the pair's O holds sums */
 };
 
 struct work {
     const struct attn_mha_task *task;
-    int64_t k_steps, v_steps;  /* d_s / 32, d_v / 32, rounded up */
+    int64_t k_steps, v_steps;      /* d_s / 32, d_v / 32, rounded up */
     int64_t block_bytes, v_offset; /* of a packed block; of V in it */
-    int pairs;                 /* of 2 tiles of 16 queries */
-    float scale;               /* c above, positive; with softcap log2(e) */
-    float cap, cap_scale;      /* softcap, or 0; the score's factor inside tanh */
-    char *q, *s, *p, *o;       /* layouts in mha_fwd_amx_pack.h; two halves of p */
-    char *pending;             /* where tiles 0 to 3 are to be stored, or NULL */
+    int pairs;                     /* of 2 tiles of 16 queries */
+    float scale;                   /* c above, positive; with softcap log2(e) */
+    float cap, cap_scale;          /* softcap, or 0; the score's factor inside tanh */
+    char *q, *s, *p, *o;           /* layouts in mha_fwd_amx_pack.h; two halves of p */
+    char *pending;                 /* where tiles 0 to 3 are to be stored, or NULL */
 
-    struct beat exp;           /* whose exponentials are being taken */
-    int chunk, chunks;         /* next one; all of the beat */
-    int64_t credit, ticks;     /* chunks are spread evenly over the beat's tile steps */
-    struct unit full;          /* being multiplied */
-    int64_t p_begin;           /* first step of the exp unit that is in no product yet */
+    struct beat exp;       /* whose exponentials are being taken */
+    int chunk, chunks;     /* next one; all of the beat */
+    int64_t credit, ticks; /* chunks are spread evenly over the beat's tile steps */
+    struct unit full;      /* being multiplied */
+    int64_t p_begin;       /* first step of the exp unit that is in no product yet */
 
     /* A lane a query: 16 a tile. */
-    float beat_l[32] __attribute__((aligned(64)));   /* the beat's part of l */
+    float beat_l[32] __attribute__((aligned(64)));    /* the beat's part of l */
     int32_t beat_or[32] __attribute__((aligned(64))); /* all bits set in its exponentials */
     float m[ROWS_MAX] __attribute__((aligned(64)));
     float l[ROWS_MAX] __attribute__((aligned(64)));
     float p_sum[2][ROWS_MAX] __attribute__((aligned(64))); /* in steps of even, odd number */
     int32_t lo[ROWS_MAX] __attribute__((aligned(64)));
-    int32_t seen[ROWS_MAX] __attribute__((aligned(64))); /* hi - lo */
+    int32_t seen[ROWS_MAX] __attribute__((aligned(64)));  /* hi - lo */
     int32_t all_lo[ROWS_MAX / 16], all_hi[ROWS_MAX / 16]; /* keys that all 16 queries see */
     int64_t begin[PAIRS_MAX], end[PAIRS_MAX];             /* steps that some query sees */
     bool o_used[PAIRS_MAX];                               /* O holds sums */
@@ -187,8 +187,11 @@ struct mask {
 static inline struct mask load_mask(const struct work *w, int tile)
 {
     return (struct mask){
-        _mm512_load_si512(w->lo + 16 * tile), _mm512_load_si512(w->seen + 16 * tile),
-        _mm512_set1_ps(w->cap), _mm512_set1_ps(w->cap_scale), w->cap > 0,
+        _mm512_load_si512(w->lo + 16 * tile),
+        _mm512_load_si512(w->seen + 16 * tile),
+        _mm512_set1_ps(w->cap),
+        _mm512_set1_ps(w->cap_scale),
+        w->cap > 0,
     };
 }
 
@@ -241,13 +244,15 @@ static inline __attribute__((always_inline)) void exp_chunk(struct work *w, int 
     int at = chunk / STEP_CHUNKS, side = chunk / TILE_CHUNKS % 2, c = chunk % TILE_CHUNKS;
     int64_t step = w->exp.begin + at;
     int tile = 2 * w->exp.pair + side;
-    const char *s = s_quad(w, &w->exp, step) +
-                    c / 2 * PAIR_BYTES + side * TILE_BYTES + c % 2 * CHUNK_KEYS * TILE_ROW_BYTES;
+    const char *s = s_quad(w, &w->exp, step) + c / 2 * PAIR_BYTES + side * TILE_BYTES +
+                    c % 2 * CHUNK_KEYS * TILE_ROW_BYTES;
     char *p = w->p + (w->exp.parity * BLOCK_STEPS + step % BLOCK_STEPS) * PAIR_BYTES +
               side * TILE_BYTES + c * CHUNK_KEYS / 2 * TILE_ROW_BYTES;
     int32_t key = (int32_t)step * STEP_KEYS + c * CHUNK_KEYS;
-    if (is_plain(w, tile, step)) exp_rows(w, tile, key, (const float *)(const void *)s, p, true);
-    else exp_rows(w, tile, key, (const float *)(const void *)s, p, false);
+    if (is_plain(w, tile, step))
+        exp_rows(w, tile, key, (const float *)(const void *)s, p, true);
+    else
+        exp_rows(w, tile, key, (const float *)(const void *)s, p, false);
 }
 
 /* ---- tile products --------------------------------------------------------------------------- */
@@ -279,10 +284,12 @@ static void product(struct work *w, const char *a, const char *b, char *c, int64
                     bool accumulate)
 {
     char *before = w->pending;
-#define FIRST(t)                                                                                  \
-    if (before) tile_store(t, before + (t) * TILE_BYTES);                                         \
-    if (accumulate) tile_load(t, c + (t) * TILE_BYTES);                                           \
-    else tile_zero(t)
+#define FIRST(t)                                                                                   \
+    if (before) tile_store(t, before + (t) * TILE_BYTES);                                          \
+    if (accumulate)                                                                                \
+        tile_load(t, c + (t) * TILE_BYTES);                                                        \
+    else                                                                                           \
+        tile_zero(t)
 
     tile_fence();
     tile_load_once(4, a);
@@ -395,8 +402,7 @@ static void score(struct work *w, const struct beat *b)
     for (int64_t i = b->begin; i < b->end; i++) {
         const char *k = w->task->packed + i / BLOCK_STEPS * w->block_bytes +
                         i % BLOCK_STEPS * w->k_steps * PAIR_BYTES;
-        product(w, k, w->q + b->pair * w->k_steps * PAIR_BYTES,
-                s_quad(w, b, i), w->k_steps, false);
+        product(w, k, w->q + b->pair * w->k_steps * PAIR_BYTES, s_quad(w, b, i), w->k_steps, false);
     }
 }
 
@@ -409,8 +415,8 @@ static __m512 beat_top(const struct work *w, int side)
     for (int64_t i = w->exp.begin; i < w->exp.end; i++) {
         bool plain = is_plain(w, tile, i);
         for (int j = 0; j < STEP_KEYS; j++) {
-            const char *s = s_quad(w, &w->exp, i) + j / 16 * PAIR_BYTES +
-                            side * TILE_BYTES + j % 16 * TILE_ROW_BYTES;
+            const char *s = s_quad(w, &w->exp, i) + j / 16 * PAIR_BYTES + side * TILE_BYTES +
+                            j % 16 * TILE_ROW_BYTES;
             __m512 x = _mm512_load_ps(s);
             if (!plain) x = mask_score(&mask, x, (int32_t)i * STEP_KEYS + j);
             top = _mm512_max_ps(x, top);
@@ -639,8 +645,10 @@ static void load_intervals(struct work *w, int pair)
         int64_t lo = t->lo[from], hi = t->hi[from];
         if (lo < t->k_begin) lo = t->k_begin;
         if (hi > t->k_end) hi = t->k_end;
-        if (lo >= hi) lo = hi = 0;
-        else if (lo < first) first = lo;
+        if (lo >= hi)
+            lo = hi = 0;
+        else if (lo < first)
+            first = lo;
         if (hi > last) last = hi;
         w->lo[r] = (int32_t)lo;
         w->seen[r] = (int32_t)(hi - lo);
@@ -669,10 +677,7 @@ static void load_q(struct work *w, int tile)
                 w->q + tile / 2 * w->k_steps * PAIR_BYTES + tile % 2 * TILE_BYTES);
 }
 
-static int64_t pairs_of(int64_t rows)
-{
-    return (rows + 31) / 32;
-}
+static int64_t pairs_of(int64_t rows) { return (rows + 31) / 32; }
 
 static void run(const struct attn_mha_task *task, char *scratch)
 {

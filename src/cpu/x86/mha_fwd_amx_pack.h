@@ -23,34 +23,25 @@
 #include "cpu/x86/tile_amx.h"
 
 enum {
-    BLOCK_KEYS = 256,             /* keys of a packed block: the depth of one P V product */
-    STEP_KEYS = 32,               /* keys of a tile product S = K Q, and of a step of P V */
+    BLOCK_KEYS = 256, /* keys of a packed block: the depth of one P V product */
+    STEP_KEYS = 32,   /* keys of a tile product S = K Q, and of a step of P V */
     BLOCK_STEPS = BLOCK_KEYS / STEP_KEYS,
-    PAIR_BYTES = 2 * TILE_BYTES,  /* an operand of one step */
-    QUAD_BYTES = 4 * TILE_BYTES,  /* the result of one product */
+    PAIR_BYTES = 2 * TILE_BYTES, /* an operand of one step */
+    QUAD_BYTES = 4 * TILE_BYTES, /* the result of one product */
 };
 
 /* Widths in steps of 32. */
-static inline int64_t width_steps(int64_t d)
-{
-    return (d + 31) / 32;
-}
+static inline int64_t width_steps(int64_t d) { return (d + 31) / 32; }
 
 /* Where a block's V tiles and its bits begin. */
-static inline int64_t block_v(int64_t d_s)
-{
-    return width_steps(d_s) * BLOCK_STEPS * PAIR_BYTES;
-}
+static inline int64_t block_v(int64_t d_s) { return width_steps(d_s) * BLOCK_STEPS * PAIR_BYTES; }
 
 static inline int64_t block_bits(int64_t d_s, int64_t d_v)
 {
     return block_v(d_s) + width_steps(d_v) * BLOCK_STEPS * PAIR_BYTES;
 }
 
-static int64_t pack_bytes(int64_t d_s, int64_t d_v)
-{
-    return block_bits(d_s, d_v) + 64;
-}
+static int64_t pack_bytes(int64_t d_s, int64_t d_v) { return block_bits(d_s, d_v) + 64; }
 
 /* Transposes 16 x 16 dwords. */
 static inline void transpose16(__m512i r[16])

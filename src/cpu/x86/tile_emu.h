@@ -42,20 +42,11 @@ static inline void tile_end(void)
     tile_file.configured = false;
 }
 
-static inline void tile_zero(int t)
-{
-    memset(tile_emu(t), 0, TILE_BYTES);
-}
+static inline void tile_zero(int t) { memset(tile_emu(t), 0, TILE_BYTES); }
 
-static inline void tile_load(int t, const void *p)
-{
-    memcpy(tile_emu(t), p, TILE_BYTES);
-}
+static inline void tile_load(int t, const void *p) { memcpy(tile_emu(t), p, TILE_BYTES); }
 
-static inline void tile_load_once(int t, const void *p)
-{
-    tile_load(t, p);
-}
+static inline void tile_load_once(int t, const void *p) { tile_load(t, p); }
 
 static inline void tile_load_row(int t, const void *p)
 {
@@ -65,15 +56,11 @@ static inline void tile_load_row(int t, const void *p)
 static inline void tile_store_row(int t, void *p)
 {
     for (int i = 1; i < 16; i++)
-        if (memcmp(tile_emu(t), tile_emu(t) + i * TILE_ROW_BYTES, TILE_ROW_BYTES))
-            __builtin_trap();
+        if (memcmp(tile_emu(t), tile_emu(t) + i * TILE_ROW_BYTES, TILE_ROW_BYTES)) __builtin_trap();
     memcpy(p, tile_emu(t), TILE_ROW_BYTES);
 }
 
-static inline void tile_store(int t, void *p)
-{
-    memcpy(p, tile_emu(t), TILE_BYTES);
-}
+static inline void tile_store(int t, void *p) { memcpy(p, tile_emu(t), TILE_BYTES); }
 
 static inline float tile_emu_flush(float x)
 {
