@@ -3,6 +3,7 @@
 
 import flash_attn_interface as fa
 import pytest
+import reference
 import torch
 from cases import DTYPES, FP8, SENTINEL, Case, build, entries, run, verify
 
@@ -294,6 +295,26 @@ def test_rotary_flag_defaults():
               rotary_sin=kw["rotary_sin"], is_causal=True)[0]  # fmt: skip
     torch.testing.assert_close(raw, python(rotary_interleaved=False), rtol=1e-6, atol=1e-6)
     assert not torch.equal(python(), python(rotary_interleaved=False))
+
+
+def test_rotary_with_an_over_estimate():
+    """Whether queries rotate one by one follows from max_seqlen_q as given: section 2.1, 2.4."""
+    q, (k, v), (k_new, v_new) = torch.randn(2, 2, 32), caches(b=1), caches(b=1, s=1)
+    angle = torch.rand(40, 16)
+    args = {
+        "cu_seqlens_q": int32(0, 2),
+        "max_seqlen_q": 9,
+        "rotary_cos": angle.cos(),
+        "rotary_sin": angle.sin(),
+    }
+    for window in ((-1, 2), (-1, -1), (3, 5)):
+        exact = reference.forward(
+            q, k, v, k_new=k_new, v_new=v_new, seqused_k=int32(9), window=window, **args
+        )
+        got = kvcache(
+            q, k.clone(), v.clone(), k_new, v_new, cache_seqlens=int32(9), window_size=window, **args
+        )
+        torch.testing.assert_close(got.double(), exact.out, rtol=1e-5, atol=1e-5)
 
 
 def test_decode_loop_equals_prefill():

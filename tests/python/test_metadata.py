@@ -90,36 +90,30 @@ def test_length_and_use(s_q, page_size, d, window, causal):
     assert torch.equal(fa.flash_attn_with_kvcache(q, k, k, scheduler_metadata=junk, **args), want)
 
 
-def test_packed_query_with_an_over_estimate():
-    """max_seqlen_q may be above every length, here above the number of tokens too."""
-    q, k = torch.randn(2, 4, 64), torch.randn(2, 40, 2, 64)
-    lens, cu = int32(30, 40), int32(0, 1, 2)
-    for window in ((-1, -1), (-1, 2), (5, 2)):
-        for causal in (False, True):
-            got = metadata(
-                2,
-                9,
-                40,
-                4,
-                2,
-                64,
-                lens,
-                qkv_dtype=torch.float32,
-                cu_seqlens_q=cu,
-                causal=causal,
-                window_size=window,
-            )
-            fa.flash_attn_with_kvcache(
-                q,
-                k,
-                k,
-                cache_seqlens=lens,
-                cu_seqlens_q=cu,
-                max_seqlen_q=9,
-                causal=causal,
-                window_size=window,
-                scheduler_metadata=got,
-            )
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", [(-1, -1), (-1, 2), (5, 2)])
+@pytest.mark.parametrize("lengths", [(0, 1), (0, 1, 2)])
+def test_packed_query_with_an_over_estimate(lengths, window, causal):
+    """max_seqlen_q may be above every length, and above the number of tokens too."""
+    cu, b = int32(*lengths), len(lengths) - 1
+    q, k, used = torch.randn(b, 4, 64), torch.randn(b, 40, 2, 64), int32(30, 40)[:b]
+    mask = {"causal": causal, "window_size": window}
+    got = metadata(b, 9, 40, 4, 2, 64, used, qkv_dtype=torch.float32, cu_seqlens_q=cu, **mask)
+    args = {"cache_seqlens": used, "cu_seqlens_q": cu, "max_seqlen_q": 9, **mask}
+    want = fa.flash_attn_with_kvcache(q, k, k, **args)
+    assert torch.equal(fa.flash_attn_with_kvcache(q, k, k, scheduler_metadata=got, **args), want)
+
+
+def test_packed_keys_with_an_over_estimate():
+    q, k = torch.randn(12, 2, 64), torch.randn(20, 2, 64)
+    cu_q, cu_k = int32(0, 5, 12), int32(0, 8, 20)
+    for window in ((30, 0), (30, 3), (-1, -1)):
+        got = metadata(2, 7, 1000, 2, 2, 64, int32(8, 12), qkv_dtype=torch.float32, window_size=window)
+        want = fa.flash_attn_varlen_func(q, k, k, cu_q, cu_k, 7, 1000, window_size=window)
+        same = fa.flash_attn_varlen_func(
+            q, k, k, cu_q, cu_k, 7, 1000, window_size=window, scheduler_metadata=got
+        )
+        assert torch.equal(same, want)
 
 
 def test_varlen_takes_it():
