@@ -75,8 +75,8 @@ bool check_open(struct check_test *t, const char *op, const char *isa, const cha
     va_end(arguments);
     /* The rung is left out: every rung sees the same cases. */
     t->seed = hash_text(hash_text(hash_text(o->seed ^ 0xcbf29ce484222325u, op), dtype), t->name);
-    if ((o->isa && *isa && strcmp(o->isa, isa)) || (o->dtype && *dtype && strcmp(o->dtype, dtype)) ||
-        (o->test && !strstr(t->name, o->test)))
+    if ((o->isa && *isa && strcmp(o->isa, isa)) ||
+        (o->dtype && *dtype && strcmp(o->dtype, dtype)) || (o->test && !strstr(t->name, o->test)))
         return false;
     if (o->list) {
         printf("%s %s %s %s\n", op, isa, dtype, t->name);
@@ -108,7 +108,8 @@ void check_fail(struct check_test *t, const char *format, ...)
     vprintf(format, arguments);
     va_end(arguments);
     printf("\n    again: attn_check --op %s --isa '%s' --dtype '%s' --test '%s' --seed %" PRIu64
-           " --case %" PRId64 "\n", t->op, t->isa, t->dtype, t->name, check_options.seed, t->index);
+           " --case %" PRId64 "\n",
+           t->op, t->isa, t->dtype, t->name, check_options.seed, t->index);
     fflush(stdout);
 }
 
@@ -127,9 +128,11 @@ static void on_signal(int number)
     if (net_spread && pthread_equal(pthread_self(), main_thread)) siglongjmp(net, number);
     char text[256];
     const struct check_test *t = running;
-    int n = snprintf(text, sizeof text, "attn_check: signal %d outside the net, in %s %s %s %s case "
-                     "%" PRId64 " seed %" PRIu64 "\n", number, t ? t->op : "", t ? t->isa : "",
-                     t ? t->dtype : "", t ? t->name : "", t ? t->index : 0, check_options.seed);
+    int n = snprintf(text, sizeof text,
+                     "attn_check: signal %d outside the net, in %s %s %s %s case "
+                     "%" PRId64 " seed %" PRIu64 "\n",
+                     number, t ? t->op : "", t ? t->isa : "", t ? t->dtype : "", t ? t->name : "",
+                     t ? t->index : 0, check_options.seed);
     if (write(2, text, (size_t)n) < 0) _exit(4);
     _exit(3);
 }
@@ -261,22 +264,36 @@ static void parse(int argc, char **argv)
     for (int i = 1; i < argc; ++i) {
         const char *a = argv[i], *value = i + 1 < argc ? argv[i + 1] : "";
         bool flag = true;
-        if (!strcmp(a, "--bench")) o->bench = true;
-        else if (!strcmp(a, "--break")) o->broken = true;
-        else if (!strcmp(a, "--quick")) o->quick = true;
-        else if (!strcmp(a, "--verbose")) o->verbose = true;
-        else if (!strcmp(a, "--list")) o->list = true;
-        else flag = false;
+        if (!strcmp(a, "--bench"))
+            o->bench = true;
+        else if (!strcmp(a, "--break"))
+            o->broken = true;
+        else if (!strcmp(a, "--quick"))
+            o->quick = true;
+        else if (!strcmp(a, "--verbose"))
+            o->verbose = true;
+        else if (!strcmp(a, "--list"))
+            o->list = true;
+        else
+            flag = false;
         if (flag) continue;
         i += 1;
-        if (!strcmp(a, "--op")) o->op = value;
-        else if (!strcmp(a, "--kernel")) o->kernel = value;
-        else if (!strcmp(a, "--isa")) o->isa = *value ? value : NULL;
-        else if (!strcmp(a, "--dtype")) o->dtype = *value ? value : NULL;
-        else if (!strcmp(a, "--test")) o->test = value;
-        else if (!strcmp(a, "--seed")) o->seed = (uint64_t)parse_number(a, value);
-        else if (!strcmp(a, "--case")) o->only_case = parse_number(a, value);
-        else if (!strcmp(a, "--repeat")) o->repeat = (int)parse_number(a, value);
+        if (!strcmp(a, "--op"))
+            o->op = value;
+        else if (!strcmp(a, "--kernel"))
+            o->kernel = value;
+        else if (!strcmp(a, "--isa"))
+            o->isa = *value ? value : NULL;
+        else if (!strcmp(a, "--dtype"))
+            o->dtype = *value ? value : NULL;
+        else if (!strcmp(a, "--test"))
+            o->test = value;
+        else if (!strcmp(a, "--seed"))
+            o->seed = (uint64_t)parse_number(a, value);
+        else if (!strcmp(a, "--case"))
+            o->only_case = parse_number(a, value);
+        else if (!strcmp(a, "--repeat"))
+            o->repeat = (int)parse_number(a, value);
         else {
             fputs(usage, strcmp(a, "--help") ? stderr : stdout);
             exit(strcmp(a, "--help") ? 2 : 0);
@@ -304,8 +321,8 @@ int main(int argc, char **argv)
         check_pool_reset();
         if (!o->list)
             check_note("%-14s %5" PRId64 " passed %4" PRId64 " failed %7" PRId64 " cases %6.1f s",
-                       ops[i].name, passed - before[0], failed - before[1],
-                       total_cases - before[2], check_seconds() - start);
+                       ops[i].name, passed - before[0], failed - before[1], total_cases - before[2],
+                       check_seconds() - start);
     }
     if (!o->list) check_note("%" PRId64 " passed, %" PRId64 " failed", passed, failed);
     return failed != 0;

@@ -41,7 +41,7 @@ struct check_options {
     int64_t only_case; /* -1: all */
     int repeat;        /* rounds over new seeds */
     bool bench, quick, verbose, list;
-    bool broken;       /* spoil every result: each test must fail */
+    bool broken; /* spoil every result: each test must fail */
 };
 extern struct check_options check_options;
 
@@ -76,12 +76,12 @@ void check_note(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
 /* ---- ops ------------------------------------------------------------------------------------- */
 
-void check_control(void);       /* the negative control: spoiled results must be caught */
-void check_dtype(void);         /* the conversions everything else rests on */
+void check_control(void); /* the negative control: spoiled results must be caught */
+void check_dtype(void);   /* the conversions everything else rests on */
 void check_rotary(void);
 void check_split_combine(void);
-void check_mha_kernel(void);    /* kernels alone, task by task */
-void check_mha_fwd(void);       /* the op: driver, plan and kernels together */
+void check_mha_kernel(void); /* kernels alone, task by task */
+void check_mha_fwd(void);    /* the op: driver, plan and kernels together */
 void check_mha_plan(void);
 void check_hostile(void);
 void check_threads(void);
@@ -137,7 +137,7 @@ struct check_random check_case_random(struct check_test *test, int64_t index);
 
 #define PICK(r, ...)                                                                               \
     ((const int64_t[]){__VA_ARGS__})[random_range(                                                 \
-        r, 0, (int64_t)(sizeof(int64_t[]){__VA_ARGS__} / sizeof(int64_t)) - 1)]
+        r, 0, (int64_t)(sizeof (int64_t[]){__VA_ARGS__} / sizeof(int64_t)) - 1)]
 
 /* ---- guarded memory -------------------------------------------------------------------------- */
 

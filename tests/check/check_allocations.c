@@ -18,13 +18,19 @@
 #include "check.h"
 
 static atomic_llong allocations;
+
+int64_t check_allocations(void) { return atomic_load(&allocations); }
+
+#if defined(__GLIBC__) && !CHECK_SANITIZED
+
 static uintptr_t runtime_low, runtime_high; /* addresses of the OpenMP run time's code */
 
 static int find_runtime(struct dl_phdr_info *info, size_t bytes, void *context)
 {
     (void)bytes;
     (void)context;
-    if (!info->dlpi_name || !(strstr(info->dlpi_name, "libgomp") || strstr(info->dlpi_name, "libomp")))
+    if (!info->dlpi_name ||
+        !(strstr(info->dlpi_name, "libgomp") || strstr(info->dlpi_name, "libomp")))
         return 0;
     for (int i = 0; i < info->dlpi_phnum; ++i) {
         const ElfW(Phdr) *segment = &info->dlpi_phdr[i];
@@ -40,13 +46,6 @@ static void count(const void *caller)
     uintptr_t at = (uintptr_t)caller;
     if (at < runtime_low || at >= runtime_high) atomic_fetch_add(&allocations, 1);
 }
-
-int64_t check_allocations(void)
-{
-    return atomic_load(&allocations);
-}
-
-#if defined(__GLIBC__) && !CHECK_SANITIZED
 
 bool check_allocations_counted(void)
 {
@@ -99,9 +98,6 @@ int posix_memalign(void **p, size_t align, size_t bytes)
 
 #else
 
-bool check_allocations_counted(void)
-{
-    return false;
-}
+bool check_allocations_counted(void) { return false; }
 
 #endif

@@ -29,9 +29,9 @@
 
 /* Rows converted to fp64 once, with what the rule wants to know of them. */
 struct rows64 {
-    double *x;         /* [n][d] */
-    double *norm;      /* [n] sqrt(sum x^2), of finite elements */
-    double *mean;      /* [n] mean |x|, of finite elements */
+    double *x;    /* [n][d] */
+    double *norm; /* [n] sqrt(sum x^2), of finite elements */
+    double *mean; /* [n] mean |x|, of finite elements */
     int64_t n, d;
 };
 
@@ -40,15 +40,15 @@ void rows64_set(struct rows64 *rows, int64_t i, enum attn_dtype t, const void *f
 
 /* One row's question. */
 struct attention_row {
-    const double *q, *qv;     /* qv NULL: off */
+    const double *q, *qv; /* qv NULL: off */
     double q_norm, qv_norm;
     const struct rows64 *k, *v;
-    const int32_t *keys;      /* [n] the visible ones */
+    const int32_t *keys; /* [n] the visible ones */
     int64_t n;
     double scale, softcap, out_scale;
-    const double *sink;       /* NULL: none */
-    bool no_keys;             /* lse is +inf, not -inf */
-    double extra_slack;       /* of each score, from operands that may round either way */
+    const double *sink; /* NULL: none */
+    bool no_keys;       /* lse is +inf, not -inf */
+    double extra_slack; /* of each score, from operands that may round either way */
 };
 
 /* All rows of a case. */

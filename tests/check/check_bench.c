@@ -2,7 +2,7 @@
  *
  * --bench: times of mha_fwd by rung and dtype, through the same plan and run as the tests.  A row
  * is the median of repeated runs, the spread (the middle half, in per cent of the median), and the
- * rates of useful work: 2 (d_qk + d_v) FLOP a visible score, and every byte of q, k, v and out once.
+ * rates of useful work: 2 (d_qk + d_v) FLOP a visible score, and each byte of q, k, v, out once.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -44,14 +44,20 @@ struct bench {
 
 static DLTensor make(enum attn_dtype t, int ndim, int64_t *to, const int64_t *shape, bool fill)
 {
-    static const DLDataType types[ATTN_DTYPES] = {
-        {kDLFloat, 32, 1}, {kDLBfloat, 16, 1}, {kDLFloat, 16, 1}, {kDLFloat8_e4m3fn, 8, 1}};
+    static const DLDataType types[ATTN_DTYPES] = {{kDLFloat, 32, 1},
+                                                  {kDLBfloat, 16, 1},
+                                                  {kDLFloat, 16, 1},
+                                                  {kDLFloat8_e4m3fn, 8, 1}};
     struct check_random r = {99};
     int64_t n = 1;
     for (int i = 0; i < ndim; ++i) n *= to[i] = shape[i];
     char *data = check_buffer((size_t)((n * attn_dtype_bytes(t) + 63) / 64 * 64), 64).data;
     if (fill) check_fill_normal(&r, t, data, n, 1);
-    return (DLTensor){.data = data, .device = {kDLCPU, 0}, .ndim = ndim, .dtype = types[t], .shape = to};
+    return (DLTensor){.data = data,
+                      .device = {kDLCPU, 0},
+                      .ndim = ndim,
+                      .dtype = types[t],
+                      .shape = to};
 }
 
 static void set_up(struct bench *x, const struct shape *s, enum attn_dtype t)
@@ -66,8 +72,15 @@ static void set_up(struct bench *x, const struct shape *s, enum attn_dtype t)
     x->out = make(attn_dtype_out(t), 4, x->out_shape, out, false);
     x->lse = make(ATTN_F32, 3, x->lse_shape, lse, false);
     x->args = (struct attn_mha_fwd_args){
-        .size = sizeof x->args, .q = &x->q, .k = &x->k, .v = &x->v, .out = &x->out, .lse = &x->lse,
-        .softmax_scale = pow((double)s->d, -0.5), .window_left = -1, .window_right = -1,
+        .size = sizeof x->args,
+        .q = &x->q,
+        .k = &x->k,
+        .v = &x->v,
+        .out = &x->out,
+        .lse = &x->lse,
+        .softmax_scale = pow((double)s->d, -0.5),
+        .window_left = -1,
+        .window_right = -1,
         .causal = s->causal,
     };
     if (!s->page) return;
@@ -122,12 +135,14 @@ static void report(const struct check_rung *rung, const struct shape *s, enum at
     qsort(times, (size_t)n, sizeof *times, ascending);
     double median = times[n / 2], spread = (times[3 * n / 4] - times[n / 4]) / median;
     double flop = 2 * (double)(s->b * s->h_q * (s->d + s->d_v)) * s->scores;
-    double bytes = (double)attn_dtype_bytes(t) * (double)(s->b * s->s_k * s->h_k * (s->d + s->d_v)) +
+    double bytes = (double)attn_dtype_bytes(t) *
+                       (double)(s->b * s->s_k * s->h_k * (s->d + s->d_v)) +
                    (double)attn_dtype_bytes(t) * (double)(s->b * s->s_q * s->h_q * s->d) +
-                   (double)attn_dtype_bytes(attn_dtype_out(t)) * (double)(s->b * s->s_q * s->h_q * s->d_v);
+                   (double)attn_dtype_bytes(attn_dtype_out(t)) *
+                       (double)(s->b * s->s_q * s->h_q * s->d_v);
     printf("%-8s %-5s %-20s %-32s %10.1f us +-%3.0f %% %9.1f GFLOP/s %7.1f GB/s\n", rung->name,
-           attn_dtype_name(t), s->name, x->plan.kernel, median * 1e6, spread * 100, flop / median * 1e-9,
-           bytes / median * 1e-9);
+           attn_dtype_name(t), s->name, x->plan.kernel, median * 1e6, spread * 100,
+           flop / median * 1e-9, bytes / median * 1e-9);
     fflush(stdout);
 }
 
@@ -143,7 +158,8 @@ void check_bench(void)
                 struct check_test test;
                 const struct shape *s = &shapes[k];
                 enum attn_dtype dtype = (enum attn_dtype)t;
-                if (!check_open(&test, "bench", rungs[i].name, attn_dtype_name(dtype), "%s", s->name))
+                if (!check_open(&test, "bench", rungs[i].name, attn_dtype_name(dtype), "%s",
+                                s->name))
                     continue;
                 check_pool_reset();
                 set_up(&x, s, dtype);

@@ -55,7 +55,8 @@ static void choose_widths(struct check_random *r, struct mha_case *c)
     int64_t unit = c->dtype == ATTN_F8 ? 16 : 8;
     c->h_k = PICK(r, 1, 1, 2, 3);
     c->h_q = c->h_k * groups[random_range(r, 0, 7)];
-    c->d_qk = random_percent(r, 60) ? PICK(r, 32, 64, 64, 128) : unit * random_range(r, 1, 160 / unit);
+    c->d_qk = random_percent(r, 60) ? PICK(r, 32, 64, 64, 128)
+                                    : unit * random_range(r, 1, 160 / unit);
     c->d_v = random_percent(r, 70) ? c->d_qk : unit * random_range(r, 1, 160 / unit);
     if (random_percent(r, 6)) c->d_qk = unit * random_range(r, 1, 512 / unit);
     if (random_percent(r, 6)) c->d_v = unit * random_range(r, 1, 512 / unit);
@@ -197,8 +198,10 @@ static void choose_rotary(struct check_random *r, struct mha_case *c)
 
 static DLDataType value_type(enum attn_dtype t)
 {
-    static const DLDataType types[ATTN_DTYPES] = {
-        {kDLFloat, 32, 1}, {kDLBfloat, 16, 1}, {kDLFloat, 16, 1}, {kDLFloat8_e4m3fn, 8, 1}};
+    static const DLDataType types[ATTN_DTYPES] = {{kDLFloat, 32, 1},
+                                                  {kDLBfloat, 16, 1},
+                                                  {kDLFloat, 16, 1},
+                                                  {kDLFloat8_e4m3fn, 8, 1}};
     return types[t];
 }
 
@@ -248,8 +251,8 @@ static void make_rows(struct check_random *r, struct mha_case *c, int argument, 
                       int64_t n, int64_t s, int64_t h, int64_t d)
 {
     const int64_t shape[4] = {n, s, h, d};
-    mha_tensor_make(r, c, argument, value_type(c->dtype), packed ? 3 : 4, packed ? shape + 1 : shape,
-                    with(c, WITH_strided));
+    mha_tensor_make(r, c, argument, value_type(c->dtype), packed ? 3 : 4,
+                    packed ? shape + 1 : shape, with(c, WITH_strided));
     struct mha_tensor *t = &c->tensor[argument];
     t->dtype = c->dtype;
     check_fill_nan(c->dtype, t->buffer.data, (int64_t)t->buffer.bytes / attn_dtype_bytes(c->dtype));
@@ -307,7 +310,8 @@ static void make_pages(struct check_random *r, struct mha_case *c)
     mha_tensor_make(r, c, ARG_page_table, int32_type, 2, shape, with(c, WITH_strided));
     struct mha_tensor *t = &c->tensor[ARG_page_table];
     int32_t *all = (int32_t *)(void *)t->buffer.data;
-    for (size_t i = 0; i < t->buffer.bytes / 4; ++i) all[i] = (int32_t)PICK(r, -1, INT32_MAX, INT32_MIN);
+    for (size_t i = 0; i < t->buffer.bytes / 4; ++i)
+        all[i] = (int32_t)PICK(r, -1, INT32_MAX, INT32_MIN);
     int64_t *order = check_scratch((size_t)(c->num_pages + 1) * sizeof *order);
     for (int64_t i = 0; i < c->num_pages; ++i) order[i] = i;
     for (int64_t i = c->num_pages - 1; i > 0; --i) {
@@ -503,7 +507,8 @@ void mha_case_make(struct check_random *r, enum attn_dtype dtype, unsigned featu
     c->k_before = memcpy(check_scratch(k->bytes), k->data, k->bytes);
     c->v_before = memcpy(check_scratch(v->bytes), v->data, v->bytes);
     for (int a = 0; a < MHA_ARGUMENT_COUNT; ++a) {
-        bool written = a == ARG_out || a == ARG_lse || (with(c, WITH_append) && (a == ARG_k || a == ARG_v));
+        bool written = a == ARG_out || a == ARG_lse ||
+                       (with(c, WITH_append) && (a == ARG_k || a == ARG_v));
         if (c->tensor[a].buffer.pages && !written) check_buffer_protect(&c->tensor[a].buffer, true);
     }
 }

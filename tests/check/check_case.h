@@ -11,33 +11,37 @@
 #include "check_attention.h"
 
 /* The tensors of attn_mha_fwd_args in its order. */
+/* clang-format off */
 #define MHA_ARGUMENTS(X)                                                                           \
     X(q) X(k) X(v) X(k_new) X(v_new) X(qv) X(out) X(lse) X(out_accum) X(lse_accum)                 \
     X(cu_seqlens_q) X(cu_seqlens_k) X(cu_seqlens_k_new) X(seqused_q) X(seqused_k) X(page_table)    \
     X(kv_batch_idx) X(leftpad_k) X(rotary_cos) X(rotary_sin) X(seqlens_rotary) X(q_descale)        \
     X(k_descale) X(v_descale) X(sinks) X(cp_tot_seqused_k) X(scheduler_metadata)
+/* clang-format on */
 
 enum mha_argument {
 #define X(name) ARG_##name,
     MHA_ARGUMENTS(X)
 #undef X
-    MHA_ARGUMENT_COUNT
+        MHA_ARGUMENT_COUNT
 };
 
 extern const char *const mha_argument_name[MHA_ARGUMENT_COUNT];
 const DLTensor **mha_argument_slot(struct attn_mha_fwd_args *args, int argument);
 
 /* What a case may be made of; each is also a test of its own. */
+/* clang-format off */
 #define MHA_FEATURES(X)                                                                            \
     X(causal) X(window) X(chunk) X(softcap) X(sinks) X(qv) X(descale) X(packed_q) X(packed_k)      \
     X(seqused_q) X(seqused_k) X(paged) X(batch_idx) X(leftpad) X(append) X(append_packed)          \
     X(rotary) X(cp) X(splits) X(strided) X(pathological)
+/* clang-format on */
 
 enum mha_feature {
 #define X(name) FEATURE_INDEX_##name,
     MHA_FEATURES(X)
 #undef X
-    MHA_FEATURE_COUNT
+        MHA_FEATURE_COUNT
 };
 enum {
 #define X(name) WITH_##name = 1 << FEATURE_INDEX_##name,
@@ -50,15 +54,15 @@ extern const char *const mha_feature_name[MHA_FEATURE_COUNT];
 #define CASE_BATCH 6
 
 struct mha_seq {
-    int64_t q_off, q_space;     /* first row of packed q; rows the sequence has */
-    int64_t q_len;              /* and live ones */
-    int64_t k_off, k_cached;    /* first row of packed k; keys before the append, padding included */
-    int64_t k_space;            /* positions the sequence has: its segment or the capacity */
+    int64_t q_off, q_space;  /* first row of packed q; rows the sequence has */
+    int64_t q_len;           /* and live ones */
+    int64_t k_off, k_cached; /* first row of packed k; keys before the append, padding included */
+    int64_t k_space;         /* positions the sequence has: its segment or the capacity */
     int64_t pad, new_off, new_len;
-    int64_t row;                /* of the cache or page table */
+    int64_t row; /* of the cache or page table */
     int64_t rotary;
-    int64_t total;              /* context parallel: global keys */
-    int64_t first_row;          /* of the case's live rows: row (i, h) is first_row + i h_q + h */
+    int64_t total;     /* context parallel: global keys */
+    int64_t first_row; /* of the case's live rows: row (i, h) is first_row + i h_q + h */
 };
 
 struct mha_tensor {
@@ -72,17 +76,17 @@ struct mha_case {
     unsigned features;
     enum attn_dtype dtype, out_dtype;
     int64_t b, h_q, h_k, d_qk, d_v;
-    int64_t s_q, s_k, s_new;     /* static maxima: extents, or max_seqlen, or capacity */
-    int64_t t_q, t_k, t_new;     /* packed totals */
+    int64_t s_q, s_k, s_new; /* static maxima: extents, or max_seqlen, or capacity */
+    int64_t t_q, t_k, t_new; /* packed totals */
     int64_t page, max_pages, num_pages, rows;
     int64_t ro, r;
-    bool shared;                 /* sequences may share cache rows or pages */
+    bool shared; /* sequences may share cache rows or pages */
     int pathology;
     struct mha_seq seq[CASE_BATCH];
     int64_t live_rows;
     struct mha_tensor tensor[MHA_ARGUMENT_COUNT];
     struct attn_mha_fwd_args args;
-    char *k_before, *v_before;   /* the caches as they were made */
+    char *k_before, *v_before; /* the caches as they were made */
 };
 
 /* A case of these features, and of no others.  Features that exclude each other are dropped. */

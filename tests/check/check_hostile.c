@@ -93,9 +93,10 @@ static bool break_rank(struct check_random *r, struct hostile *h)
 static bool break_dtype(struct check_random *r, struct hostile *h)
 {
     static const DLDataType types[] = {
-        {kDLInt, 64, 1},  {kDLUInt, 32, 1}, {kDLFloat, 64, 1},  {kDLComplex, 64, 1}, {kDLFloat, 16, 2},
-        {kDLInt, 32, 0},  {kDLInt, 4, 1},   {200, 32, 1},       {kDLFloat8_e5m2, 8, 1},
-        {kDLBool, 8, 1},  {kDLInt, 8, 4},   {kDLBfloat, 32, 1}, {kDLFloat, 0, 1},    {kDLInt, 255, 65535},
+        {kDLInt, 64, 1},        {kDLUInt, 32, 1},     {kDLFloat, 64, 1}, {kDLComplex, 64, 1},
+        {kDLFloat, 16, 2},      {kDLInt, 32, 0},      {kDLInt, 4, 1},    {200, 32, 1},
+        {kDLFloat8_e5m2, 8, 1}, {kDLBool, 8, 1},      {kDLInt, 8, 4},    {kDLBfloat, 32, 1},
+        {kDLFloat, 0, 1},       {kDLInt, 255, 65535},
     };
     int a = pick_given(r, h);
     h->t[a].dtype = types[random_range(r, 0, sizeof types / sizeof *types - 1)];
@@ -107,11 +108,14 @@ static bool break_dtype(struct check_random *r, struct hostile *h)
 /* A type that is known, but not this tensor's. */
 static bool break_dtype_mismatch(struct check_random *r, struct hostile *h)
 {
-    static const DLDataType types[] = {
-        {kDLFloat, 32, 1}, {kDLBfloat, 16, 1}, {kDLFloat, 16, 1}, {kDLFloat8_e4m3fn, 8, 1}};
+    static const DLDataType types[] = {{kDLFloat, 32, 1},
+                                       {kDLBfloat, 16, 1},
+                                       {kDLFloat, 16, 1},
+                                       {kDLFloat8_e4m3fn, 8, 1}};
     int a = pick_given(r, h);
     DLDataType type = types[random_range(r, 0, 3)];
-    if (a == ARG_q || a == ARG_sinks || memcmp(&type, &h->t[a].dtype, sizeof type) == 0) return false;
+    if (a == ARG_q || a == ARG_sinks || memcmp(&type, &h->t[a].dtype, sizeof type) == 0)
+        return false;
     h->t[a].dtype = type;
     h->names[0] = mha_argument_name[a];
     return SAY(h, "%s of another float type", mha_argument_name[a]);
@@ -121,7 +125,8 @@ static bool break_dtype_mismatch(struct check_random *r, struct hostile *h)
 static bool break_extent(struct check_random *r, struct hostile *h)
 {
     int a = pick_given(r, h), i = (int)random_range(r, 0, h->t[a].ndim - 1);
-    int64_t n = PICK(r, -1, INT64_MIN, (int64_t)1 << 31, ((int64_t)1 << 32) + 1, (int64_t)1 << 62, INT64_MAX);
+    int64_t n = PICK(r, -1, INT64_MIN, (int64_t)1 << 31, ((int64_t)1 << 32) + 1, (int64_t)1 << 62,
+                     INT64_MAX);
     h->shape[a][i] = n;
     h->names[0] = mha_argument_name[a];
     return SAY(h, "%s with extent %lld in dimension %d", mha_argument_name[a], (long long)n, i);
@@ -131,7 +136,8 @@ static bool break_extent(struct check_random *r, struct hostile *h)
 static bool break_agreement(struct check_random *r, struct hostile *h)
 {
     int a = pick_given(r, h), i = (int)random_range(r, 0, h->t[a].ndim - 1);
-    if (a == ARG_page_table && i == 0 && h->args.kv_batch_idx) return false; /* any count is legal */
+    if (a == ARG_page_table && i == 0 && h->args.kv_batch_idx)
+        return false; /* any count is legal */
     int64_t n = h->shape[a][i] + PICK(r, 1, -1, 7, 1000);
     if (n < 0) return false;
     h->shape[a][i] = n;
@@ -161,8 +167,10 @@ static bool break_last_stride(struct check_random *r, struct hostile *h)
 /* Rows of a result on top of each other. */
 static bool break_overlap(struct check_random *r, struct hostile *h)
 {
-    int a = (int)PICK(r, ARG_out, ARG_lse, ARG_k, ARG_v), i = (int)random_range(r, 0, h->t[a].ndim - 1);
-    if (((a == ARG_k || a == ARG_v) && !h->args.k_new) || h->shape[a][i] <= 1 || empty(&h->t[a])) return false;
+    int a = (int)PICK(r, ARG_out, ARG_lse, ARG_k, ARG_v),
+        i = (int)random_range(r, 0, h->t[a].ndim - 1);
+    if (((a == ARG_k || a == ARG_v) && !h->args.k_new) || h->shape[a][i] <= 1 || empty(&h->t[a]))
+        return false;
     h->strides[a][i] = 0;
     h->names[0] = mha_argument_name[a];
     return SAY(h, "%s with stride 0 in dimension %d", mha_argument_name[a], i);
@@ -182,9 +190,12 @@ static bool break_pointer(struct check_random *r, struct hostile *h)
     int a = pick_given(r, h), bytes = h->t[a].dtype.bits / 8;
     bool null = random_percent(r, 50);
     if (empty(&h->t[a]) || (!null && bytes == 1)) return false;
-    if (null) h->t[a].data = NULL;
-    else if (random_percent(r, 50)) h->t[a].byte_offset += (uint64_t)random_range(r, 1, bytes - 1);
-    else h->t[a].data = (char *)h->t[a].data + random_range(r, 1, bytes - 1);
+    if (null)
+        h->t[a].data = NULL;
+    else if (random_percent(r, 50))
+        h->t[a].byte_offset += (uint64_t)random_range(r, 1, bytes - 1);
+    else
+        h->t[a].data = (char *)h->t[a].data + random_range(r, 1, bytes - 1);
     h->names[0] = mha_argument_name[a];
     return SAY(h, "%s with %s data", mha_argument_name[a], null ? "no" : "misaligned");
 }
@@ -195,7 +206,8 @@ static bool break_absence(struct check_random *r, struct hostile *h)
     int a = pick_given(r, h);
     const struct attn_mha_fwd_args *v = &h->args;
     bool needed = a == ARG_q || a == ARG_k || a == ARG_v || a == ARG_out || a == ARG_lse;
-    needed = needed || a == ARG_k_new || a == ARG_v_new || a == ARG_rotary_cos || a == ARG_rotary_sin;
+    needed = needed || a == ARG_k_new || a == ARG_v_new || a == ARG_rotary_cos ||
+             a == ARG_rotary_sin;
     needed = needed || a == ARG_out_accum || a == ARG_lse_accum || a == ARG_cp_tot_seqused_k;
     needed = needed || (a == ARG_seqused_k && v->k_new);
     if (!needed) return false;
@@ -253,8 +265,10 @@ static bool break_exclusion(struct check_random *r, struct hostile *h)
     switch (random_range(r, 0, 3)) {
     case 0:
         if (a->cp_world_size <= 1) return false;
-        if (random_percent(r, 50)) a->window_left = 3;
-        else a->attention_chunk = 5;
+        if (random_percent(r, 50))
+            a->window_left = 3;
+        else
+            a->attention_chunk = 5;
         h->names[0] = "cp_world_size";
         return SAY(h, "a window or chunk with context parallel");
     case 1:
@@ -292,13 +306,17 @@ static bool break_workspace(struct check_random *r, struct hostile *h)
     case 3: h->workspace_bytes = PICK(r, -1, INT64_MIN); break;
     default:
         h->names[0] = "plan";
-        if (random_percent(r, 30)) h->plan_pointer = NULL;
-        else if (random_percent(r, 50)) h->plan.size = (uint32_t)PICK(r, 0, 1, UINT32_MAX);
-        else h->plan.shape[random_range(r, 0, 11)] += PICK(r, 1, -1, INT32_MAX);
+        if (random_percent(r, 30))
+            h->plan_pointer = NULL;
+        else if (random_percent(r, 50))
+            h->plan.size = (uint32_t)PICK(r, 0, 1, UINT32_MAX);
+        else
+            h->plan.shape[random_range(r, 0, 11)] += PICK(r, 1, -1, INT32_MAX);
         return SAY(h, "a plan of another call");
     }
     h->names[0] = "workspace";
-    return SAY(h, "a workspace of %lld bytes at %p", (long long)h->workspace_bytes, (void *)h->workspace);
+    return SAY(h, "a workspace of %lld bytes at %p", (long long)h->workspace_bytes,
+               (void *)h->workspace);
 }
 
 /* ---- ways to break an index entry ------------------------------------------------------------ */
@@ -316,7 +334,8 @@ static bool poke(struct hostile *h, int argument, int64_t at, int64_t value, con
     data[at] = (int32_t)value;
     h->names[0] = mha_argument_name[argument];
     h->names[1] = alias;
-    return SAY(h, "%s entry %lld is %lld", mha_argument_name[argument], (long long)at, (long long)value);
+    return SAY(h, "%s entry %lld is %lld", mha_argument_name[argument], (long long)at,
+               (long long)value);
 }
 
 static bool break_index(struct check_random *r, struct hostile *h)
@@ -327,9 +346,13 @@ static bool break_index(struct check_random *r, struct hostile *h)
     const struct mha_seq *s = &c->seq[b];
     int64_t wild = PICK(r, INT32_MAX, INT32_MIN, -1);
     switch (random_range(r, 0, 9)) {
-    case 0: return poke(h, ARG_cu_seqlens_q, b + 1, random_percent(r, 50) ? wild : c->t_q + 1, NULL);
-    case 1: return poke(h, ARG_cu_seqlens_k, b + 1, random_percent(r, 50) ? wild : c->t_k + 1, NULL);
-    case 2: return poke(h, ARG_cu_seqlens_k_new, b + 1, random_percent(r, 50) ? wild : c->t_new + 1, NULL);
+    case 0:
+        return poke(h, ARG_cu_seqlens_q, b + 1, random_percent(r, 50) ? wild : c->t_q + 1, NULL);
+    case 1:
+        return poke(h, ARG_cu_seqlens_k, b + 1, random_percent(r, 50) ? wild : c->t_k + 1, NULL);
+    case 2:
+        return poke(h, ARG_cu_seqlens_k_new, b + 1, random_percent(r, 50) ? wild : c->t_new + 1,
+                    NULL);
     case 3: return poke(h, ARG_seqused_q, b, random_percent(r, 50) ? wild : s->q_space + 1, NULL);
     case 4:
         return poke(h, ARG_seqused_k, b, random_percent(r, 50) ? wild : s->k_space - s->new_len + 1,
@@ -363,12 +386,14 @@ static bool (*const breaks[])(struct check_random *, struct hostile *) = {
 
 static bool names_an_argument(const struct hostile *h, const char *message)
 {
-    static const char *const others[] = {"plan", "workspace", "max_seqlen", "cache_seqlens", "num_splits"};
+    static const char *const others[] = {"plan", "workspace", "max_seqlen", "cache_seqlens",
+                                         "num_splits"};
     for (int i = 0; i < 3 && h->names[0]; ++i) {
         if (!h->names[i]) continue;
         if (strstr(message, h->names[i])) return true;
         /* Python's name of the same argument. */
-        if (!strcmp(h->names[i], "seqlens_rotary") && strstr(message, "rotary_seqlens")) return true;
+        if (!strcmp(h->names[i], "seqlens_rotary") && strstr(message, "rotary_seqlens"))
+            return true;
     }
     if (h->names[0]) return false;
     for (int a = 0; a < MHA_ARGUMENT_COUNT; ++a)
@@ -408,12 +433,12 @@ static void call(struct check_test *test, struct check_random *r, struct hostile
         check_buffer_protect(h->poked_buffer, true);
     }
     const char *message = attn_last_error();
-    const char *fault = !survived                          ? "crashed"
-                        : h->status == ATTN_OK             ? "was accepted"
-                        : !*message                        ? "left no message"
-                        : !names_an_argument(h, message)   ? "does not name the argument"
-                        : !untouched(h->c)                 ? "wrote something"
-                                                           : NULL;
+    const char *fault = !survived                        ? "crashed"
+                        : h->status == ATTN_OK           ? "was accepted"
+                        : !*message                      ? "left no message"
+                        : !names_an_argument(h, message) ? "does not name the argument"
+                        : !untouched(h->c)               ? "wrote something"
+                                                         : NULL;
     if (check_options.broken) fault = fault ? NULL : "spoiled";
     if (fault)
         check_fail(test, "%s: %s: %s: \"%s\"", mha_case_text(h->c, text), h->what, fault, message);
@@ -440,7 +465,8 @@ static void plan_valid(void *context)
 static void run_valid(void *context)
 {
     struct valid_call *v = context;
-    v->status = attn_mha_fwd_run(&v->c->args, &v->plan, v->workspace.data, v->plan.workspace_bytes, NULL);
+    v->status = attn_mha_fwd_run(&v->c->args, &v->plan, v->workspace.data, v->plan.workspace_bytes,
+                                 NULL);
 }
 
 static void check_case(struct check_test *test, struct check_random *r, int calls, bool with_oracle)
@@ -474,7 +500,8 @@ static void check_case(struct check_test *test, struct check_random *r, int call
                    mha_case_text(&c, text));
     if (!with_oracle) return;
     mha_case_answer(&c, &answer);
-    if (!mha_case_compare(&c, &answer, why)) check_fail(test, "%s: %s", mha_case_text(&c, text), why);
+    if (!mha_case_compare(&c, &answer, why))
+        check_fail(test, "%s: %s", mha_case_text(&c, text), why);
 }
 
 void check_hostile(void)

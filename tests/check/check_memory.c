@@ -124,7 +124,8 @@ void check_fill_nan(enum attn_dtype t, void *to, int64_t n)
 
 double check_ulp(enum attn_dtype t, double x)
 {
-    static const int digits[ATTN_DTYPES] = {24, 8, 11, 4}, least[ATTN_DTYPES] = {-149, -133, -24, -9};
+    static const int digits[ATTN_DTYPES] = {24, 8, 11, 4},
+                     least[ATTN_DTYPES] = {-149, -133, -24, -9};
     int e;
     frexp(x, &e);
     int exponent = e - digits[t];

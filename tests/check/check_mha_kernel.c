@@ -16,7 +16,7 @@ struct task_case {
     const struct attn_mha_kernel *kernel;
     struct attn_mha_task task;
     enum attn_dtype dtype, out_dtype;
-    int64_t keys;                    /* the sequence's; k_end may be less */
+    int64_t keys; /* the sequence's; k_end may be less */
     char *scratch;
     struct check_buffer q, qv, k, v, out, lse, scratch_buffer, packed;
     int64_t k_row, v_row, k_head, v_head, k_page, v_page;
@@ -24,15 +24,9 @@ struct task_case {
     int64_t page, page_count;
 };
 
-static int32_t *offsets32(int64_t n)
-{
-    return check_scratch((size_t)n * sizeof(int32_t));
-}
+static int32_t *offsets32(int64_t n) { return check_scratch((size_t)n * sizeof(int32_t)); }
 
-static int64_t *offsets64(int64_t n)
-{
-    return check_scratch((size_t)n * sizeof(int64_t));
-}
+static int64_t *offsets64(int64_t n) { return check_scratch((size_t)n * sizeof(int64_t)); }
 
 /* Row offsets 0, step, 2 step, ... in random order. */
 static int64_t *shuffled(struct check_random *r, int64_t n, int64_t step)
@@ -156,7 +150,8 @@ static void make_cache(struct check_random *r, struct task_case *c)
 static void make_rows(struct check_random *r, struct task_case *c, bool qv)
 {
     struct attn_mha_task *t = &c->task;
-    int64_t bytes = attn_dtype_bytes(c->dtype), out_bytes = t->partial ? 4 : attn_dtype_bytes(c->out_dtype);
+    int64_t bytes = attn_dtype_bytes(c->dtype),
+            out_bytes = t->partial ? 4 : attn_dtype_bytes(c->out_dtype);
     int64_t pad = PICK(r, 0, 0, 8), q_step = (t->d_qk + pad) * bytes;
     int64_t v_step = (t->d_v + pad) * bytes, out_step = (t->d_v + pad) * out_bytes;
     int64_t n = (int64_t)t->rows * t->heads;
@@ -198,7 +193,8 @@ static void make_scalars(struct check_random *r, struct task_case *c)
     t->softcap = random_percent(r, 25) ? (float)PICK(r, 1, 5, 30, 50) : 0;
     if (!t->partial && random_percent(r, 25)) {
         float *sinks = check_scratch((size_t)(t->heads * t->rows) * sizeof(float));
-        for (int64_t i = 0; i < (int64_t)t->heads * t->rows; ++i) sinks[i] = (float)random_normal(r);
+        for (int64_t i = 0; i < (int64_t)t->heads * t->rows; ++i)
+            sinks[i] = (float)random_normal(r);
         t->sinks = sinks;
     }
 }
@@ -211,7 +207,8 @@ static void make_case(struct check_random *r, const struct attn_mha_kernel *kern
     int64_t unit = dtype == ATTN_F8 ? 16 : 8;
     c->kernel = kernel;
     c->dtype = dtype;
-    t->d_qk = (int32_t)(random_percent(r, 60) ? PICK(r, 64, 128) : unit * random_range(r, 1, 512 / unit));
+    t->d_qk = (int32_t)(random_percent(r, 60) ? PICK(r, 64, 128)
+                                              : unit * random_range(r, 1, 512 / unit));
     t->d_v = (int32_t)(random_percent(r, 70) ? t->d_qk : unit * random_range(r, 1, 512 / unit));
     t->rows = (int32_t)(1 + random_edge(r, kernel->rows_max - 1));
     t->heads = kernel->decode ? (int32_t)random_range(r, 1, 5) : 1;
@@ -234,7 +231,8 @@ static void make_case(struct check_random *r, const struct attn_mha_kernel *kern
     c->scratch = c->scratch_buffer.data;
     memset(c->scratch, 0xff, (size_t)bytes);
     if (kernel->pack) {
-        int64_t block = kernel->pack_bytes(d_s, t->d_v), blocks = (t->k_end + kernel->n - 1) / kernel->n;
+        int64_t block = kernel->pack_bytes(d_s, t->d_v),
+                blocks = (t->k_end + kernel->n - 1) / kernel->n;
         c->packed = check_buffer((size_t)(block * blocks), 64);
         memset(c->packed.data, 0xff, (size_t)(block * blocks));
         t->packed = c->packed.data;
@@ -263,8 +261,8 @@ static struct attention_expect expect(const struct task_case *c)
 {
     const struct attn_mha_task *t = &c->task;
     int64_t n = t->k_end - t->k_begin;
-    struct attention_expect e = attention_expect(c->dtype, c->out_dtype, (int64_t)t->heads * t->rows,
-                                                 t->d_v);
+    struct attention_expect e = attention_expect(c->dtype, c->out_dtype,
+                                                 (int64_t)t->heads * t->rows, t->d_v);
     struct rows64 k = rows64_make(n, t->d_qk), v = rows64_make(n, t->d_v);
     struct rows64 q = rows64_make(1, t->d_qk), qv = rows64_make(1, t->d_v);
     int32_t *visible = offsets32(n);
@@ -280,9 +278,17 @@ static struct attention_expect expect(const struct task_case *c)
             rows64_set(&q, 0, c->dtype, t->q + h * t->q_head + t->q_row[i]);
             if (t->qv) rows64_set(&qv, 0, c->dtype, t->qv + h * t->qv_head + t->qv_row[i]);
             struct attention_row row = {
-                .q = q.x, .q_norm = q.norm[0], .qv = t->qv ? qv.x : NULL, .qv_norm = qv.norm[0],
-                .k = &k, .v = &v, .keys = visible, .scale = t->score_scale[h],
-                .softcap = t->softcap, .out_scale = t->out_scale[h], .sink = t->sinks ? &sink : NULL,
+                .q = q.x,
+                .q_norm = q.norm[0],
+                .qv = t->qv ? qv.x : NULL,
+                .qv_norm = qv.norm[0],
+                .k = &k,
+                .v = &v,
+                .keys = visible,
+                .scale = t->score_scale[h],
+                .softcap = t->softcap,
+                .out_scale = t->out_scale[h],
+                .sink = t->sinks ? &sink : NULL,
             };
             for (int64_t j = 0; j < n; ++j)
                 if (seen(t, i, t->k_begin + j)) visible[row.n++] = (int32_t)j;
@@ -295,7 +301,8 @@ static struct attention_expect expect(const struct task_case *c)
 static void describe(const struct task_case *c, char text[256])
 {
     const struct attn_mha_task *t = &c->task;
-    snprintf(text, 256, "rows %d heads %d d %d/%d keys [%d, %d) of %d first %d page %d%s%s%s%s scale %g",
+    snprintf(text, 256,
+             "rows %d heads %d d %d/%d keys [%d, %d) of %d first %d page %d%s%s%s%s scale %g",
              t->rows, t->heads, t->d_qk, t->d_v, (int)t->k_begin, (int)t->k_end, (int)c->keys,
              (int)t->kv.first, (int)c->page, t->qv ? " qv" : "", t->softcap > 0 ? " softcap" : "",
              t->sinks ? " sinks" : "", t->partial ? " partial" : "", (double)t->score_scale[0]);
@@ -330,7 +337,8 @@ static bool check_results(struct check_test *test, const struct task_case *c,
         for (int64_t i = 0; i < t->rows; ++i)
             memset(copy + (out_at(c, h, i) - c->out.data), CHECK_CANARY, (size_t)bytes);
     bool clean = true;
-    for (size_t i = 0; i < c->out.bytes; ++i) clean = clean && (unsigned char)copy[i] == CHECK_CANARY;
+    for (size_t i = 0; i < c->out.bytes; ++i)
+        clean = clean && (unsigned char)copy[i] == CHECK_CANARY;
     if (!clean || !check_buffer_intact(&c->out) || !check_buffer_intact(&c->lse))
         check_fail(test, "%s: bytes beside the out or lse rows were written", what);
     if (!check_buffer_intact(&c->scratch_buffer) ||
@@ -381,8 +389,8 @@ static void check_alone(struct check_test *test, struct check_random *r, struct 
         if (memcmp(now, out + a * bytes, (size_t)bytes) == 0 &&
             memcmp(&t->lse[t->lse_row[a]], &lse[a], 4) == 0)
             continue;
-        check_fail(test, "%s: head %d row %d has other bits among %d rows of one head", what, (int)h,
-                   (int)(i + a), (int)kept);
+        check_fail(test, "%s: head %d row %d has other bits among %d rows of one head", what,
+                   (int)h, (int)(i + a), (int)kept);
         return;
     }
 }
@@ -420,7 +428,8 @@ void check_mha_kernel(void)
     int n = check_rungs(&rungs);
     for (int i = 0; i < n; ++i) {
         for (int dtype = 0; dtype < ATTN_DTYPES; ++dtype) {
-            const struct attn_cpu_kernels *t = &rungs[i].table, *below = i ? &rungs[i - 1].table : t;
+            const struct attn_cpu_kernels *t = &rungs[i].table,
+                                          *below = i ? &rungs[i - 1].table : t;
             const struct {
                 const char *what;
                 const struct attn_mha_kernel *now, *before;

@@ -113,8 +113,11 @@ struct huge {
 
 static DLTensor nowhere(DLDataType type, int ndim, int64_t *shape)
 {
-    return (DLTensor){.data = (void *)(uintptr_t)64, .device = {kDLCPU, 0}, .ndim = ndim,
-                      .dtype = type, .shape = shape};
+    return (DLTensor){.data = (void *)(uintptr_t)64,
+                      .device = {kDLCPU, 0},
+                      .ndim = ndim,
+                      .dtype = type,
+                      .shape = shape};
 }
 
 static void make_huge(struct check_random *r, struct huge *h, char text[256])
@@ -122,25 +125,36 @@ static void make_huge(struct check_random *r, struct huge *h, char text[256])
     static const DLDataType types[] = {{kDLFloat, 32, 1}, {kDLBfloat, 16, 1}, {kDLFloat, 16, 1}};
     DLDataType type = types[random_range(r, 0, 2)];
     int64_t b = PICK(r, 1, 1, 7, 992, 993, 4096), h_k = PICK(r, 1, 2, 8, 128);
-    int64_t h_q = h_k * PICK(r, 1, 4, 16), d = 8 * random_range(r, 1, 64), d_v = 8 * random_range(r, 1, 64);
+    int64_t h_q = h_k * PICK(r, 1, 4, 16), d = 8 * random_range(r, 1, 64),
+            d_v = 8 * random_range(r, 1, 64);
     int64_t s_q = PICK(r, 0, 1, 2, 128, 8192, 1 << 20), page = PICK(r, 0, 0, 1, 16, 4096);
     int64_t s_k = PICK(r, 0, 1, 255, 4096, 1 << 17, 1 << 24, (1 << 30) - 1, INT32_MAX);
     int64_t pages = page ? s_k / page : 0;
     memcpy(h->q_shape, (int64_t[]){b, s_q, h_q, d}, sizeof h->q_shape);
     memcpy(h->k_shape, (int64_t[]){page ? pages : b, page ? page : s_k, h_k, d}, sizeof h->k_shape);
-    memcpy(h->v_shape, (int64_t[]){page ? pages : b, page ? page : s_k, h_k, d_v}, sizeof h->v_shape);
+    memcpy(h->v_shape, (int64_t[]){page ? pages : b, page ? page : s_k, h_k, d_v},
+           sizeof h->v_shape);
     memcpy(h->table_shape, (int64_t[]){b, pages}, sizeof h->table_shape);
     h->q = nowhere(type, 4, h->q_shape);
     h->k = nowhere(type, 4, h->k_shape);
     h->v = nowhere(type, 4, h->v_shape);
     h->table = nowhere((DLDataType){kDLInt, 32, 1}, 2, h->table_shape);
     h->args = (struct attn_mha_fwd_args){
-        .size = sizeof h->args, .threads = 1, .q = &h->q, .k = &h->k, .v = &h->v,
-        .page_table = page ? &h->table : NULL, .softmax_scale = 0.1, .window_left = -1, .window_right = -1,
-        .causal = random_percent(r, 50), .num_splits = (int32_t)PICK(r, 0, 0, 1, 2, 77, 256),
+        .size = sizeof h->args,
+        .threads = 1,
+        .q = &h->q,
+        .k = &h->k,
+        .v = &h->v,
+        .page_table = page ? &h->table : NULL,
+        .softmax_scale = 0.1,
+        .window_left = -1,
+        .window_right = -1,
+        .causal = random_percent(r, 50),
+        .num_splits = (int32_t)PICK(r, 0, 0, 1, 2, 77, 256),
     };
-    snprintf(text, 256, "b %d s_q %d s_k %d h %d/%d d %d/%d page %d num_splits %d", (int)b, (int)s_q,
-             (int)s_k, (int)h_q, (int)h_k, (int)d, (int)d_v, (int)page, h->args.num_splits);
+    snprintf(text, 256, "b %d s_q %d s_k %d h %d/%d d %d/%d page %d num_splits %d", (int)b,
+             (int)s_q, (int)s_k, (int)h_q, (int)h_k, (int)d, (int)d_v, (int)page,
+             h->args.num_splits);
 }
 
 static void check_huge(const struct check_rung *rung)
@@ -165,7 +179,7 @@ static void check_allocation(const struct check_rung *rung)
     struct check_test test;
     if (!check_allocations_counted()) return;
     if (!check_open(&test, "mha_plan", rung->name, "", "run allocates nothing")) return;
-    for (int64_t i = 0; i < check_rounds(60); ++i) {
+    for (int64_t i = 0; i < check_rounds(40); ++i) {
         if (check_options.only_case >= 0 && check_options.only_case != i) continue;
         struct check_random r = check_case_random(&test, i);
         struct mha_case c;

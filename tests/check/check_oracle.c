@@ -115,7 +115,8 @@ static void rotate(const struct mha_case *c, const char *x, int64_t at, char *y)
     for (int64_t m = 0; m < half; ++m) {
         bool pairs = c->args.rotary_interleaved != 0;
         int64_t i = pairs ? 2 * m : m, j = pairs ? 2 * m + 1 : m + half;
-        float cosine = attn_load(t, cosines, at * half + m), sine = attn_load(t, sines, at * half + m);
+        float cosine = attn_load(t, cosines, at * half + m),
+              sine = attn_load(t, sines, at * half + m);
         float u = attn_load(t, x, i), v = attn_load(t, x, j);
         attn_store(t, y, i, u * cosine - v * sine);
         attn_store(t, y, j, u * sine + v * cosine);
@@ -132,8 +133,10 @@ static void append(const struct mha_case *c, struct mha_answer *answer)
             for (int64_t h = 0; h < c->h_k; ++h) {
                 char *to = answer->k_after + (mha_cache_at(c, ARG_k, b, s->k_cached + t, h) - k);
                 const char *from = mha_new_at(c, ARG_k_new, b, t, h);
-                if (with(c, WITH_rotary)) rotate(c, from, s->rotary + t, to);
-                else memcpy(to, from, (size_t)(c->d_qk * bytes));
+                if (with(c, WITH_rotary))
+                    rotate(c, from, s->rotary + t, to);
+                else
+                    memcpy(to, from, (size_t)(c->d_qk * bytes));
                 to = answer->v_after + (mha_cache_at(c, ARG_v, b, s->k_cached + t, h) - v);
                 memcpy(to, mha_new_at(c, ARG_v_new, b, t, h), (size_t)(c->d_v * bytes));
             }
@@ -164,12 +167,18 @@ static void answer_head(const struct mha_case *c, struct mha_answer *answer, int
         rows64_set(&k, j, c->dtype, answer->k_after + (mha_cache_at(c, ARG_k, b, x, hk) - k_data));
         rows64_set(&v, j, c->dtype, answer->v_after + (mha_cache_at(c, ARG_v, b, x, hk) - v_data));
     }
-    double q_descale = descale(c, ARG_q_descale, b, hk), k_descale = descale(c, ARG_k_descale, b, hk);
+    double q_descale = descale(c, ARG_q_descale, b, hk),
+           k_descale = descale(c, ARG_k_descale, b, hk);
     struct attention_row row = {
-        .q = q.x, .qv = with(c, WITH_qv) ? qv.x : NULL, .k = &k, .v = &v, .keys = visible,
+        .q = q.x,
+        .qv = with(c, WITH_qv) ? qv.x : NULL,
+        .k = &k,
+        .v = &v,
+        .keys = visible,
         .scale = c->args.softmax_scale * q_descale * k_descale,
         .softcap = c->args.softcap > 0 ? c->args.softcap : 0,
-        .out_scale = descale(c, ARG_v_descale, b, hk), .no_keys = c->t_k + c->t_new == 0,
+        .out_scale = descale(c, ARG_v_descale, b, hk),
+        .no_keys = c->t_k + c->t_new == 0,
     };
     bool advance = queries_advance(c);
     for (int64_t i = 0; i < s->q_len; ++i) {
@@ -230,7 +239,8 @@ static bool same_cache(const struct mha_case *c, int argument, const char *want)
     for (int64_t i = 0; i < (int64_t)got->bytes / attn_dtype_bytes(c->dtype); ++i) {
         double x = attn_load(c->dtype, got->data, i), y = attn_load(c->dtype, want, i);
         if ((isnan(x) && isnan(y)) || x == y) continue;
-        if (!(fabs(x - y) <= check_ulp(c->dtype, y) + 0x1p-22 * (c->dtype == ATTN_F32))) return false;
+        if (!(fabs(x - y) <= check_ulp(c->dtype, y) + 0x1p-22 * (c->dtype == ATTN_F32)))
+            return false;
     }
     return true;
 }
@@ -263,7 +273,8 @@ bool mha_case_compare(const struct mha_case *c, const struct mha_answer *answer,
             for (int64_t h = 0; h < c->h_q; ++h) {
                 int64_t row = c->seq[b].first_row + i * c->h_q + h;
                 float lse = *mha_lse_at(c, b, i, h);
-                if (attention_matches(&answer->rows, row, mha_out_at(c, b, i, h), lse, text)) continue;
+                if (attention_matches(&answer->rows, row, mha_out_at(c, b, i, h), lse, text))
+                    continue;
                 snprintf(why, 400, "sequence %d (q %d, keys %d) row %d head %d: %s", (int)b,
                          (int)c->seq[b].q_len, (int)mha_keys(c, b), (int)i, (int)h, text);
                 return false;
@@ -276,10 +287,12 @@ bool mha_case_compare(const struct mha_case *c, const struct mha_answer *answer,
         return false;
     }
     const bool kept[4] = {beside_is_canary(c, ARG_out), beside_is_canary(c, ARG_lse),
-                          same_cache(c, ARG_k, answer->k_after), same_cache(c, ARG_v, answer->v_after)};
-    static const char *const complaints[4] = {
-        "rows of out that are not live were written", "entries of lse that are not live were written",
-        "k is not the cache with the new keys, each byte", "v is not the cache with the new values"};
+                          same_cache(c, ARG_k, answer->k_after),
+                          same_cache(c, ARG_v, answer->v_after)};
+    static const char *const complaints[4] = {"rows of out that are not live were written",
+                                              "entries of lse that are not live were written",
+                                              "k is not the cache with the new keys, each byte",
+                                              "v is not the cache with the new values"};
     for (int i = 0; i < 4; ++i) {
         if (kept[i]) continue;
         snprintf(why, 400, "%s", complaints[i]);
@@ -313,10 +326,12 @@ const char *mha_case_text(const struct mha_case *c, char text[512])
     int n = snprintf(text, 512, "b %d h %d/%d d %d/%d s_q %d s_k %d", (int)c->b, (int)c->h_q,
                      (int)c->h_k, (int)c->d_qk, (int)c->d_v, (int)c->s_q, (int)c->s_k);
     for (int i = 0; i < MHA_FEATURE_COUNT && n < 440; ++i)
-        if (c->features >> i & 1) n += snprintf(text + n, 512 - (size_t)n, " %s", mha_feature_name[i]);
+        if (c->features >> i & 1)
+            n += snprintf(text + n, 512 - (size_t)n, " %s", mha_feature_name[i]);
     if (n < 440)
-        snprintf(text + n, 512 - (size_t)n, " (window %d %d chunk %d page %d new %d kind %d scale %.3g)",
-                 (int)a->window_left, (int)a->window_right, (int)a->attention_chunk, (int)c->page,
-                 (int)c->s_new, c->pathology, a->softmax_scale);
+        snprintf(text + n, 512 - (size_t)n,
+                 " (window %d %d chunk %d page %d new %d kind %d scale %.3g)", (int)a->window_left,
+                 (int)a->window_right, (int)a->attention_chunk, (int)c->page, (int)c->s_new,
+                 c->pathology, a->softmax_scale);
     return text;
 }

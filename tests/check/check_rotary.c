@@ -39,7 +39,8 @@ static void check_row(struct check_test *test, const struct rotary_case *c, enum
             bool second = c->interleaved ? i % 2 : i >= half;
             int64_t mate = c->interleaved ? i ^ 1 : second ? i - half : i + half;
             double a = want * attn_load(t, c->cosines, m);
-            double b = (second ? 1 : -1) * (double)attn_load(t, x, mate) * attn_load(t, c->sines, m);
+            double b = (second ? 1 : -1) * (double)attn_load(t, x, mate) *
+                       attn_load(t, c->sines, m);
             want = a + b;
             limit = check_ulp(t, want) * 0.5001 + 0x1p-22 * (fabs(a) + fabs(b)) + 0x1p-120;
         } else if (memcmp(c->y + i * bytes, x + i * bytes, (size_t)bytes) == 0) {
@@ -83,7 +84,8 @@ static void check_rotary_kernel(struct check_test *test, const struct attn_rotar
         if (check_options.broken) attn_store(t, c.y, d - 1, attn_load(t, c.y, d - 1) + 1);
         check_row(test, &c, t, before);
         if (!check_buffer_intact(&x) || !check_buffer_intact(&y))
-            check_fail(test, "%s: d %d r %d: bytes beside the row were written", kernel->name, c.d, c.r);
+            check_fail(test, "%s: d %d r %d: bytes beside the row were written", kernel->name, c.d,
+                       c.r);
     }
 }
 
@@ -97,8 +99,8 @@ void check_rotary(void)
             struct check_test test;
             if (!k || k == rungs[i - 1].table.rotary[t]) continue;
             if (check_options.kernel && !strstr(k->name, check_options.kernel)) continue;
-            if (!check_open(&test, "rotary", rungs[i].name, attn_dtype_name((enum attn_dtype)t), "%s",
-                            k->name))
+            if (!check_open(&test, "rotary", rungs[i].name, attn_dtype_name((enum attn_dtype)t),
+                            "%s", k->name))
                 continue;
             check_rotary_kernel(&test, k, (enum attn_dtype)t);
             check_close(&test);
@@ -135,8 +137,8 @@ static void check_type(struct check_test *test, enum attn_dtype t)
         bool nan = isnan(want);
         bool same = nan ? isnan(x) : (double)x == want && !signbit(x) == !signbit(want);
         if (!same || (!nan && back != bits) || (nan && !isnan(attn_load(t, &back, 0)))) {
-            check_fail(test, "pattern 0x%x is %g, want %g, and rounds to 0x%x", bits, (double)x, want,
-                       back);
+            check_fail(test, "pattern 0x%x is %g, want %g, and rounds to 0x%x", bits, (double)x,
+                       want, back);
             return;
         }
         double next = decode(t, bits + 1);
@@ -147,7 +149,8 @@ static void check_type(struct check_test *test, enum attn_dtype t)
         attn_store(t, memset(&low, 0, 4), 0, nextafterf(middle, x));
         attn_store(t, memset(&high, 0, 4), 0, nextafterf(middle, (float)next));
         if (back == bits + (bits & 1) && low == bits && high == bits + 1) continue;
-        check_fail(test, "%g, between 0x%x and its neighbour, rounds to 0x%x", (double)middle, bits, back);
+        check_fail(test, "%g, between 0x%x and its neighbour, rounds to 0x%x", (double)middle, bits,
+                   back);
         return;
     }
 }

@@ -39,12 +39,14 @@ void mha_run_case(void *context)
     if (run->status) return;
     mha_case_accum(c, run->plan.splits);
     run->workspace = check_buffer((size_t)run->plan.workspace_bytes, 64);
-    memset(run->workspace.data, 0xff, run->workspace.bytes); /* NaN: nothing may rest on old bytes */
+    memset(run->workspace.data, 0xff,
+           run->workspace.bytes); /* NaN: nothing may rest on old bytes */
     run->status = attn_mha_fwd_check(&c->args, &p, true);
     if (run->status) return;
     run->status = attn_mha_fwd_cpu_run_with(run->table, &p, &run->plan, run->workspace.data,
                                             run->plan.workspace_bytes);
-    if (!check_buffer_intact(&run->workspace)) run->complaint = "bytes beside the workspace written";
+    if (!check_buffer_intact(&run->workspace))
+        run->complaint = "bytes beside the workspace written";
     if (run->table->mha_fwd[c->dtype] && strstr(run->plan.kernel, "_ref"))
         run->complaint = "the scalar reference ran although the rung has kernels";
 }
@@ -89,8 +91,10 @@ bool mha_case_spoil(struct check_random *r, struct mha_case *c, const struct mha
     case 2: attn_store(c->out_dtype, out, at, isnan(x) ? 0 : NAN); break;
     case 3: *lse = isinf(*lse) ? -*lse : INFINITY; break;
     default: /* a byte behind the tensor, or one before it */
-        if (c->tensor[ARG_lse].buffer.data == c->tensor[ARG_lse].buffer.pages) *lse = NAN;
-        else c->tensor[ARG_lse].buffer.data[-1] = 0;
+        if (c->tensor[ARG_lse].buffer.data == c->tensor[ARG_lse].buffer.pages)
+            *lse = NAN;
+        else
+            c->tensor[ARG_lse].buffer.data[-1] = 0;
         if (isnan(answer->rows.row[row].lse)) *lse = 0;
         break;
     }

@@ -18,7 +18,7 @@ struct mha_run {
     const char *complaint; /* of the run itself, NULL when there is none */
 };
 
-/* A struct mha_run, for check_guarded; the case's tensors must be as mha_case_restore leaves them. */
+/* A struct mha_run, for check_guarded; the tensors must be as mha_case_restore leaves them. */
 void mha_run_case(void *run);
 
 attn_status mha_plan_with(const struct attn_cpu_kernels *table,

@@ -3,7 +3,8 @@
  * split_combine: the kernels row by row, and the op with strided tensors, against fp64.
  *
  * Rule, with A = sum_s w_s |o_s| (1 + |lse_s - max| / 4) / sum_s w_s, since an exponent's rounding
- * grows with it: an element within 2^-20 A + ulp(out), lse within 2^-20 (1 + |lse|).  Partials whose lse is -inf hold NaN: they must not be read.
+ * grows with it: an element within 2^-20 A + ulp(out), lse within 2^-20 (1 + |lse|).  Partials
+ * whose lse is -inf hold NaN: they must not be read.
  */
 #include <math.h>
 #include <stdio.h>
@@ -15,8 +16,9 @@
 #include "cpu/threads.h"
 
 struct combine_case {
-    void (*run)(const float *o, int64_t o_split, const float *lse, int64_t lse_split, int32_t splits,
-                int32_t d_v, const float *sink, void *out, enum attn_dtype out_dtype, float *lse_out);
+    void (*run)(const float *o, int64_t o_split, const float *lse, int64_t lse_split,
+                int32_t splits, int32_t d_v, const float *sink, void *out,
+                enum attn_dtype out_dtype, float *lse_out);
     const float *o, *lse, *sink;
     int64_t o_split, lse_split;
     int32_t splits, d_v;
@@ -44,11 +46,13 @@ static bool row_is_right(const struct combine_case *c, char why[160])
         m = fmax(m, (double)c->lse[s * c->lse_split]);
     }
     bool empty = m == -INFINITY && !nan;
-    for (int32_t s = 0; s < c->splits && !empty; ++s) l += exp((double)c->lse[s * c->lse_split] - m);
+    for (int32_t s = 0; s < c->splits && !empty; ++s)
+        l += exp((double)c->lse[s * c->lse_split] - m);
     if (c->sink && !empty) l += exp((double)*c->sink - m);
     double lse = nan ? NAN : empty ? -INFINITY : m + log(l), got = *c->lse_out;
     bool ok = isfinite(lse) ? fabs(got - lse) <= 0x1p-20 * (1 + fabs(lse))
-                            : isnan(lse) ? isnan(got) : got == lse;
+              : isnan(lse)  ? isnan(got)
+                            : got == lse;
     if (!ok) {
         snprintf(why, 160, "lse %.9g, want %.9g", got, lse);
         return false;
@@ -72,16 +76,18 @@ static bool row_is_right(const struct combine_case *c, char why[160])
 }
 
 /* Log-sum-exps of one row: spread wide, some -inf, now and then all of them, rarely a NaN. */
-static void fill_row(struct check_random *r, float *o, int64_t o_split, float *lse, int64_t lse_split,
-                     int64_t splits, int64_t d_v)
+static void fill_row(struct check_random *r, float *o, int64_t o_split, float *lse,
+                     int64_t lse_split, int64_t splits, int64_t d_v)
 {
     bool none = random_percent(r, 8), nan = random_percent(r, 4);
     float spread = (float)PICK(r, 1, 10, 100), middle = (float)PICK(r, 0, -50, 1000);
     for (int64_t s = 0; s < splits; ++s) {
         bool dead = none || random_percent(r, 20);
         lse[s * lse_split] = dead ? -INFINITY : middle + spread * (float)random_normal(r);
-        if (dead) check_fill_nan(ATTN_F32, o + s * o_split, d_v);
-        else check_fill_normal(r, ATTN_F32, o + s * o_split, d_v, 1);
+        if (dead)
+            check_fill_nan(ATTN_F32, o + s * o_split, d_v);
+        else
+            check_fill_normal(r, ATTN_F32, o + s * o_split, d_v, 1);
     }
     if (nan && !none) lse[random_range(r, 0, splits - 1) * lse_split] = NAN;
 }
@@ -111,8 +117,8 @@ static void check_kernel(const char *isa, const char *name, struct combine_case 
         struct check_buffer lse = check_buffer((size_t)(4 * ((c.splits - 1) * c.lse_split + 1)), 4);
         struct check_buffer out = check_buffer((size_t)(out_bytes * c.d_v), (size_t)out_bytes);
         struct check_buffer total = check_buffer(4, 4);
-        fill_row(&r, (float *)(void *)o.data, c.o_split, (float *)(void *)lse.data, c.lse_split, c.splits,
-                 c.d_v);
+        fill_row(&r, (float *)(void *)o.data, c.o_split, (float *)(void *)lse.data, c.lse_split,
+                 c.splits, c.d_v);
         float sink = (float)random_normal(&r);
         c.o = (float *)(void *)o.data;
         c.lse = (float *)(void *)lse.data;
@@ -124,8 +130,9 @@ static void check_kernel(const char *isa, const char *name, struct combine_case 
         if (check_options.broken) *c.lse_out = isnan(*c.lse_out) ? 0 : NAN;
         bool right = row_is_right(&c, why);
         if (!right || !check_buffer_intact(&out) || !check_buffer_intact(&total))
-            check_fail(&test, "splits %d d_v %d %s%s: %s", c.splits, c.d_v, attn_dtype_name(c.out_dtype),
-                       c.sink ? " sink" : "", right ? "bytes beside the row were written" : why);
+            check_fail(&test, "splits %d d_v %d %s%s: %s", c.splits, c.d_v,
+                       attn_dtype_name(c.out_dtype), c.sink ? " sink" : "",
+                       right ? "bytes beside the row were written" : why);
     }
     check_close(&test);
 }
@@ -188,9 +195,12 @@ static struct combine_case row_of(const struct op_case *c, int64_t i, int64_t t,
     const int64_t *out = c->out.strides;
     return (struct combine_case){
         .o = (const float *)(const void *)c->o.buffer.data + i * o[1] + t * o[2] + h * o[3],
-        .lse = (const float *)(const void *)c->lse_partial.buffer.data + i * p[1] + t * p[2] + h * p[3],
-        .o_split = o[0], .lse_split = p[0],
-        .splits = (int32_t)c->o.shape[0], .d_v = (int32_t)c->o.shape[4],
+        .lse = (const float *)(const void *)c->lse_partial.buffer.data + i * p[1] + t * p[2] +
+               h * p[3],
+        .o_split = o[0],
+        .lse_split = p[0],
+        .splits = (int32_t)c->o.shape[0],
+        .d_v = (int32_t)c->o.shape[4],
         .out = c->out.buffer.data + attn_dtype_bytes(type) * (i * out[0] + t * out[1] + h * out[2]),
         .out_dtype = type,
         .lse_out = (float *)(void *)c->lse.buffer.data + i * l[0] + t * l[1] + h * l[2],
@@ -220,8 +230,12 @@ static void check_op_case(struct check_test *test, struct check_random *r)
     check_buffer_protect(&c.o.buffer, true);
     check_buffer_protect(&c.lse_partial.buffer, true);
     c.args = (struct attn_split_combine_args){
-        .size = sizeof c.args, .threads = (int32_t)random_range(r, 0, 3),
-        .out_partial = &c.o.t, .lse_partial = &c.lse_partial.t, .out = &c.out.t, .lse = &c.lse.t,
+        .size = sizeof c.args,
+        .threads = (int32_t)random_range(r, 0, 3),
+        .out_partial = &c.o.t,
+        .lse_partial = &c.lse_partial.t,
+        .out = &c.out.t,
+        .lse = &c.lse.t,
     };
     test->cases += 1;
     if (!check_guarded(test, run_op, &c)) return;
@@ -246,7 +260,8 @@ void check_split_combine(void)
 {
     const struct check_rung *rungs;
     int n = check_rungs(&rungs);
-    check_kernel("ref", "attn_split_combine_ref", (struct combine_case){.run = attn_split_combine_ref});
+    check_kernel("ref", "attn_split_combine_ref",
+                 (struct combine_case){.run = attn_split_combine_ref});
     for (int i = 1; i < n; ++i) {
         const struct attn_split_combine_kernel *k = rungs[i].table.split_combine;
         if (!k || k == rungs[i - 1].table.split_combine) continue;
