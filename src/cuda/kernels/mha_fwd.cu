@@ -270,7 +270,7 @@ ATTN_DEVICE void schedule(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M,
             if (more)
                 tile = locate_tile<M, N>(p, b, h_kv, item, (int)cluster_rank());
             else
-                tile.b = -1;
+                tile = {-1};
             mbarrier_arrive(shared_address(&sm.tile_full[tiles.stage]));
         }
         __syncwarp();
@@ -401,10 +401,18 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, 
     ring tiles = {0, 0}, ks = {0, 0}, vs = {0, 0};
     uint32_t q_parity = 0;
 
+    /* Where STORES_LATE, a tile's rows are stored under the first product of the next tile: o, rows
+     * and `last`, the tile they are of (b < 0: nothing to store), live on until then. */
+    constexpr bool STORES_LATE = mha_fwd_smem<DQK, DV, M, N>::STORES_LATE;
+    float o[DV / 2], s[N / 2];
+    uint32_t packed[N / 4];
+    softmax_rows rows;
+    row_tile last;
+    last.b = -1;
+
     for (;;) {
         wait_full(sm.tile_full, tiles);
-        row_tile tile = sm.tile[tiles.stage];
-        if (tile.b < 0) break;
+        row_tile tile = sm.tile[tiles.stage]; /* the end of the work is a tile without rows */
 
         /* Bounds of the rows this warp owns; key steps that the warpgroup sees at all, and those
          * that all its rows see whole. */
@@ -417,18 +425,10 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, 
         key_interval low = visible_keys(p, bottom, tile.seq.s_q, tile.seq.s_k, tile.cp_tot);
         int begin = high.lo / N, end = (low.hi + N - 1) / N;
         int whole_begin = (low.lo + N - 1) / N, whole_end = high.hi / N;
-        if (top >= tile.seq.s_q || end <= begin) begin = end = tile.begin;
+        if (top >= tile.seq.s_q || end <= begin) begin = end = tile.begin; /* sees none */
         __syncwarp();
         if (lane == 0) mbarrier_arrive(shared_address(&sm.tile_empty[tiles.stage]));
         ring_next(tiles);
-
-        float o[DV / 2], s[N / 2];
-        uint32_t packed[N / 4];
-        softmax_rows rows;
-        softmax_init(rows);
-#pragma unroll
-        for (int i = 0; i < DV / 2; i++)
-            o[i] = 0.0f;
 
         auto skip = [&]() {
             wait_full(sm.k_full, ks);
@@ -456,6 +456,22 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, 
             if (p.gather) fence_proxy_async_shared();
         };
 
+        auto store_last = [&]() { /* and begin anew */
+            if (STORES_LATE) {
+                if (last.b >= 0) store_rows<FP16, DV>(p, last, last.row + own_row, rows, o);
+                last = tile;
+                if (top >= tile.seq.s_q) last.b = -1;
+            }
+            softmax_init(rows);
+#pragma unroll
+            for (int i = 0; i < DV / 2; i++)
+                o[i] = 0.0f;
+        };
+
+        if (begin == end) {
+            store_last();
+            if (tile.b < 0) break;
+        }
         int n = tile.end - 1;
         for (; n >= end; n--)
             skip();
@@ -466,6 +482,7 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, 
             wgmma_pin(s);
             wgmma_fence();
             issue_qk<FP16, DQK, M, N>(s, q, shared_address(sm.k[ks.stage]));
+            store_last();
             wgmma_wait_group<0>();
             wgmma_pin(s);
             release_k(n);
@@ -503,7 +520,8 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, 
         }
         for (; n >= tile.begin; n--)
             skip();
-        if (top < tile.seq.s_q) store_rows<FP16, DV>(p, tile, tile.row + own_row, rows, o);
+        if (!STORES_LATE && top < tile.seq.s_q)
+            store_rows<FP16, DV>(p, tile, tile.row + own_row, rows, o);
     }
 }
 

@@ -115,6 +115,6 @@ ATTN_DEVICE void softmax_finish(float max, float sum, float exp_scale, bool has_
             sum += ex2_approx(logit - top);
         }
     }
-    *normalise = sum == 0.0f ? 0.0f : factor / sum;
+    *normalise = sum == 0.0f ? 0.0f : __fdividef(factor, sum);
     *lse = sum == 0.0f ? lse_empty : (top + lg2_approx(sum)) * ln2;
 }
