@@ -54,6 +54,19 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("device", [pytest.param(kind, marks=marks.get(kind, [])) for kind in kinds])
 
 
+def pytest_collection_modifyitems(config, items):
+    """fp32 is the CPU's only."""
+    taken, left = [], []
+    for item in items:
+        given = getattr(item, "callspec", None)
+        given = given.params if given else {}
+        fp32_on_gpu = given.get("device") == "cuda" and given.get("dtype") == "fp32"
+        (left if fp32_on_gpu else taken).append(item)
+    if left:
+        config.hook.pytest_deselected(items=left)
+        items[:] = taken
+
+
 @pytest.fixture(autouse=True)
 def same_start():
     torch.manual_seed(SEED)

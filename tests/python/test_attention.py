@@ -410,7 +410,7 @@ def test_rows_without_a_visible_key(dtype, device):
 @pytest.mark.parametrize("splits", [1, 3])
 def test_empty_sequence_in_a_batch(splits, device):
     """Keys of length 0 beside others: -inf, not +inf."""
-    q, k = torch.randn(12, 2, 32, device=device), torch.randn(8, 2, 32, device=device)
+    q, k = (torch.randn(t, 2, 32, device=device).bfloat16() for t in (12, 8))
     cu_q, cu_k = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, 5, 5, 12], [0, 0, 3, 8]))
     out, lse = fa.flash_attn_varlen_func(q, k, k, cu_q, cu_k, 7, 5, num_splits=splits, return_attn_probs=True)
     assert (out[:5] == 0).all() and (lse[:, :5] == -INF).all()
@@ -438,7 +438,7 @@ def test_no_key_storage_at_all(dtype, device):
 
 
 def test_no_queries(device):
-    k = torch.randn(2, 5, 2, 32, device=device)
+    k = torch.randn(2, 5, 2, 32, device=device).bfloat16()
     out, lse = fa.flash_attn_func(k[:, :0], k, k, return_attn_probs=True)
     assert out.shape == (2, 0, 2, 32) and lse.shape == (2, 2, 0)
     cu_q, cu_k = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, 0], [0, 5]))
@@ -447,7 +447,7 @@ def test_no_queries(device):
 
 
 def test_no_sequences(device):
-    q = torch.randn(0, 5, 2, 32, device=device)
+    q = torch.randn(0, 5, 2, 32, device=device).bfloat16()
     out, lse = fa.flash_attn_func(q, q, q, return_attn_probs=True)
     assert out.shape == (0, 5, 2, 32) and lse.shape == (0, 2, 5)
     cu = torch.tensor([0], dtype=torch.int32, device=device)
