@@ -19,13 +19,12 @@ def ours(q, k, v, cu, longest):
 
 
 def eager(q, k, v, cu, longest):
-    """softmax(q k^T / sqrt(d)) v, a document at a time, in plain torch operations."""
-    out = torch.empty_like(q)
-    for begin, end in zip(cu[:-1].tolist(), cu[1:].tolist()):
-        qs, ks, vs = (x[begin:end].transpose(0, 1) for x in (q, k, v))
-        weights = (qs @ ks.transpose(1, 2) * q.shape[-1] ** -0.5).softmax(-1)
-        out[begin:end] = (weights @ vs).transpose(0, 1)
-    return out
+    """softmax(q k^T / sqrt(d)) v in plain torch operations, on the padded batch."""
+    padded = Padded(q, k, v, cu, longest)
+    qs, ks, vs = padded.qkv
+    scores = qs @ ks.transpose(2, 3) * q.shape[-1] ** -0.5
+    weights = scores.masked_fill_(~padded.live[:, None, None], float("-inf")).softmax(-1)
+    return padded.unpadded(weights @ vs)
 
 
 def sdpa_each(q, k, v, cu, longest):

@@ -101,7 +101,9 @@ def fresh(wheels, tmp_path_factory) -> Path:
     build_tree.run(base, "-m", "venv", *(["--system-site-packages"] if shared else []), folder)
     python = folder / "bin" / "python"
     if shared:  # as tools/venv.sh does
-        (next(folder.glob("lib/*/site-packages")) / "shared.pth").write_text(str(Path(torch.__file__).parents[1]))
+        (next(folder.glob("lib/*/site-packages")) / "shared.pth").write_text(
+            str(Path(torch.__file__).parents[1])
+        )
     torch_too = [] if shared else [f"torch=={torch.__version__.split('+')[0]}"]
     pip(python, *wheels.values(), *torch_too)
     return python
