@@ -18,8 +18,8 @@ import sys
 PLAIN = re.compile(r"^ATTN_PLAIN_KERNEL\((\w+), (\w+)\)")
 LINE = re.compile(r"^ATTN_KERNEL\((\w+), (\w+), (\w+), (\d+), (\d+), (\d+), (\d+)\)")
 FIELDS = ("DTYPE", "DQK", "DV", "ROWS", "KEYS")
-# C7504-C7508: setmaxnreg ignored; C7509-C7515: wgmma serialised; C7602: too many registers.
-FATAL = re.compile(r"\(C75(0[4-9]|1[0-5])\)|\(C7602\)")
+# C7504-C7508: setmaxnreg ignored; C7509-C7515, C7520: wgmma serialised; C7602: too many registers.
+FATAL = re.compile(r"\(C75(0[4-9]|1[0-5]|20)\)|\(C7602\)|Potential Performance Loss")
 SPILL = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 
 

@@ -413,6 +413,7 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, 
     for (;;) {
         wait_full(sm.tile_full, tiles);
         row_tile tile = sm.tile[tiles.stage]; /* the end of the work is a tile without rows */
+        if (!STORES_LATE && tile.b < 0) break;
 
         /* Bounds of the rows this warp owns; key steps that the warpgroup sees at all, and those
          * that all its rows see whole. */
@@ -456,20 +457,23 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, 
             if (p.gather) fence_proxy_async_shared();
         };
 
-        auto store_last = [&]() { /* and begin anew */
-            if (STORES_LATE) {
-                if (last.b >= 0) store_rows<FP16, DV>(p, last, last.row + own_row, rows, o);
-                last = tile;
-                if (top >= tile.seq.s_q) last.b = -1;
-            }
+        auto store_last = [&]() {
+            if (last.b >= 0) store_rows<FP16, DV>(p, last, last.row + own_row, rows, o);
+            last = tile;
+            if (top >= tile.seq.s_q) last.b = -1;
+        };
+        auto clear = [&]() {
             softmax_init(rows);
 #pragma unroll
             for (int i = 0; i < DV / 2; i++)
                 o[i] = 0.0f;
         };
 
-        if (begin == end) {
+        if (!STORES_LATE) {
+            clear();
+        } else if (begin == end) {
             store_last();
+            clear();
             if (tile.b < 0) break;
         }
         int n = tile.end - 1;
@@ -482,7 +486,10 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, 
             wgmma_pin(s);
             wgmma_fence();
             issue_qk<FP16, DQK, M, N>(s, q, shared_address(sm.k[ks.stage]));
-            store_last();
+            if (STORES_LATE) {
+                store_last();
+                clear();
+            }
             wgmma_wait_group<0>();
             wgmma_pin(s);
             release_k(n);
