@@ -167,11 +167,8 @@ int check_rungs(const struct check_rung **rungs)
     static const struct {
         const char *name;
         unsigned adds;
-    } ladder[] = {{"avx2", ATTN_CPU_AVX2},
-                  {"avx512", ATTN_CPU_AVX512},
-                  {"avx512bf16", ATTN_CPU_AVX512BF16},
-                  {"amx", ATTN_CPU_AMX}};
-    static struct check_rung made[5];
+    } ladder[] = {{"avx2", ATTN_CPU_AVX2}, {"avx512", ATTN_CPU_AVX512}, {"amx", ATTN_CPU_AMX}};
+    static struct check_rung made[4];
     static int count;
     if (count == 0) {
         made[count++].name = "c";
@@ -232,7 +229,7 @@ static const char usage[] =
     "  --op NAME       one of: dtype rotary split_combine mha_kernel control mha_fwd mha_plan\n"
     "                  hostile threads\n"
     "  --kernel PART   kernels whose name holds PART (ops that test kernels alone, and --bench)\n"
-    "  --isa NAME      c, ref, avx2, avx512, avx512bf16 or amx\n"
+    "  --isa NAME      c, ref, avx2, avx512 or amx\n"
     "  --dtype NAME    fp32, bf16, fp16 or fp8\n"
     "  --test PART     tests whose name holds PART\n"
     "  --seed N        default: the time; printed\n"

@@ -84,6 +84,7 @@ void check_mha_kernel(void); /* kernels alone, task by task */
 void check_mha_fwd(void);    /* the op: driver, plan and kernels together */
 void check_mha_plan(void);
 void check_hostile(void);
+void check_hostile_combine(void); /* called by check_hostile */
 void check_threads(void);
 void check_bench(void);
 
@@ -157,6 +158,9 @@ struct check_buffer check_buffer(size_t bytes, size_t align);
 void check_buffer_protect(const struct check_buffer *buffer, bool read_only);
 bool check_buffer_intact(const struct check_buffer *buffer); /* the bytes round it */
 void check_pool_reset(void);
+/* Gives back the buffers made since the mark was taken. */
+size_t check_pool_mark(void);
+void check_pool_release(size_t mark);
 
 /* Zeroed scratch of the tests' own, gone with the next reset as well. */
 void *check_scratch(size_t bytes);

@@ -99,6 +99,7 @@ static void choose_sequence(struct check_random *r, const struct mha_case *c, st
     s->k_cached = with(c, WITH_seqused_k) ? random_edge(r, space - s->new_len) : space;
     s->pad = with(c, WITH_leftpad) ? random_edge(r, s->k_cached) : 0;
     if (s->pad && random_percent(r, 60)) s->pad = random_range(r, 0, s->pad < 40 ? s->pad : 40);
+    if (with(c, WITH_leftpad) && random_percent(r, 5)) s->pad = s->k_cached + s->new_len / 2;
 }
 
 static void choose_keys(struct check_random *r, struct mha_case *c)
@@ -324,7 +325,8 @@ static void make_pages(struct check_random *r, struct mha_case *c)
     for (int64_t b = 0; b < c->b; ++b) {
         const struct mha_seq *s = &c->seq[b];
         int64_t end = s->k_cached + s->new_len;
-        for (int64_t n = s->pad / c->page; n * c->page < end; ++n) {
+        int64_t begin = s->pad < s->k_cached || s->new_len == 0 ? s->pad : s->k_cached;
+        for (int64_t n = begin / c->page; n * c->page < end; ++n) {
             int64_t row = prefix && n < 2 ? 0 : s->row;
             int32_t page = (int32_t)order[row * c->max_pages + n];
             memcpy(tensor_at(t, s->row, n, 0, 0), &page, 4);

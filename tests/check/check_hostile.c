@@ -51,7 +51,7 @@ static void start(struct hostile *h, struct mha_case *c, const struct attn_mha_f
 static void run_hostile(void *context)
 {
     struct hostile *h = context;
-    struct attn_mha_fwd_plan plan;
+    struct attn_mha_fwd_plan plan = {.size = sizeof plan};
     attn_mha_fwd_plan(&h->args, &plan); /* whatever it says; it must not crash */
     h->status = attn_mha_fwd_run(&h->args, h->plan_pointer, h->workspace, h->workspace_bytes, NULL);
 }
@@ -233,6 +233,7 @@ static bool break_number(struct check_random *r, struct hostile *h)
         h->names[0] = "softmax_scale";
         return SAY(h, "softmax_scale %g", bad);
     case 2:
+        bad = bad < 0 ? 1e30 : bad; /* below zero is off */
         a->softcap = bad;
         h->names[0] = "softcap";
         return SAY(h, "softcap %g", bad);
@@ -357,7 +358,9 @@ static bool break_index(struct check_random *r, struct hostile *h)
     case 4:
         return poke(h, ARG_seqused_k, b, random_percent(r, 50) ? wild : s->k_space - s->new_len + 1,
                     "cache_seqlens");
-    case 5: return poke(h, ARG_leftpad_k, b, random_percent(r, 50) ? wild : s->k_cached + 1, NULL);
+    case 5:
+        return poke(h, ARG_leftpad_k, b,
+                    random_percent(r, 50) ? wild : s->k_cached + s->new_len + 1, NULL);
     case 6:
         return mha_keys(c, b) > 0 &&
                poke(h, ARG_kv_batch_idx, b, random_percent(r, 50) ? wild : c->rows, NULL);
@@ -456,6 +459,7 @@ static void plan_valid(void *context)
 {
     struct valid_call *v = context;
     v->c->args.threads = 1;
+    v->plan.size = sizeof v->plan;
     v->status = attn_mha_fwd_plan(&v->c->args, &v->plan);
     if (v->status) return;
     mha_case_accum(v->c, v->plan.splits);
@@ -507,6 +511,7 @@ static void check_case(struct check_test *test, struct check_random *r, int call
 void check_hostile(void)
 {
     struct check_test test;
+    check_hostile_combine();
     if (!check_open(&test, "hostile", "", "", "broken calls are refused")) return;
     for (int64_t i = 0; i < check_rounds(300); ++i) {
         if (check_options.only_case >= 0 && check_options.only_case != i) continue;

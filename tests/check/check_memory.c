@@ -78,6 +78,16 @@ void check_pool_reset(void)
     pool_used = scratch_used = 0;
 }
 
+size_t check_pool_mark(void) { return pool_used; }
+
+void check_pool_release(size_t mark)
+{
+    if (pool_used == mark) return;
+    madvise(pool + mark + PAGE, pool_used - mark, MADV_DONTNEED);
+    mprotect(pool + mark + PAGE, pool_used - mark, PROT_NONE);
+    pool_used = mark;
+}
+
 void *check_scratch(size_t bytes)
 {
     if (!scratch) scratch = reserve(SCRATCH_BYTES, PROT_READ | PROT_WRITE);

@@ -27,11 +27,13 @@ static int runners(struct runner list[RUNGS_MAX])
 }
 
 /* The same case with other thread counts, and once more: not a bit may differ. */
-static void check_threads_bits(struct check_test *test, struct mha_run *run, const char *text)
+static void check_threads_bits(struct check_test *test, struct mha_run *run, const char *text,
+                               size_t mark)
 {
     static const int threads[] = {1, 2, 3, 16};
     struct mha_bits bits = mha_bits_take(run->c);
     for (size_t i = 0; i < sizeof threads / sizeof *threads; ++i) {
+        check_pool_release(mark);
         mha_case_restore(run->c);
         run->threads = threads[i];
         if (!check_guarded(test, mha_run_case, run)) return;
@@ -77,6 +79,7 @@ static void check_one(struct check_test *test, struct check_random r, const stru
 {
     char text[512], why[400];
     struct mha_run run = {.c = c, .table = runner->table, .threads = 1};
+    size_t mark = check_pool_mark(); /* before the workspace and accumulators of a run */
     mha_case_text(c, text);
     mha_case_restore(c);
     test->cases += 1;
@@ -95,7 +98,8 @@ static void check_one(struct check_test *test, struct check_random r, const stru
         return;
     }
     if (check_options.broken || !thorough || !run.table || !run.table->mha_fwd[c->dtype]) return;
-    check_threads_bits(test, &run, text);
+    check_threads_bits(test, &run, text, mark);
+    check_pool_release(mark);
     if (c->live_rows > 1 && !(c->features & WITH_pathological))
         check_isolation(test, &r, &run, text);
 }
@@ -130,8 +134,11 @@ static void check_features(enum attn_dtype dtype, const char *name, int features
                             : list[k].table ? 8
                                             : 2; /* the slow reference, less often */
             if (!tests[k].open || (i % every && check_options.only_case < 0)) continue;
+            size_t mark = check_pool_mark();
             tests[k].index = i;
             check_one(&tests[k], r, &list[k], &c, &answer, i % 4 == 0);
+            mha_case_accum(&c, 1);
+            check_pool_release(mark);
         }
     }
     for (int i = 0; i < n; ++i) check_close(&tests[i]);

@@ -306,6 +306,7 @@ void mha_case_accum(struct mha_case *c, int64_t splits)
     struct check_random r = {(uint64_t)splits};
     bool packed = with(c, WITH_packed_q);
     c->args.out_accum = c->args.lse_accum = NULL;
+    c->tensor[ARG_out_accum].buffer = c->tensor[ARG_lse_accum].buffer = (struct check_buffer){0};
     if (splits <= 1) return;
     int64_t rows = packed ? c->t_q : c->s_q;
     const int64_t dense[5] = {splits, c->b, c->h_q, rows, c->d_v};

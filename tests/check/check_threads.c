@@ -38,6 +38,7 @@ static void prepare(void *context)
 {
     struct caller *a = context;
     a->c.args.threads = a->threads;
+    a->plan.size = sizeof a->plan;
     a->status = attn_mha_fwd_plan(&a->c.args, &a->plan);
     if (a->status) return;
     mha_case_accum(&a->c, a->plan.splits);
@@ -61,7 +62,7 @@ static void *call_many_times(void *context)
     for (int i = 0; i < a->calls && a->status == ATTN_OK; ++i) {
         char wish[32];
         struct attn_mha_fwd_args broken = a->c.args;
-        struct attn_mha_fwd_plan plan;
+        struct attn_mha_fwd_plan plan = {.size = sizeof plan};
         broken.num_splits = 1000 + (int)(a->plan.workspace_bytes % 1000) + i;
         snprintf(wish, sizeof wish, "%d", broken.num_splits);
         if (attn_mha_fwd_plan(&broken, &plan) == ATTN_OK) a->message_lost = true;
