@@ -64,7 +64,7 @@ ATTN_API const char *attn_version(void);
 
 /* ---- what is there --------------------------------------------------------------------------- */
 
-/* The CPU rung in use: "c", "avx2", "avx512", "avx512bf16" or "amx"; at most what ATTN_CPU says. */
+/* The CPU rung in use: "c", "avx2", "avx512" or "amx"; at most what ATTN_CPU says. */
 ATTN_API const char *attn_cpu_rung(void);
 
 /* One line of CPU vendor and features, for people. */
@@ -121,7 +121,7 @@ struct attn_mha_fwd_args {
     const DLTensor *scheduler_metadata; /* shape checked, contents never read */
 
     double softmax_scale;
-    double softcap;                    /* <= 0: off */
+    double softcap;                    /* <= 0: off; else in [1e-20, 1e20] */
     int64_t max_seqlen_q;              /* needed with cu_seqlens_q; an over-estimate is legal */
     int64_t max_seqlen_k;              /* needed with cu_seqlens_k */
     int64_t window_left, window_right; /* negative: unlimited */
@@ -138,7 +138,7 @@ struct attn_mha_fwd_args {
 
 /* What plan decided.  Plain data: copy it, keep it, use it again for the same shapes. */
 struct attn_mha_fwd_plan {
-    uint32_t size;           /* sizeof(struct attn_mha_fwd_plan) */
+    uint32_t size;           /* sizeof(struct attn_mha_fwd_plan), set by the caller of plan */
     int32_t splits;          /* key ranges computed apart and combined; 1 = none */
     int64_t workspace_bytes; /* may be 0; the workspace is 64-byte aligned, on q's device */
     int64_t piece;           /* keys of one split */

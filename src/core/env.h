@@ -1,7 +1,6 @@
 /* SPDX-License-Identifier: MIT
  *
- * The environment: ATTN_LOG=1 prints the kernel and plan of each call to stderr, ATTN_CPU caps the
- * CPU rung.  Read once a process.
+ * ATTN_LOG=1 prints the kernel and plan of each call to stderr.  Read once a process.
  */
 #ifndef ATTN_CORE_ENV_H
 #define ATTN_CORE_ENV_H

@@ -26,9 +26,9 @@ const char *attn_tensor_shape_text(const DLTensor *t, char text[128]);
 static inline int64_t attn_tensor_stride(const DLTensor *t, int32_t dim)
 {
     if (t->strides) return t->strides[dim];
-    int64_t stride = 1;
-    for (int32_t i = t->ndim - 1; i > dim; --i) stride *= t->shape[i];
-    return stride;
+    uint64_t stride = 1; /* wraps for empty tensors of huge extents, where nothing reads it */
+    for (int32_t i = t->ndim - 1; i > dim; --i) stride *= (uint64_t)t->shape[i];
+    return (int64_t)stride;
 }
 
 static inline char *attn_tensor_data(const DLTensor *t) { return (char *)t->data + t->byte_offset; }

@@ -3,7 +3,8 @@
  * What this CPU can do, what ATTN_CPU allows of it, and the kernel table that follows.
  *
  * A rung counts only when the operating system saves its registers (XCR0), and AMX only when the
- * kernel gave permission.  ATTN_CPU is c, avx2, avx512, avx512bf16 or amx: the highest rung to use.
+ * kernel gave permission.  ATTN_CPU is c, avx2, avx512 or amx: the highest rung to use; another word is
+ * ignored, and said so at ATTN_LOG=1.
  */
 #include <cpuid.h>
 #include <pthread.h>
@@ -11,6 +12,7 @@
 #include <stdlib.h>
 
 #include "attn/attn.h"
+#include "core/env.h"
 #include "cpu/amx.h"
 #include "cpu/kernels.h"
 
@@ -21,7 +23,6 @@ static const struct rung {
     {"c", 0},
     {"avx2", ATTN_CPU_AVX2},
     {"avx512", ATTN_CPU_AVX512},
-    {"avx512bf16", ATTN_CPU_AVX512BF16},
     {"amx", ATTN_CPU_AMX},
 };
 #define RUNGS (sizeof rungs / sizeof *rungs)
@@ -62,9 +63,6 @@ static unsigned probe(char *text, size_t bytes)
     unsigned avx512 = (1u << 16) | (1u << 17) | (1u << 30) | (1u << 31); /* F DQ BW VL */
     if ((found & ATTN_CPU_AVX2) && zmm && (b7 & avx512) == avx512) found |= ATTN_CPU_AVX512;
     bool bf16 = a71 & (1u << 5);
-    /* VDPBF16PS runs at half the fp32 rate on Intel and at twice it on AMD. */
-    if ((found & ATTN_CPU_AVX512) && bf16 && !strcmp(vendor, "AuthenticAMD"))
-        found |= ATTN_CPU_AVX512BF16;
     bool vbmi = c7 & (1u << 1);
     if ((found & ATTN_CPU_AVX512) && bf16 && vbmi && attn_amx_usable()) found |= ATTN_CPU_AMX;
     snprintf(text, bytes, "%s, %s:%s%s%s%s", vendor, brand[0] ? brand : "unnamed",
@@ -80,10 +78,14 @@ static void make_table(void)
     const char *cap = getenv("ATTN_CPU");
     if (cap) {
         unsigned mask = 0;
+        bool known = false;
         for (size_t i = 0; i < RUNGS; ++i) {
             mask |= rungs[i].bit;
-            if (!strcmp(cap, rungs[i].name)) allowed = mask;
+            if (strcmp(cap, rungs[i].name) != 0) continue;
+            allowed = mask;
+            known = true;
         }
+        if (!known && attn_log_on()) attn_log("ATTN_CPU=%s names no rung and is ignored", cap);
     }
     have = found & allowed;
     attn_cpu_init_x86(&table, have);

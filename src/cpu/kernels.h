@@ -129,10 +129,9 @@ struct attn_cpu_kernels {
 
 /* Rungs, each implies those below it. */
 enum {
-    ATTN_CPU_AVX2 = 1,       /* AVX2, FMA, F16C */
-    ATTN_CPU_AVX512 = 2,     /* F, BW, VL, DQ */
-    ATTN_CPU_AVX512BF16 = 4, /* BF16; a rung of its own only where VDPBF16PS is fast */
-    ATTN_CPU_AMX = 8,        /* AMX-TILE, AMX-BF16, and the kernel's permission */
+    ATTN_CPU_AVX2 = 1,   /* AVX2, FMA, F16C */
+    ATTN_CPU_AVX512 = 2, /* F, BW, VL, DQ */
+    ATTN_CPU_AMX = 8,    /* AMX-TILE, AMX-BF16, and the kernel's permission */
 };
 
 /* Fills the table, rung by rung, for the features in `have`; entries no rung fills stay NULL and

@@ -7,6 +7,8 @@
 #include "cpu/mha_fwd.h"
 #include "cpu/threads.h"
 
+#define TOKENS 64 /* a task */
+
 /* One token: all KV heads. */
 static void append_token(const struct attn_mha_fwd_problem *p, const struct attn_cpu_seq *s,
                          const struct attn_rotary_kernel *rotary, int64_t i, int64_t t)
@@ -35,19 +37,22 @@ struct append {
     const struct attn_mha_fwd_problem *p;
     const struct attn_cpu_seq *seqs;
     const struct attn_rotary_kernel *rotary;
+    int64_t chunks; /* of the longest append */
 };
 
-static void append_sequence(void *context, int64_t i, int thread)
+/* Task: up to TOKENS new tokens of a sequence. */
+static void append_tokens(void *context, int64_t task, int thread)
 {
     (void)thread;
     const struct append *a = context;
-    for (int64_t t = 0; t < a->seqs[i].new_len; ++t)
-        append_token(a->p, &a->seqs[i], a->rotary, i, t);
+    int64_t i = task / a->chunks, t = task % a->chunks * TOKENS, end = t + TOKENS;
+    if (end > a->seqs[i].new_len) end = a->seqs[i].new_len;
+    for (; t < end; ++t) append_token(a->p, &a->seqs[i], a->rotary, i, t);
 }
 
 void attn_kv_append_cpu(const struct attn_mha_fwd_problem *p, const struct attn_cpu_seq *seqs,
                         const struct attn_rotary_kernel *rotary, int threads)
 {
-    struct append a = {p, seqs, rotary};
-    attn_parallel(threads, p->b, append_sequence, &a);
+    struct append a = {p, seqs, rotary, (p->s_new + TOKENS - 1) / TOKENS};
+    attn_parallel(threads, p->b * a.chunks, append_tokens, &a);
 }

@@ -29,7 +29,7 @@ typedef struct attn_mha_fwd_problem problem_t;
 typedef struct attn_mha_fwd_plan plan_t;
 typedef struct attn_cpu_seq seq_t;
 
-enum form { FORM_REF, FORM_PREFILL, FORM_DECODE };
+enum form { FORM_REF, FORM_PREFILL, FORM_DECODE, FORM_NOTHING };
 enum {
     TILE_FORM,
     TILE_ROWS,
@@ -41,8 +41,8 @@ enum {
 
 #define SHORT_ROWS 128 /* below this a pack of K and V is not repaid */
 #define PACK_BYTES_MAX ((int64_t)256 << 20)
-#define SPLITS_MAX 256
-#define SMALL_WORK 4e6 /* FLOP below which waking threads costs more */
+#define ROTATE_TOKENS 64 /* a task */
+#define SMALL_WORK 4e6   /* FLOP below which waking threads costs more */
 
 static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -80,9 +80,9 @@ static void choose_splits(const problem_t *p, const struct attn_mha_kernel *kern
     }
     if (p->num_splits <= 0) {
         int64_t units = kernel->decode ? p->b : p->b * p->h_k * ceil_div(rows, kernel->rows_max);
-        piece = 64 * ceil_div(p->s_k * max64(units, 1), 64 * 64);
+        piece = 64 * ceil_div(p->s_k * min64(max64(units, 1), 64 * 64), 64 * 64);
         piece = max64(kernel->decode ? min64(max64(piece, 256), 4096) : max64(piece, 512),
-                      ceil_div(p->s_k, SPLITS_MAX));
+                      ceil_div(p->s_k, ATTN_SPLITS_MAX));
     }
     plan->piece = max64(round_up(piece, n), n);
     plan->splits = (int32_t)max64(ceil_div(p->s_k, plan->piece), 1);
@@ -125,6 +125,11 @@ attn_status attn_mha_fwd_cpu_plan_with(const struct attn_cpu_kernels *table, con
                                        plan_t *plan)
 {
     const struct attn_mha_kernel *kernel = choose_kernel(table, p);
+    if (p->t_q == 0 && p->t_new == 0) {
+        plan->tile[TILE_FORM] = FORM_NOTHING;
+        snprintf(plan->kernel, sizeof plan->kernel, "nothing");
+        return ATTN_OK;
+    }
     if (!kernel) {
         plan->tile[TILE_FORM] = FORM_REF;
         snprintf(plan->kernel, sizeof plan->kernel, "attn_mha_fwd_%s_ref",
@@ -421,15 +426,18 @@ static void combine_head(void *context, int64_t task, int thread)
                         p->out_dtype, p->lse + i * p->lse_batch + h * p->lse_head + t);
 }
 
-/* Rotates the queries of a sequence into the workspace. */
-static void rotate_sequence(void *context, int64_t i, int thread)
+/* Rotates up to ROTATE_TOKENS queries of a sequence into the workspace. */
+static void rotate_tokens(void *context, int64_t task, int thread)
 {
     (void)thread;
     const struct call *c = context;
     const problem_t *p = &c->p;
     const struct attn_rows *from = &c->raw_q;
     int64_t bytes = attn_dtype_bytes(p->dtype), half_bytes = p->rotary_width / 2 * bytes;
-    for (int64_t token = 0; token < c->seqs[i].q_len; ++token) {
+    int64_t chunks = ceil_div(p->s_q, ROTATE_TOKENS), i = task / chunks;
+    int64_t first = task % chunks * ROTATE_TOKENS;
+    int64_t end = min64(first + ROTATE_TOKENS, c->seqs[i].q_len);
+    for (int64_t token = first; token < end; ++token) {
         int64_t t = c->seqs[i].q_start + token;
         int64_t at = attn_rotary_query_position(p, &c->seqs[i], token) * half_bytes;
         for (int64_t h = 0; h < p->h_q; ++h)
@@ -496,7 +504,8 @@ static void run_phases(struct call *c)
         return;
     }
     fill_scales(c);
-    if (p->rotary_cos) attn_parallel(c->threads, p->b, rotate_sequence, c);
+    if (p->rotary_cos)
+        attn_parallel(c->threads, p->b * ceil_div(p->s_q, ROTATE_TOKENS), rotate_tokens, c);
     if (c->kernel->decode) {
         int64_t pieces = p->b * c->plan->splits;
         c->block_heads = min64(p->h_k, max64(1, p->h_k * pieces / (4 * c->threads)));
@@ -515,6 +524,7 @@ static void run_phases(struct call *c)
 attn_status attn_mha_fwd_cpu_run_with(const struct attn_cpu_kernels *table, const problem_t *p,
                                       const plan_t *plan, char *workspace, int64_t workspace_bytes)
 {
+    if (plan->tile[TILE_FORM] == FORM_NOTHING) return ATTN_OK;
     if (plan->tile[TILE_FORM] == FORM_REF)
         return attn_mha_fwd_ref_run(p, attn_threads(p->threads, p->b * p->h_q));
 

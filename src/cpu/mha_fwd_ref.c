@@ -11,8 +11,6 @@
 #include "cpu/mha_fwd.h"
 #include "cpu/threads.h"
 
-#define WIDTH_MAX 512
-
 static int64_t floor_div(int64_t a, int64_t b)
 {
     int64_t q = a / b;
@@ -63,7 +61,7 @@ struct row {
     const struct attn_cpu_seq *seq;
     int64_t i, h, hk;
     double scale, v_scale;
-    float q[WIDTH_MAX], qv[WIDTH_MAX];
+    float q[ATTN_WIDTH_MAX], qv[ATTN_WIDTH_MAX];
 };
 
 static const char *key_row(const struct row *r, const struct attn_rows *cache, int64_t j)
@@ -103,7 +101,7 @@ static void attend(const struct attn_mha_fwd_problem *p, const struct attn_cpu_s
                    int64_t h, int64_t i)
 {
     struct row r = {.p = p, .seq = seq, .i = i, .h = h, .hk = h / (p->h_q / p->h_k)};
-    double out[WIDTH_MAX] = {0}, m = -INFINITY, l = 0, v_scale;
+    double out[ATTN_WIDTH_MAX] = {0}, m = -INFINITY, l = 0, v_scale;
     int64_t bytes = attn_dtype_bytes(p->dtype), t = seq->q_start + i;
     r.scale = p->scale *
               load_descale(p->q_descale, p->q_descale_batch, p->q_descale_head, b, r.hk) *
@@ -167,7 +165,7 @@ static void append(const struct attn_mha_fwd_problem *p, const struct attn_cpu_s
                            bytes * (b * p->k_new.batch + at * p->k_new.row + h * p->k_new.head);
         char *to = k + bytes * h * p->k.head;
         if (p->rotary_cos) {
-            float y[WIDTH_MAX];
+            float y[ATTN_WIDTH_MAX];
             rotate(p, from, seq->rotary + t, y);
             for (int64_t c = 0; c < p->d_qk; ++c) attn_store(p->dtype, to, c, y[c]);
         } else {

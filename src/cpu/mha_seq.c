@@ -44,8 +44,9 @@ static attn_status read_query(const problem_t *p, int64_t i, struct attn_cpu_seq
 static attn_status read_pages(const problem_t *p, const struct attn_cpu_seq *s)
 {
     const int32_t *pages = p->page_table + s->row * p->page_table_row;
-    int64_t end = s->leftpad + s->k_len;
-    for (int64_t n = s->leftpad / p->page; n * p->page < end; ++n)
+    int64_t end = s->leftpad + s->k_len, begin = s->leftpad;
+    if (s->new_len > 0 && s->cached < begin) begin = s->cached; /* appended under the padding */
+    for (int64_t n = begin / p->page; n * p->page < end; ++n)
         ATTN_CHECK(pages[n] >= 0 && pages[n] < p->num_pages, ATTN_E_VALUE,
                    "page_table: expected entry (%lld, %lld) in [0, %lld), got %d",
                    (long long)s->row, (long long)n, (long long)p->num_pages, (int)pages[n]);
@@ -66,10 +67,6 @@ attn_status attn_cpu_seq_read(const problem_t *p, int64_t i, struct attn_cpu_seq
     ATTN_CHECK(n <= p->s_k, ATTN_E_VALUE,
                "max_seqlen_k: expected at least sequence %lld's %lld keys, got %lld", (long long)i,
                (long long)n, (long long)p->s_k);
-    if (p->leftpad_k) {
-        IN_RANGE(p->leftpad_k[i], 0, n, "leftpad_k", i);
-        s->leftpad = p->leftpad_k[i];
-    }
     if (p->k_new.data) {
         s->new_len = p->s_new;
         if (p->cu_seqlens_k_new)
@@ -80,18 +77,24 @@ attn_status attn_cpu_seq_read(const problem_t *p, int64_t i, struct attn_cpu_seq
                    "positions, got %lld",
                    (long long)i, (long long)s->new_len, (long long)p->s_k, (long long)n);
     }
+    if (p->leftpad_k) {
+        IN_RANGE(p->leftpad_k[i], 0, n + s->new_len, "leftpad_k", i);
+        s->leftpad = p->leftpad_k[i];
+    }
     s->cached = n;
     s->k_len = n - s->leftpad + s->new_len;
-    if (s->k_len > 0 && p->kv_batch_idx) {
+    bool used = s->k_len > 0 || s->new_len > 0; /* some position of the row is read or written */
+    if (used && p->kv_batch_idx) {
         IN_RANGE(p->kv_batch_idx[i], 0, p->cache_rows - 1, "kv_batch_idx", i);
         s->row = p->kv_batch_idx[i];
     }
-    if (p->page_table && s->k_len > 0) ATTN_TRY(read_pages(p, s));
+    if (p->page_table && used) ATTN_TRY(read_pages(p, s));
     if (p->rotary_cos) {
         s->rotary = p->seqlens_rotary ? p->seqlens_rotary[i] : p->seqused_k[i];
         int64_t queries = p->is_causal || p->is_local ? s->q_len : s->q_len > 0;
         int64_t rows = s->new_len > queries ? s->new_len : queries;
-        ATTN_CHECK(s->rotary >= 0 && s->rotary + rows <= p->rotary_rows, ATTN_E_VALUE,
+        ATTN_CHECK(rows == 0 || (s->rotary >= 0 && s->rotary + rows <= p->rotary_rows),
+                   ATTN_E_VALUE,
                    "rotary_cos: expected positions %lld to %lld of sequence %lld within its %lld "
                    "rows",
                    (long long)s->rotary, (long long)(s->rotary + rows - 1), (long long)i,

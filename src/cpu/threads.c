@@ -8,9 +8,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 
-#if defined(__x86_64__)
 #include <xmmintrin.h>
-#endif
 
 static atomic_int forked; /* this process is a fork's child: its OpenMP pool died with the parent */
 
@@ -52,20 +50,9 @@ void attn_parallel(int threads, int64_t tasks,
 
 uint32_t attn_fp_enter(void)
 {
-#if defined(__x86_64__)
     uint32_t old = _mm_getcsr();
     _mm_setcsr(0x9fc0); /* FTZ, DAZ, all masks, round to nearest, no flags */
     return old;
-#else
-    return 0;
-#endif
 }
 
-void attn_fp_leave(uint32_t state)
-{
-#if defined(__x86_64__)
-    _mm_setcsr(state);
-#else
-    (void)state;
-#endif
-}
+void attn_fp_leave(uint32_t state) { _mm_setcsr(state); }

@@ -182,7 +182,7 @@ int ffi_end(const ffi_args *in)
     }
     if (!in->name) return 0;
     snprintf(message, sizeof message, "%s: expected %s, got %s", in->name, in->wanted,
-             in->too_large ? "a larger one" : type_name(in->found));
+             in->too_large ? "one out of range" : type_name(in->found));
     const int bad_value = in->too_large || in->found == FFI_BIG_INT;
     return ffi_raise(bad_value ? "libattn.ArgumentError" : "TypeError", message);
 }

@@ -14,8 +14,12 @@
 #include "core/tensor.h"
 #include "ops/backend.h"
 
-#define WIDTH_MAX 512
-#define SPLITS_MAX 256
+/* Key indices, and a block beyond the last one, fit an int32 in every kernel. */
+#define KEYS_MAX (ATTN_EXTENT_MAX - 1023)
+/* Beyond these a float of the kernels overflows or vanishes. */
+#define SCALE_MAX 1e30
+#define SOFTCAP_MIN 1e-20
+#define SOFTCAP_MAX 1e20
 
 /* Stands for the data of an empty tensor, which may be NULL: its presence still has to show. */
 #define EMPTY_DATA ((void *)(uintptr_t)64)
@@ -107,10 +111,11 @@ static attn_status check_query(const args_t *a, problem_t *p)
                    "max_seqlen_q: expected in [0, 2^31) with cu_seqlens_q, got %lld",
                    (long long)a->max_seqlen_q);
         p->t_q = q->shape[0];
-        p->s_q = a->max_seqlen_q < p->t_q ? a->max_seqlen_q : p->t_q;
+        p->max_q = a->max_seqlen_q;
+        p->s_q = p->max_q < p->t_q ? p->max_q : p->t_q;
     } else {
         p->b = q->shape[0];
-        p->s_q = q->shape[1];
+        p->s_q = p->max_q = q->shape[1];
         p->t_q = p->b * p->s_q;
     }
     return check_index(a->seqused_q, "seqused_q", p->b, p, &p->seqused_q);
@@ -140,12 +145,12 @@ static attn_status check_keys(const args_t *a, problem_t *p)
                "q: expected h_q a positive multiple of k's %lld heads, got %lld", (long long)p->h_k,
                (long long)p->h_q);
     int64_t unit = p->dtype == ATTN_F8 ? 16 : 8;
-    ATTN_CHECK(p->d_qk > 0 && p->d_qk <= WIDTH_MAX && p->d_qk % unit == 0, ATTN_E_SHAPE,
+    ATTN_CHECK(p->d_qk > 0 && p->d_qk <= ATTN_WIDTH_MAX && p->d_qk % unit == 0, ATTN_E_SHAPE,
                "q: expected a head dim that is a multiple of %lld up to %d for %s, got %lld",
-               (long long)unit, WIDTH_MAX, attn_dtype_name(p->dtype), (long long)p->d_qk);
-    ATTN_CHECK(p->d_v > 0 && p->d_v <= WIDTH_MAX && p->d_v % unit == 0, ATTN_E_SHAPE,
+               (long long)unit, ATTN_WIDTH_MAX, attn_dtype_name(p->dtype), (long long)p->d_qk);
+    ATTN_CHECK(p->d_v > 0 && p->d_v <= ATTN_WIDTH_MAX && p->d_v % unit == 0, ATTN_E_SHAPE,
                "v: expected a head dim that is a multiple of %lld up to %d for %s, got %lld",
-               (long long)unit, WIDTH_MAX, attn_dtype_name(p->dtype), (long long)p->d_v);
+               (long long)unit, ATTN_WIDTH_MAX, attn_dtype_name(p->dtype), (long long)p->d_v);
 
     ATTN_TRY(check_index(a->cu_seqlens_k, "cu_seqlens_k", p->b + 1, p, &p->cu_seqlens_k));
     ATTN_TRY(check_index(a->seqused_k, "seqused_k", p->b, p, &p->seqused_k));
@@ -157,7 +162,11 @@ static attn_status check_keys(const args_t *a, problem_t *p)
                    "max_seqlen_k: expected in [0, 2^31) with cu_seqlens_k, got %lld",
                    (long long)a->max_seqlen_k);
         p->t_k = s[0];
-        p->s_k = a->max_seqlen_k < p->t_k ? a->max_seqlen_k : p->t_k;
+        p->max_k = a->max_seqlen_k;
+        p->s_k = p->max_k < p->t_k ? p->max_k : p->t_k;
+        ATTN_CHECK(p->s_k <= KEYS_MAX, ATTN_E_SHAPE,
+                   "k: expected at most %lld keys a sequence, got %lld", (long long)KEYS_MAX,
+                   (long long)p->s_k);
         return ATTN_OK;
     }
     if (paged) {
@@ -179,9 +188,6 @@ static attn_status check_keys(const args_t *a, problem_t *p)
         p->num_pages = s[0];
         p->page = s[1];
         p->s_k = p->max_pages * p->page;
-        ATTN_CHECK(p->s_k <= ATTN_EXTENT_MAX, ATTN_E_SHAPE,
-                   "page_table: expected max_pages * page below 2^31, got %lld * %lld",
-                   (long long)p->max_pages, (long long)p->page);
         ATTN_CHECK(p->kv_batch_idx || p->cache_rows == p->b, ATTN_E_SHAPE,
                    "page_table: expected %lld rows without kv_batch_idx, got %s", (long long)p->b,
                    attn_tensor_shape_text(t, text));
@@ -192,6 +198,10 @@ static attn_status check_keys(const args_t *a, problem_t *p)
                    "k: expected %lld rows without kv_batch_idx, got %s", (long long)p->b,
                    attn_tensor_shape_text(a->k, text));
     }
+    ATTN_CHECK(p->s_k <= KEYS_MAX, ATTN_E_SHAPE,
+               "k: expected room for at most %lld keys a sequence, got %lld", (long long)KEYS_MAX,
+               (long long)p->s_k);
+    p->max_k = p->s_k;
     p->t_k = p->b * p->s_k;
     return ATTN_OK;
 }
@@ -318,25 +328,36 @@ static attn_status check_score_terms(const args_t *a, problem_t *p)
     return ATTN_OK;
 }
 
-/* The mask's normal form, section 2.1: done on the static maxima s_q and s_k. */
-static void normalise_mask(int64_t s_q, int64_t s_k, int64_t d_qk, bool paged, bool *causal,
-                           int64_t *left, int64_t *right, int64_t chunk, bool *is_local)
+struct mask {
+    bool causal;
+    int64_t left, right, chunk;
+    bool is_causal, is_local;
+};
+
+/* The normal form of section 2.1, on the static maxima. */
+static struct mask normalise_mask(int64_t s_q, int64_t s_k, int64_t d_qk, bool paged, bool causal,
+                                  int64_t left, int64_t right, int64_t chunk)
 {
-    if (*left < 0 || *left >= s_k - 1) *left = -1;
-    if (*right < 0 || *right >= s_q - 1) *right = -1;
-    if (s_q == 1 && *left < 0 && *right < 0 && chunk == 0 && !(paged && d_qk > 64 && d_qk <= 128))
-        *causal = false;
-    if (*causal) *right = 0;
-    bool is_causal = *left < 0 && *right == 0 && chunk == 0;
-    *is_local = (*left >= 0 || *right >= 0 || chunk > 0) && !is_causal;
+    struct mask m = {causal, left, right, chunk > 0 ? chunk : 0, false, false};
+    if (left < 0 || left >= s_k - 1) m.left = -1;
+    if (right < 0 || right >= s_q - 1) m.right = -1;
+    bool keeps_causal = paged && d_qk > 64 && d_qk <= 128;
+    if (s_q == 1 && m.left < 0 && m.right < 0 && m.chunk == 0 && !keeps_causal) m.causal = false;
+    if (m.causal) m.right = 0;
+    m.is_causal = m.left < 0 && m.right == 0 && m.chunk == 0;
+    m.is_local = (m.left >= 0 || m.right >= 0 || m.chunk > 0) && !m.is_causal;
+    return m;
 }
 
 static attn_status check_mask(const args_t *a, problem_t *p)
 {
-    ATTN_CHECK(isfinite(a->softmax_scale), ATTN_E_VALUE,
-               "softmax_scale: expected a finite number, got %g", a->softmax_scale);
-    ATTN_CHECK(!isnan(a->softcap) && !isinf(a->softcap), ATTN_E_VALUE,
-               "softcap: expected a finite number, got %g", a->softcap);
+    ATTN_CHECK(fabs(a->softmax_scale) <= SCALE_MAX, ATTN_E_VALUE,
+               "softmax_scale: expected a finite number of at most %g, got %g", SCALE_MAX,
+               a->softmax_scale);
+    ATTN_CHECK((isfinite(a->softcap) && a->softcap <= 0) ||
+                   (a->softcap >= SOFTCAP_MIN && a->softcap <= SOFTCAP_MAX),
+               ATTN_E_VALUE, "softcap: expected at most 0 (off) or in [%g, %g], got %g",
+               SOFTCAP_MIN, SOFTCAP_MAX, a->softcap);
     p->scale = a->softmax_scale;
     p->softcap = a->softcap > 0 ? a->softcap : 0;
     p->chunk = a->attention_chunk > 0 ? a->attention_chunk : 0;
@@ -361,12 +382,16 @@ static attn_status check_mask(const args_t *a, problem_t *p)
         p->window_right = p->causal ? 0 : -1;
         p->is_causal = p->causal;
     } else {
-        normalise_mask(p->s_q, p->s_k, p->d_qk, p->page_table != NULL, &p->causal, &p->window_left,
-                       &p->window_right, p->chunk, &p->is_local);
-        p->is_causal = p->window_left < 0 && p->window_right == 0 && p->chunk == 0;
+        struct mask m = normalise_mask(p->max_q, p->max_k, p->d_qk, p->page_table != NULL,
+                                       p->causal, p->window_left, p->window_right, p->chunk);
+        p->causal = m.causal;
+        p->window_left = m.left;
+        p->window_right = m.right;
+        p->is_causal = m.is_causal;
+        p->is_local = m.is_local;
     }
-    ATTN_CHECK(a->num_splits <= SPLITS_MAX, ATTN_E_VALUE, "num_splits: expected at most %d, got %d",
-               SPLITS_MAX, (int)a->num_splits);
+    ATTN_CHECK(a->num_splits <= ATTN_SPLITS_MAX, ATTN_E_VALUE,
+               "num_splits: expected at most %d, got %d", ATTN_SPLITS_MAX, (int)a->num_splits);
     p->num_splits = a->num_splits;
     p->pack_gqa = a->pack_gqa;
     p->sm_margin = a->sm_margin;
@@ -377,12 +402,9 @@ int64_t attn_mha_metadata_length(int64_t b, int64_t s_q, int64_t s_k, int64_t d_
                                  int32_t causal, int64_t window_left, int64_t window_right,
                                  int64_t attention_chunk)
 {
-    bool is_local = false, drops = causal != 0;
-    int64_t chunk = attention_chunk > 0 ? attention_chunk : 0;
-    normalise_mask(s_q, s_k, d_qk, paged != 0, &drops, &window_left, &window_right, chunk,
-                   &is_local);
-    bool is_causal = window_left < 0 && window_right == 0 && chunk == 0;
-    int64_t blocks = 2 + !is_local + (is_causal || is_local);
+    struct mask m = normalise_mask(s_q, s_k, d_qk, paged != 0, causal != 0, window_left,
+                                   window_right, attention_chunk);
+    int64_t blocks = 2 + !m.is_local + (m.is_causal || m.is_local);
     return (b + 3) / 4 * 4 * blocks + 1;
 }
 
@@ -393,7 +415,7 @@ static attn_status check_metadata(const args_t *a, const problem_t *p)
     bool variable = p->cu_seqlens_q || p->cu_seqlens_k || p->seqused_q || p->seqused_k ||
                     p->leftpad_k;
     if (!t || !variable) return ATTN_OK;
-    int64_t n = attn_mha_metadata_length(p->b, p->s_q, p->s_k, p->d_qk, p->page_table != NULL,
+    int64_t n = attn_mha_metadata_length(p->b, p->max_q, p->max_k, p->d_qk, p->page_table != NULL,
                                          p->causal, p->window_left, p->window_right, p->chunk);
     return attn_index_check(t, "scheduler_metadata", n, p->device);
 }
@@ -466,6 +488,49 @@ static attn_status check_outputs(const args_t *a, problem_t *p)
                      &p->lse_accum_split, &p->lse_accum_batch, &p->lse_accum_head);
 }
 
+/* Bytes [from, to) that a tensor's elements lie in; empty for an absent or empty one. */
+struct span {
+    uintptr_t from, to;
+};
+
+static struct span tensor_span(const DLTensor *t)
+{
+    if (!t || attn_tensor_empty(t)) return (struct span){0, 0};
+    struct span s = {(uintptr_t)attn_tensor_data(t), 0};
+    int64_t last = 0;
+    for (int32_t i = 0; i < t->ndim; ++i) last += (t->shape[i] - 1) * attn_tensor_stride(t, i);
+    s.to = s.from + (uintptr_t)((last + 1) * (t->dtype.bits / 8));
+    return s;
+}
+
+/* Index tensors are read, trusted and read again: no output may lie on one. */
+static attn_status check_overlaps(const args_t *a)
+{
+    const struct {
+        const char *name;
+        const DLTensor *tensor;
+    } read[] = {
+        {"page_table", a->page_table},         {"kv_batch_idx", a->kv_batch_idx},
+        {"seqused_k", a->seqused_k},           {"cu_seqlens_q", a->cu_seqlens_q},
+        {"cu_seqlens_k", a->cu_seqlens_k},     {"seqused_q", a->seqused_q},
+        {"leftpad_k", a->leftpad_k},           {"cu_seqlens_k_new", a->cu_seqlens_k_new},
+        {"seqlens_rotary", a->seqlens_rotary}, {"cp_tot_seqused_k", a->cp_tot_seqused_k},
+    };
+    const DLTensor *written[] = {
+        a->out, a->lse, a->out_accum, a->lse_accum, a->k_new ? a->k : NULL, a->k_new ? a->v : NULL,
+    };
+    for (size_t i = 0; i < sizeof read / sizeof *read; ++i) {
+        struct span r = tensor_span(read[i].tensor);
+        for (size_t j = 0; r.to && j < sizeof written / sizeof *written; ++j) {
+            struct span w = tensor_span(written[j]);
+            ATTN_CHECK(r.from >= w.to || w.from >= r.to, ATTN_E_VALUE,
+                       "%s: expected apart from what the call writes, got memory shared with it",
+                       read[i].name);
+        }
+    }
+    return ATTN_OK;
+}
+
 /* What a GPU kernel is ever built for, section 4.1; a CPU takes any pair up to 512. */
 static attn_status check_gpu_widths(const problem_t *p)
 {
@@ -500,7 +565,10 @@ attn_status attn_mha_fwd_check(const args_t *a, problem_t *p, bool outputs)
     ATTN_TRY(check_mask(a, p));
     ATTN_TRY(check_metadata(a, p));
     if (p->device.device_type != kDLCPU) ATTN_TRY(check_gpu_widths(p));
-    if (outputs) ATTN_TRY(check_outputs(a, p));
+    if (outputs) {
+        ATTN_TRY(check_outputs(a, p));
+        ATTN_TRY(check_overlaps(a));
+    }
     p->no_keys = p->t_k + p->t_new == 0;
     return ATTN_OK;
 }
@@ -509,7 +577,9 @@ void attn_mha_fwd_shape(const problem_t *p, int64_t shape[12])
 {
     /* The last one: what else the layout of the workspace depends on. */
     int64_t features = (int64_t)p->dtype | (p->qv.data ? 8 : 0) | (p->rotary_cos ? 16 : 0) |
-                       (p->sinks ? 32 : 0);
+                       (p->sinks ? 32 : 0) | (p->cu_seqlens_q ? 64 : 0) |
+                       (p->cu_seqlens_k ? 128 : 0) | (p->k_new.data ? 256 : 0) |
+                       (int64_t)p->device.device_type << 16;
     const int64_t now[12] = {p->b,   p->s_q,  p->s_k, p->t_q,   p->t_k,  p->h_q,
                              p->h_k, p->d_qk, p->d_v, p->s_new, p->page, features};
     memcpy(shape, now, sizeof now);
@@ -519,6 +589,9 @@ attn_status attn_mha_fwd_plan(const args_t *args, struct attn_mha_fwd_plan *plan
 {
     problem_t p;
     ATTN_CHECK(plan, ATTN_E_VALUE, "plan: expected a pointer, got NULL");
+    ATTN_CHECK(plan->size == sizeof *plan, ATTN_E_VERSION,
+               "plan.size: expected %zu (libattn %s), got %u: caller and library differ",
+               sizeof *plan, ATTN_VERSION_STRING, (unsigned)plan->size);
     ATTN_TRY(attn_mha_fwd_check(args, &p, false));
     const struct attn_backend *backend = attn_backend_for(p.device.device_type);
     memset(plan, 0, sizeof *plan);

@@ -11,6 +11,9 @@
 #include "core/dtype.h"
 #include "core/status.h"
 
+#define ATTN_WIDTH_MAX 512 /* d_qk and d_v */
+#define ATTN_SPLITS_MAX 256
+
 /* Rows of width d: element (i, s, h, :) at data + i * batch + s * row + h * head, strides in
  * elements, last stride 1.  Packed tensors have batch 0; in a paged cache `batch` is the page's. */
 struct attn_rows {
@@ -27,6 +30,8 @@ struct attn_mha_fwd_problem {
     int64_t s_q; /* longest query sequence: q's extent or max_seqlen_q */
     int64_t s_k; /* longest cached key sequence: extent, capacity, max_pages * page, max_seqlen_k */
     int64_t s_new;           /* longest append: extent, or t_new when packed; 0 without k_new */
+    int64_t max_q, max_k;    /* the caller's static maxima, over-estimates too: what masks, rotary
+                             positions and metadata are normalised on; s_q <= max_q, s_k <= max_k */
     int64_t t_q, t_k, t_new; /* rows of the packed tensor, or b * extent */
     struct attn_rows q, k, v, k_new, v_new, qv, out;
     float *lse; /* element (i, h, s) at lse + i * lse_batch + h * lse_head + s */
