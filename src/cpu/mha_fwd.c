@@ -521,10 +521,21 @@ static void run_phases(struct call *c)
     if (c->plan->splits > 1) attn_parallel(c->threads, p->b * p->h_q, combine_head, c);
 }
 
+/* A call with nothing to do still refuses what a call with work would. */
+static attn_status check_index_values(const problem_t *p)
+{
+    seq_t seq;
+    bool any = p->cu_seqlens_q || p->cu_seqlens_k || p->cu_seqlens_k_new || p->seqused_q ||
+               p->seqused_k || p->kv_batch_idx || p->leftpad_k || p->page_table ||
+               p->cp_tot_seqused_k;
+    for (int64_t i = 0; any && i < p->b; ++i) ATTN_TRY(attn_cpu_seq_read(p, i, &seq));
+    return ATTN_OK;
+}
+
 attn_status attn_mha_fwd_cpu_run_with(const struct attn_cpu_kernels *table, const problem_t *p,
                                       const plan_t *plan, char *workspace, int64_t workspace_bytes)
 {
-    if (plan->tile[TILE_FORM] == FORM_NOTHING) return ATTN_OK;
+    if (plan->tile[TILE_FORM] == FORM_NOTHING) return check_index_values(p);
     if (plan->tile[TILE_FORM] == FORM_REF)
         return attn_mha_fwd_ref_run(p, attn_threads(p->threads, p->b * p->h_q));
 
