@@ -300,24 +300,37 @@ def _fake_own_combine(out_partial, lse_partial, out_dtype=None):
 
 
 def _keep(ctx, inputs, output):
-    """setup_context of both custom forwards; positions are those of _CUSTOM."""
-    q, k, v, k_new, _, qv, _, cu_seqlens_q, cu_seqlens_k, _, seqused_q, seqused_k = inputs[:12]
-    page_table, kv_batch_idx, leftpad_k = inputs[14:17]
-    chunk, (sinks, cp_world_size) = inputs[27], inputs[34:36] or (None, 1)
+    """setup_context of both custom forwards."""
+    x = dict(zip(_eager.ARGUMENTS, inputs, strict=False))
     ctx.without = {
-        "an appended cache": k_new is not None,
-        "qv": qv is not None,
-        "pages": page_table is not None,
-        "kv_batch_idx": kv_batch_idx is not None,
-        "leftpad_k": leftpad_k is not None,
-        "attention_chunk": chunk != 0,
-        "sinks": sinks is not None,
-        "context parallelism": cp_world_size > 1,
+        "an appended cache": x["k_new"] is not None,
+        "qv": x["qv"] is not None,
+        "pages": x["page_table"] is not None,
+        "kv_batch_idx": x["kv_batch_idx"] is not None,
+        "leftpad_k": x["leftpad_k"] is not None,
+        "attention_chunk": x["attention_chunk"] != 0,
+        "sinks": x.get("sinks") is not None,
+        "context parallelism": x.get("cp_world_size", 1) > 1,
+        "descales or rotary tables that require grad": any(
+            x[name] is not None and x[name].requires_grad
+            for name in ("q_descale", "k_descale", "v_descale", "rotary_cos", "rotary_sin")
+        ),
     }
     ctx.count = len(inputs)
-    ctx.options = (*inputs[12:14], *inputs[23:27], inputs[28], False, inputs[33])
+    ctx.options = (
+        x["max_seqlen_q"],
+        x["max_seqlen_k"],
+        x["softmax_scale"],
+        x["causal"],
+        x["window_size_left"],
+        x["window_size_right"],
+        x["softcap"],
+        False,
+        x["sm_margin"],
+    )
     out, lse = output[:2]
-    ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    lengths = (x["cu_seqlens_q"], x["cu_seqlens_k"], x["seqused_q"], x["seqused_k"])
+    ctx.save_for_backward(x["q"], x["k"], x["v"], out, lse, *lengths)
 
 
 def _gradients(ctx, dout, *unused):

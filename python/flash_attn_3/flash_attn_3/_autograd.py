@@ -28,9 +28,10 @@ def _gradients(ctx, dout):
     return _eager.gradients(_ways.backward, dout, ctx.saved_tensors, ctx.without, ctx.options)
 
 
-def _without(qv, attention_chunk, sinks, cp_world_size, page_table=None):
+def _without(qv, attention_chunk, sinks, cp_world_size, descales, page_table=None):
     return {
         "qv": qv is not None,
+        "descales that require grad": any(getattr(x, "requires_grad", False) for x in descales),
         "attention_chunk": bool(attention_chunk),
         "sinks": sinks is not None,
         "context parallelism": cp_world_size > 1,
@@ -69,13 +70,29 @@ class FlashAttnFunc(torch.autograd.Function):
         left, right = window_sides(window_size)
         scale = score_scale(softmax_scale, q, qv)
         out, lse, *_ = _ways.forward(
-            *(q, k, v, None, None, qv, None),
-            *(None,) * 13,
-            *(q_descale, k_descale, v_descale, scale, causal, left, right, attention_chunk or 0),
-            *(softcap, False, None, num_splits, pack_gqa, sm_margin),
-            *(sinks, cp_world_size, cp_rank, cp_tot_seqused_k),
+            q=q,
+            k=k,
+            v=v,
+            qv=qv,
+            q_descale=q_descale,
+            k_descale=k_descale,
+            v_descale=v_descale,
+            softmax_scale=scale,
+            causal=causal,
+            window_size_left=left,
+            window_size_right=right,
+            attention_chunk=attention_chunk or 0,
+            softcap=softcap,
+            num_splits=num_splits,
+            pack_gqa=pack_gqa,
+            sm_margin=sm_margin,
+            sinks=sinks,
+            cp_world_size=cp_world_size,
+            cp_rank=cp_rank,
+            cp_tot_seqused_k=cp_tot_seqused_k,
         )
-        without = _without(qv, attention_chunk, sinks, cp_world_size)
+        descales = (q_descale, k_descale, v_descale)
+        without = _without(qv, attention_chunk, sinks, cp_world_size, descales)
         options = (None, None, scale, causal, left, right, softcap, deterministic, sm_margin)
         _keep(ctx, q, k, v, out, lse, (None,) * 4, without, options)
         return (out, lse) if return_softmax else out
@@ -128,14 +145,38 @@ class FlashAttnVarlenFunc(torch.autograd.Function):
         if out is not None:
             ctx.mark_dirty(out)
         out, lse, *_ = _ways.forward(
-            *(q, k, v, None, None, qv, out, cu_seqlens_q, cu_seqlens_k, None),
-            *(seqused_q, seqused_k, max_seqlen_q, max_seqlen_k, page_table),
-            *(None,) * 5,
-            *(q_descale, k_descale, v_descale, scale, causal, left, right, attention_chunk or 0),
-            *(softcap, False, scheduler_metadata, num_splits, pack_gqa, sm_margin),
-            *(sinks, cp_world_size, cp_rank, cp_tot_seqused_k),
+            q=q,
+            k=k,
+            v=v,
+            qv=qv,
+            out_=out,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            seqused_q=seqused_q,
+            seqused_k=seqused_k,
+            max_seqlen_q=max_seqlen_q,
+            max_seqlen_k=max_seqlen_k,
+            page_table=page_table,
+            q_descale=q_descale,
+            k_descale=k_descale,
+            v_descale=v_descale,
+            softmax_scale=scale,
+            causal=causal,
+            window_size_left=left,
+            window_size_right=right,
+            attention_chunk=attention_chunk or 0,
+            softcap=softcap,
+            scheduler_metadata=scheduler_metadata,
+            num_splits=num_splits,
+            pack_gqa=pack_gqa,
+            sm_margin=sm_margin,
+            sinks=sinks,
+            cp_world_size=cp_world_size,
+            cp_rank=cp_rank,
+            cp_tot_seqused_k=cp_tot_seqused_k,
         )
-        without = _without(qv, attention_chunk, sinks, cp_world_size, page_table)
+        descales = (q_descale, k_descale, v_descale)
+        without = _without(qv, attention_chunk, sinks, cp_world_size, descales, page_table)
         lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
         options = (max_seqlen_q, max_seqlen_k, scale, causal, left, right, softcap)
         _keep(ctx, q, k, v, out, lse, lengths, without, (*options, deterministic, sm_margin))
@@ -171,13 +212,23 @@ class FlashAttnQKVPackedFunc(torch.autograd.Function):
         left, right = window_sides(window_size)
         scale = softmax_scale
         out, lse, *_ = _ways.forward(
-            *(q, k, v),
-            *(None,) * 17,
-            *(q_descale, k_descale, v_descale, scale, causal, left, right, attention_chunk or 0),
-            *(softcap, False, None, 1, None, sm_margin),
+            q=q,
+            k=k,
+            v=v,
+            q_descale=q_descale,
+            k_descale=k_descale,
+            v_descale=v_descale,
+            softmax_scale=scale,
+            causal=causal,
+            window_size_left=left,
+            window_size_right=right,
+            attention_chunk=attention_chunk or 0,
+            softcap=softcap,
+            sm_margin=sm_margin,
         )
         ctx.packed_dims = qkv.dim()
-        without = _without(None, attention_chunk, None, 1)
+        descales = (q_descale, k_descale, v_descale)
+        without = _without(None, attention_chunk, None, 1, descales)
         options = (None, None, scale, causal, left, right, softcap, deterministic, sm_margin)
         _keep(ctx, q, k, v, out, lse, (None,) * 4, without, options)
         return (out, lse) if return_softmax else out

@@ -5,9 +5,12 @@ The operators of _C and the functions of flash_attn_interface both rest on this 
 checked by libattn.
 """
 
+import inspect
+
 import libattn
 import torch
 from libattn import DtypeError, NotBuiltError, ShapeError, mha
+from torch.autograd import forward_ad
 
 from . import __version__
 
@@ -42,6 +45,13 @@ def score_scale(softmax_scale, q, qv):
         return (q.shape[-1] + qv.shape[-1]) ** -0.5
     except (AttributeError, IndexError, ZeroDivisionError):
         return 1.0  # no such tensors; the call says so
+
+
+def refuse_tangents(*tensors):
+    """NotImplementedError when one of them is a dual tensor, whose tangent would be lost."""
+    for x in tensors:
+        if isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            raise NotBuiltError("flash_attn_3: no forward-mode derivative (torch.autograd.forward_ad)")
 
 
 def length(value):
@@ -102,6 +112,10 @@ def raw_forward(
     cp_tot_seqused_k=None,
 ):
     """flash_attn_3::fwd: (out, lse, out_accum, lse_accum); the pair is empty without splits."""
+    if forward_ad._current_level >= 0:
+        refuse_tangents(
+            *(q, k, v, k_new, v_new, qv, rotary_cos, rotary_sin, q_descale, k_descale, v_descale, sinks)
+        )
     out, lse, out_accum, lse_accum = mha.attend(
         q,
         k,
@@ -235,6 +249,10 @@ def forward(
     )
 
 
+# What _flash_attn_forward's operators take, in the order of their schemas; the last four are ours.
+ARGUMENTS = tuple(inspect.signature(forward).parameters)
+
+
 def raw_backward(dout, q, k, v, out, softmax_lse, dq=None, dk=None, dv=None, *options):
     """flash_attn_3::bwd: dq, dk, dv, softmax_d and four private tensors."""
     raise NotBuiltError(
@@ -263,6 +281,8 @@ def gradients(backward, dout, saved, without, options):
 
 def combine(out_partial, lse_partial, out=None, out_dtype=None):
     """flash_attn_3::fwd_combine: out [b, s, h, d_v] and lse [b, s, h], a view of [b, h, s]."""
+    if forward_ad._current_level >= 0:
+        refuse_tangents(out_partial, lse_partial)
     if out_partial.dim() != 5:
         raise ShapeError(f"out_partial: expected [splits, b, s, h, d_v], got {out_partial.dim()} dimensions")
     if out_dtype is None:

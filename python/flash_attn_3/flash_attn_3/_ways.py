@@ -4,6 +4,7 @@ an autograd class, through torch.ops when it is traced or a mode looks on, or to
 
 import torch
 from libattn import NotBuiltError
+from torch.autograd import forward_ad
 
 from . import _C, _eager
 
@@ -14,30 +15,26 @@ _Tensor = torch.Tensor
 _Parameter = torch.nn.Parameter
 
 
-def wants_grad(q, k, v, qv=None, sinks=None):
-    return grad_on() and any(getattr(x, "requires_grad", False) for x in (q, k, v, qv, sinks))
-
-
-def direct(q, k, v, qv=None, sinks=None):
-    """Whether a call may go straight to libattn."""
-    return (
-        not is_traced()
-        and type(q) is _Tensor
-        and type(k) is _Tensor
-        and type(v) is _Tensor
-        and (q.is_cpu or q.is_cuda)
-        and not modes()
-        and not (
-            grad_on()
-            and (
-                q.requires_grad
-                or k.requires_grad
-                or v.requires_grad
-                or (qv is not None and getattr(qv, "requires_grad", False))
-                or (sinks is not None and getattr(sinks, "requires_grad", False))
-            )
-        )
-    )
+def direct(q, k, v, more=()):
+    """Whether a call may go straight to libattn; `more` are its other floating-point tensors."""
+    if (
+        is_traced()
+        or type(q) is not _Tensor
+        or type(k) is not _Tensor
+        or type(v) is not _Tensor
+        or not (q.is_cpu or q.is_cuda)
+        or modes()
+        or forward_ad._current_level >= 0
+    ):
+        return False
+    grad = grad_on()
+    if grad and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return False
+    if grad and more:
+        for x in more:
+            if x is not None and getattr(x, "requires_grad", False):
+                return False
+    return True
 
 
 def on_musa(x, name="q"):
@@ -48,28 +45,72 @@ def on_musa(x, name="q"):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}") from None
 
 
-def by_class(q, k, v, qv, sinks):
+def by_class(q, k, v, more=()):
     """Whether a call that is not direct goes through an autograd class; else through torch.ops."""
     return (
         not is_traced()
         and type(q) in (_Tensor, _Parameter)
         and not modes()
-        and wants_grad(q, k, v, qv, sinks)
+        and grad_on()
+        and any(getattr(x, "requires_grad", False) for x in (q, k, v, *more))
     )
 
 
-def forward(*args):
-    """(out, lse, out_accum, lse_accum) for the arguments of _eager.forward, up to num_splits at
-    least, by the first way that is open."""
-    if direct(*args[:3]):
-        return _eager.forward(*args)
-    if on_musa(args[0]):
+def forward(
+    *,
+    q,
+    k,
+    v,
+    k_new=None,
+    v_new=None,
+    qv=None,
+    out_=None,
+    rotary_cos=None,
+    rotary_sin=None,
+    q_descale=None,
+    k_descale=None,
+    v_descale=None,
+    sinks=None,
+    cp_world_size=1,
+    cp_rank=0,
+    cp_tot_seqused_k=None,
+    **rest,
+):
+    """(out, lse, out_accum, lse_accum) for the arguments of _eager.forward, by the first way that is
+    open."""
+    floats = (k_new, v_new, qv, out_, rotary_cos, rotary_sin, q_descale, k_descale, v_descale, sinks)
+    rest.update(
+        q=q,
+        k=k,
+        v=v,
+        k_new=k_new,
+        v_new=v_new,
+        qv=qv,
+        out_=out_,
+        rotary_cos=rotary_cos,
+        rotary_sin=rotary_sin,
+        q_descale=q_descale,
+        k_descale=k_descale,
+        v_descale=v_descale,
+    )
+    ours = {
+        "sinks": sinks,
+        "cp_world_size": cp_world_size,
+        "cp_rank": cp_rank,
+        "cp_tot_seqused_k": cp_tot_seqused_k,
+    }
+    if direct(q, k, v, floats):
+        return _eager.forward(**rest, **ours)
+    if not is_traced() and forward_ad._current_level >= 0:
+        _eager.refuse_tangents(q, k, v, *floats)
+    if on_musa(q):
         raise NotBuiltError("_flash_attn_forward: MATE has no such function for tensors on MUSA")
-    if args[3] is not None:
-        return torch.ops.flash_attn_3._flash_attn_append(*args)
-    if len(args) > 34 and (args[34] is not None or args[35] > 1):
-        return torch.ops.flash_attn_3._flash_attn_forward_ext(*args)
-    return torch.ops.flash_attn_3._flash_attn_forward(*args[:34])
+    ops = torch.ops.flash_attn_3
+    if k_new is not None:
+        return ops._flash_attn_append(**rest, **ours)
+    if sinks is not None or cp_world_size > 1:
+        return ops._flash_attn_forward_ext(**rest, **ours)
+    return ops._flash_attn_forward(**rest)
 
 
 def backward(*args):

@@ -33,6 +33,49 @@ _ABSENT = list(mha.FEATURES.values())
 _NAMES = list(mha.FEATURES)
 _NO_LENGTHS = _ABSENT[: _NAMES.index("qv")]
 _NO_APPEND = _ABSENT[_NAMES.index("kv_batch_idx") : _NAMES.index("qv")]
+_FLOATS = slice(5)  # the floating-point tensors of what _tail returns
+
+
+def _tail(
+    qv,
+    q_descale,
+    k_descale,
+    v_descale,
+    sinks,
+    cp_world_size,
+    cp_rank,
+    cp_tot_seqused_k,
+    scheduler_metadata,
+    pack_gqa,
+    sm_margin,
+):
+    """mha.FEATURES from qv on; empty when none is in use."""
+    if (
+        qv is None
+        and q_descale is None
+        and k_descale is None
+        and v_descale is None
+        and sinks is None
+        and cp_world_size == 1
+        and cp_tot_seqused_k is None
+        and scheduler_metadata is None
+        and pack_gqa is None
+        and sm_margin == 0
+    ):
+        return ()
+    return (
+        qv,
+        q_descale,
+        k_descale,
+        v_descale,
+        sinks,
+        cp_world_size,
+        cp_rank,
+        cp_tot_seqused_k,
+        scheduler_metadata,
+        -1 if pack_gqa is None else pack_gqa,
+        sm_margin,
+    )
 
 
 def flash_attn_func(
@@ -79,34 +122,21 @@ def flash_attn_func(
     """
     if sinks is None:
         sinks = s_aux
-    if direct(q, k, v, qv, sinks):
+    tail = _tail(
+        qv,
+        q_descale,
+        k_descale,
+        v_descale,
+        sinks,
+        cp_world_size,
+        cp_rank,
+        cp_tot_seqused_k,
+        None,
+        pack_gqa,
+        sm_margin,
+    )
+    if direct(q, k, v, tail[_FLOATS]):
         left, right = window_sides(window_size)
-        features = ()
-        if (
-            qv is not None
-            or q_descale is not None
-            or k_descale is not None
-            or v_descale is not None
-            or sinks is not None
-            or cp_world_size != 1
-            or cp_tot_seqused_k is not None
-            or pack_gqa is not None
-            or sm_margin != 0
-        ):
-            features = (
-                *_NO_LENGTHS,
-                qv,
-                q_descale,
-                k_descale,
-                v_descale,
-                sinks,
-                cp_world_size,
-                cp_rank,
-                cp_tot_seqused_k,
-                None,
-                -1 if pack_gqa is None else pack_gqa,
-                sm_margin,
-            )
         with_lse = return_attn_probs or return_softmax_lse
         out, lse, _, _ = _attend(
             q if q.is_contiguous() else unit_stride(q),
@@ -122,7 +152,7 @@ def flash_attn_func(
             None,
             with_lse,
             False,
-            features,
+            (*_NO_LENGTHS, *tail) if tail else (),
         )
     elif on_musa(q):
         return musa.flash_attn_varlen_func(
@@ -148,7 +178,7 @@ def flash_attn_func(
             cp_rank=cp_rank,
             cp_tot_seqused_k=cp_tot_seqused_k,
         )
-    elif by_class(q, k, v, qv, sinks):
+    elif by_class(q, k, v, tail[_FLOATS]):
         out, lse = FlashAttnFunc.apply(
             *(q, k, v, softmax_scale, causal, qv, q_descale, k_descale, v_descale, window_size),
             *(attention_chunk, softcap, num_splits, pack_gqa, deterministic, sm_margin, True),
@@ -156,13 +186,27 @@ def flash_attn_func(
         )
     else:
         left, right = window_sides(window_size)
-        scale = score_scale(softmax_scale, q, qv)
         out, lse, _, _ = forward(
-            *(q, k, v, None, None, qv, None),
-            *(None,) * 13,
-            *(q_descale, k_descale, v_descale, scale, causal, left, right, attention_chunk or 0),
-            *(softcap, False, None, num_splits, pack_gqa, sm_margin),
-            *(sinks, cp_world_size, cp_rank, cp_tot_seqused_k),
+            q=q,
+            k=k,
+            v=v,
+            qv=qv,
+            q_descale=q_descale,
+            k_descale=k_descale,
+            v_descale=v_descale,
+            softmax_scale=score_scale(softmax_scale, q, qv),
+            causal=causal,
+            window_size_left=left,
+            window_size_right=right,
+            attention_chunk=attention_chunk or 0,
+            softcap=softcap,
+            num_splits=num_splits,
+            pack_gqa=pack_gqa,
+            sm_margin=sm_margin,
+            sinks=sinks,
+            cp_world_size=cp_world_size,
+            cp_rank=cp_rank,
+            cp_tot_seqused_k=cp_tot_seqused_k,
         )
     return (out, lse) if return_attn_probs or return_softmax_lse else out
 
@@ -219,7 +263,21 @@ def flash_attn_varlen_func(
         sinks = s_aux
     if page_table is None:
         page_table = block_table
-    if direct(q, k, v, qv, sinks):
+    tail = _tail(
+        qv,
+        q_descale,
+        k_descale,
+        v_descale,
+        sinks,
+        cp_world_size,
+        cp_rank,
+        cp_tot_seqused_k,
+        scheduler_metadata,
+        pack_gqa,
+        sm_margin,
+    )
+    floats = tail[_FLOATS] if out is None else (out, *tail[_FLOATS])
+    if direct(q, k, v, floats):
         left, right = window_sides(window_size)
         features = (
             unit_stride(cu_seqlens_q),
@@ -227,39 +285,15 @@ def flash_attn_varlen_func(
             max_seqlen_q if type(max_seqlen_q) is int else length(max_seqlen_q),
             max_seqlen_k if type(max_seqlen_k) is int else length(max_seqlen_k),
         )
-        if (
-            seqused_q is not None
-            or seqused_k is not None
-            or page_table is not None
-            or qv is not None
-            or q_descale is not None
-            or k_descale is not None
-            or v_descale is not None
-            or sinks is not None
-            or cp_world_size != 1
-            or cp_tot_seqused_k is not None
-            or scheduler_metadata is not None
-            or pack_gqa is not None
-            or sm_margin != 0
-        ):
+        if tail or seqused_q is not None or seqused_k is not None or page_table is not None:
             features = (
                 *features,
                 unit_stride(seqused_q),
                 unit_stride(seqused_k),
                 unit_stride(page_table),
-                *_NO_APPEND,
-                qv,
-                q_descale,
-                k_descale,
-                v_descale,
-                sinks,
-                cp_world_size,
-                cp_rank,
-                cp_tot_seqused_k,
-                scheduler_metadata,
-                -1 if pack_gqa is None else pack_gqa,
-                sm_margin,
             )
+            if tail:
+                features = (*features, *_NO_APPEND, *tail)
         out, lse, _, _ = _attend(
             q if q.is_contiguous() else unit_stride(q),
             k if k.is_contiguous() else unit_stride(k),
@@ -312,7 +346,7 @@ def flash_attn_varlen_func(
     else:
         max_seqlen_q = None if max_seqlen_q is None else int(max_seqlen_q)
         max_seqlen_k = None if max_seqlen_k is None else int(max_seqlen_k)
-        if by_class(q, k, v, qv, sinks):
+        if by_class(q, k, v, floats):
             out, lse = FlashAttnVarlenFunc.apply(
                 *(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q),
                 *(max_seqlen_k, softmax_scale, causal, qv, q_descale, k_descale, v_descale),
@@ -322,14 +356,36 @@ def flash_attn_varlen_func(
             )
         else:
             left, right = window_sides(window_size)
-            scale = score_scale(softmax_scale, q, qv)
             out, lse, _, _ = forward(
-                *(q, k, v, None, None, qv, out, cu_seqlens_q, cu_seqlens_k, None),
-                *(seqused_q, seqused_k, max_seqlen_q, max_seqlen_k, page_table),
-                *(None,) * 5,
-                *(q_descale, k_descale, v_descale, scale, causal, left, right),
-                *(attention_chunk or 0, softcap, False, scheduler_metadata, num_splits),
-                *(pack_gqa, sm_margin, sinks, cp_world_size, cp_rank, cp_tot_seqused_k),
+                q=q,
+                k=k,
+                v=v,
+                qv=qv,
+                out_=out,
+                cu_seqlens_q=cu_seqlens_q,
+                cu_seqlens_k=cu_seqlens_k,
+                seqused_q=seqused_q,
+                seqused_k=seqused_k,
+                max_seqlen_q=max_seqlen_q,
+                max_seqlen_k=max_seqlen_k,
+                page_table=page_table,
+                q_descale=q_descale,
+                k_descale=k_descale,
+                v_descale=v_descale,
+                softmax_scale=score_scale(softmax_scale, q, qv),
+                causal=causal,
+                window_size_left=left,
+                window_size_right=right,
+                attention_chunk=attention_chunk or 0,
+                softcap=softcap,
+                scheduler_metadata=scheduler_metadata,
+                num_splits=num_splits,
+                pack_gqa=pack_gqa,
+                sm_margin=sm_margin,
+                sinks=sinks,
+                cp_world_size=cp_world_size,
+                cp_rank=cp_rank,
+                cp_tot_seqused_k=cp_tot_seqused_k,
             )
     return (out, lse) if return_attn_probs or return_softmax_lse else out
 
@@ -354,7 +410,7 @@ def flash_attn_qkvpacked_func(
     Returns out (b, s, h_q, d); with return_attn_probs (out, lse).  Raises AssertionError when qkv
     does not split.
     """
-    if by_class(qkv, qkv, qkv, None, None) and qkv.device.type != "musa":
+    if by_class(qkv, qkv, qkv) and qkv.device.type != "musa":
         out, lse = FlashAttnQKVPackedFunc.apply(
             *(qkv, softmax_scale, causal, q_descale, k_descale, v_descale, window_size),
             *(attention_chunk, softcap, deterministic, num_heads_q, sm_margin, True),
@@ -439,7 +495,31 @@ def flash_attn_with_kvcache(
         raise TypeError("k_cache, v_cache: expected tensors") from None
     if sinks is None:
         sinks = s_aux
-    straight = direct(q, k_cache, v_cache, qv, sinks)
+    tail = _tail(
+        qv,
+        q_descale,
+        k_descale,
+        v_descale,
+        sinks,
+        cp_world_size,
+        cp_rank,
+        cp_tot_seqused_k,
+        scheduler_metadata,
+        pack_gqa,
+        sm_margin,
+    )
+    floats = tail[_FLOATS]
+    appends = (
+        k is not None
+        or v is not None
+        or cache_batch_idx is not None
+        or cache_leftpad is not None
+        or rotary_cos is not None
+        or rotary_sin is not None
+    )
+    if appends:
+        floats = (k, v, rotary_cos, rotary_sin, *floats)
+    straight = direct(q, k_cache, v_cache, floats)
     if not straight and on_musa(q):
         return musa.flash_attn_with_kvcache(
             q=q,
@@ -492,24 +572,7 @@ def flash_attn_with_kvcache(
             unit_stride(cache_seqlens),
             unit_stride(page_table),
         )
-        if (
-            k is not None
-            or v is not None
-            or cache_batch_idx is not None
-            or cache_leftpad is not None
-            or rotary_cos is not None
-            or rotary_sin is not None
-            or qv is not None
-            or q_descale is not None
-            or k_descale is not None
-            or v_descale is not None
-            or sinks is not None
-            or cp_world_size != 1
-            or cp_tot_seqused_k is not None
-            or scheduler_metadata is not None
-            or pack_gqa is not None
-            or sm_margin != 0
-        ):
+        if appends:
             features = (
                 *features,
                 unit_stride(cache_batch_idx),
@@ -521,18 +584,10 @@ def flash_attn_with_kvcache(
                 unit_stride(rotary_sin),
                 unit_stride(rotary_seqlens),
                 rotary_interleaved,
-                qv,
-                q_descale,
-                k_descale,
-                v_descale,
-                sinks,
-                cp_world_size,
-                cp_rank,
-                cp_tot_seqused_k,
-                scheduler_metadata,
-                -1 if pack_gqa is None else pack_gqa,
-                sm_margin,
+                *tail,
             )
+        elif tail:
+            features = (*features, *_NO_APPEND, *tail)
         result = _attend(
             q if q.is_contiguous() else unit_stride(q),
             k_cache,
@@ -558,16 +613,44 @@ def flash_attn_with_kvcache(
 
     run = functools.partial(
         forward,
-        *(q, k_cache, v_cache, k, v, qv, None, cu_seqlens_q, None, cu_seqlens_k_new),
-        *(None, cache_seqlens, None if max_seqlen_q is None else int(max_seqlen_q), None),
-        *(page_table, cache_batch_idx, cache_leftpad, rotary_cos, rotary_sin),
-        *(rotary_seqlens, q_descale, k_descale, v_descale, softmax_scale, causal, left, right),
-        *(attention_chunk or 0, softcap, rotary_interleaved, scheduler_metadata, num_splits),
-        *(pack_gqa, sm_margin, sinks, cp_world_size, cp_rank, cp_tot_seqused_k),
+        q=q,
+        k=k_cache,
+        v=v_cache,
+        k_new=k,
+        v_new=v,
+        qv=qv,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k_new=cu_seqlens_k_new,
+        seqused_k=cache_seqlens,
+        max_seqlen_q=None if max_seqlen_q is None else int(max_seqlen_q),
+        page_table=page_table,
+        kv_batch_idx=cache_batch_idx,
+        leftpad_k=cache_leftpad,
+        rotary_cos=rotary_cos,
+        rotary_sin=rotary_sin,
+        seqlens_rotary=rotary_seqlens,
+        q_descale=q_descale,
+        k_descale=k_descale,
+        v_descale=v_descale,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size_left=left,
+        window_size_right=right,
+        attention_chunk=attention_chunk or 0,
+        softcap=softcap,
+        rotary_interleaved=rotary_interleaved,
+        scheduler_metadata=scheduler_metadata,
+        num_splits=num_splits,
+        pack_gqa=pack_gqa,
+        sm_margin=sm_margin,
+        sinks=sinks,
+        cp_world_size=cp_world_size,
+        cp_rank=cp_rank,
+        cp_tot_seqused_k=cp_tot_seqused_k,
     )
 
-    if by_class(q, k_cache, v_cache, qv, sinks):
-        result = _C.ForwardOnly.apply("flash_attn_with_kvcache", run, q, k_cache, v_cache, k, v, qv, sinks)
+    if by_class(q, k_cache, v_cache, floats):
+        result = _C.ForwardOnly.apply("flash_attn_with_kvcache", run, q, k_cache, v_cache, *floats)
     else:
         result = run()
     return result if return_softmax_lse else result[0]
@@ -720,40 +803,40 @@ def _flash_attn_forward(
     with qv too.  k and v are the cache when k_new and v_new are given.
     """
     return forward(
-        q,
-        k,
-        v,
-        k_new,
-        v_new,
-        qv,
-        out_,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        cu_seqlens_k_new,
-        seqused_q,
-        seqused_k,
-        None if max_seqlen_q is None else int(max_seqlen_q),
-        None if max_seqlen_k is None else int(max_seqlen_k),
-        page_table,
-        kv_batch_idx,
-        leftpad_k,
-        rotary_cos,
-        rotary_sin,
-        seqlens_rotary,
-        q_descale,
-        k_descale,
-        v_descale,
-        softmax_scale,
-        causal,
-        window_size_left,
-        window_size_right,
-        attention_chunk or 0,
-        softcap,
-        rotary_interleaved,
-        scheduler_metadata,
-        num_splits,
-        pack_gqa,
-        sm_margin,
+        q=q,
+        k=k,
+        v=v,
+        k_new=k_new,
+        v_new=v_new,
+        qv=qv,
+        out_=out_,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        cu_seqlens_k_new=cu_seqlens_k_new,
+        seqused_q=seqused_q,
+        seqused_k=seqused_k,
+        max_seqlen_q=None if max_seqlen_q is None else int(max_seqlen_q),
+        max_seqlen_k=None if max_seqlen_k is None else int(max_seqlen_k),
+        page_table=page_table,
+        kv_batch_idx=kv_batch_idx,
+        leftpad_k=leftpad_k,
+        rotary_cos=rotary_cos,
+        rotary_sin=rotary_sin,
+        seqlens_rotary=seqlens_rotary,
+        q_descale=q_descale,
+        k_descale=k_descale,
+        v_descale=v_descale,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size_left=window_size_left,
+        window_size_right=window_size_right,
+        attention_chunk=attention_chunk or 0,
+        softcap=softcap,
+        rotary_interleaved=rotary_interleaved,
+        scheduler_metadata=scheduler_metadata,
+        num_splits=num_splits,
+        pack_gqa=pack_gqa,
+        sm_margin=sm_margin,
     )
 
 
