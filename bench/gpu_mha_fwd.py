@@ -4,7 +4,8 @@
     python bench/gpu_mha_fwd.py [--rows SUBSTRING] [--no-peer]
 
 A row is the median of triton's do_bench (L2 flushed between calls), the GEMM and ours in three
-turns 0.1 s apart, the middle one taken; then `sustained`: 0.2 s of calls back to back.  TFLOP/s count visible work only: 2 (d_qk + d_v) a visible score and head.
+turns 0.1 s apart, the middle one taken; then `sustained`: 0.2 s of calls back to back.  TFLOP/s
+count visible work only: 2 (d_qk + d_v) a visible score and head.
 """
 import argparse
 import math
@@ -179,7 +180,8 @@ def main():
             steady = flop / sustained_ms(call.run) / 1e9
             other = cudnn(*peer) if peer and not args.no_peer else None
             ratio = f"{ours * median_ms(other, args.ms) * 1e9 / flop:7.2f}" if other else f"{'':7}"
-            print(f"{name:26} {ours:8.0f} {burst:5.0f} {ours / burst:6.3f} {steady:5.0f} {steady / long:.2f} "
+            print(f"{name:26} {ours:8.0f} {burst:5.0f} {ours / burst:6.3f} "
+                  f"{steady:5.0f} {steady / long:.2f} "
                   f"{ratio}  {call.kernel} c{call.plan.tile[1]} g{call.plan.tile[2]}", flush=True)
     q, k, v = tensors(1, 64, 1, 1, 128, 128)
     print(f"host: {host_us(Call(**outputs({'q': q, 'k': k, 'v': v}))):.1f} us a call of the C ABI "

@@ -70,8 +70,8 @@ static void open_driver(void)
     if (driver.driver_get_version) driver.driver_get_version(&version);
     if (missing) {
         snprintf(failure, sizeof failure,
-                 "the NVIDIA driver is too old: it supports CUDA %d.%d and lacks %s", version / 1000,
-                 version % 1000 / 10, missing);
+                 "the NVIDIA driver is too old: it supports CUDA %d.%d and lacks %s",
+                 version / 1000, version % 1000 / 10, missing);
         return;
     }
     cu_result result = driver.init(0);

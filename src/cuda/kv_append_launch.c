@@ -89,8 +89,9 @@ attn_status attn_kv_append_launch(const struct attn_mha_fwd_problem *p, cu_devic
                                                                  : p->t_new * p->h_k;
     int64_t width = p->d_qk > p->d_v ? p->d_qk : p->d_v;
     int64_t blocks = (rows * (width / 8) + BLOCK - 1) / BLOCK;
+    blocks = blocks < 1 ? 1 : blocks < GRID_MAX ? blocks : GRID_MAX;
     struct cu_launch_config config = {
-        .grid = {(unsigned)(blocks < 1 ? 1 : blocks < GRID_MAX ? blocks : GRID_MAX), params.queries ? 3 : 2, 1},
+        .grid = {(unsigned)blocks, params.queries ? 3 : 2, 1},
         .block = {BLOCK, 1, 1},
         .stream = stream,
     };

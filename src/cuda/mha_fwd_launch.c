@@ -178,7 +178,8 @@ static attn_status launch(const problem_t *p, const struct attn_cuda_device *dev
     if (plan.ticket) {
         params.ticket = (int32_t *)(void *)workspace;
         ATTN_TRY(attn_cuda_status(
-            cu->memset_d32_async((uint64_t)(uintptr_t)workspace, 0, 1, stream), "cuMemsetD32Async"));
+            cu->memset_d32_async((uint64_t)(uintptr_t)workspace, 0, 1, stream),
+            "cuMemsetD32Async"));
     }
 
     struct cu_launch_attribute cluster = {.id = CU_LAUNCH_CLUSTER_DIMENSION,

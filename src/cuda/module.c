@@ -51,7 +51,9 @@ struct attn_cuda_kernel attn_mha_fwd_kernels[] = {
 const int attn_mha_fwd_kernel_count = sizeof attn_mha_fwd_kernels / sizeof *attn_mha_fwd_kernels;
 
 #define ATTN_PLAIN_KERNEL(op, arch)                                                                \
-    {.name = "attn_" #op "_" #arch, .cubin = cubin_##op##_##arch, .lock = PTHREAD_MUTEX_INITIALIZER},
+    {.name = "attn_" #op "_" #arch,                                                                \
+     .cubin = cubin_##op##_##arch,                                                                 \
+     .lock = PTHREAD_MUTEX_INITIALIZER},
 struct attn_cuda_kernel attn_plain_kernels[] = {
 #include "cuda/kernels/plain.def"
 };

@@ -2,13 +2,13 @@
  *
  * kv_append: new keys and values go to the cache, keys and queries rotated where there is a table.
  *
- * Math, with cos and sin of the row's position and pairs (x, y) of the first r columns, (2 m, 2 m + 1)
- * when interleaved and else (m, m + r / 2):
+ * Math, with cos and sin of the row's position and pairs (x, y) of the first r columns,
+ * (2 m, 2 m + 1) when interleaved and else (m, m + r / 2):
  *     x' = x cos_m - y sin_m      y' = x sin_m + y cos_m          in fp32, rounded once
  * Columns from r on, and v, are copied bit for bit.  New token t of sequence i lands at position
  * seqused_k[i] + t of its cache row, rotated by (rotary length or seqused_k)[i] + t.
  *
- * Layout.  A thread moves 16 bytes: eight columns of one head of one row.  blockIdx.y picks the work:
+ * Layout.  A thread moves 16 bytes: eight columns of one head of one row.  blockIdx.y is the work:
  * 0 keys, 1 values, 2 queries (to a packed copy); blockIdx.x strides over rows x heads x chunks.
  * The lengths that the attention then sees are written too.
  */
@@ -72,7 +72,8 @@ ATTN_DEVICE uint4 rotate(const attn_kv_append_params &p, const uint16_t *row, in
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             int m = (second ? column - half : column) + i;
-            float c = load_16bit(p.cos, table + m, p.fp16), s = load_16bit(p.sin, table + m, p.fp16);
+            float c = load_16bit(p.cos, table + m, p.fp16);
+            float s = load_16bit(p.sin, table + m, p.fp16);
             float mine = chunk_float(own, i, p.fp16), theirs = chunk_float(other, i, p.fp16);
             result[i] = mine * c + (second ? theirs * s : -(theirs * s));
         }
@@ -91,7 +92,8 @@ ATTN_DEVICE uint16_t *row_at(const attn_device_rows &r, int64_t batch, int64_t r
 
 /* One chunk of new token `token` to the cache. */
 ATTN_DEVICE void append(const attn_kv_append_params &p, const attn_device_rows &from,
-                        const attn_device_rows &to, bool is_key, int64_t token, int head, int column)
+                        const attn_device_rows &to, bool is_key, int64_t token, int head,
+                        int column)
 {
     int64_t i, t, source;
     if (p.cu_seqlens_k_new) {

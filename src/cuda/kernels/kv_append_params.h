@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT
  *
- * What the host hands to kv_append: plain C, the same bytes on both sides.  16-bit elements; strides
- * in elements; a NULL pointer means the feature is off.
+ * What the host hands to kv_append: plain C, the same bytes on both sides.  16-bit elements;
+ * strides in elements; a NULL pointer means the feature is off.
  */
 #ifndef ATTN_KV_APPEND_PARAMS_H
 #define ATTN_KV_APPEND_PARAMS_H
@@ -15,7 +15,7 @@ struct attn_device_rows {
 };
 
 struct attn_kv_append_params {
-    struct attn_device_rows k, v;         /* cache: [rows, s_k, h_k, d] or [num_pages, page, h_k, d] */
+    struct attn_device_rows k, v;         /* [rows, s_k, h_k, d] or [num_pages, page, h_k, d] */
     struct attn_device_rows k_new, v_new; /* [b, s_new, h_k, d] or [t_new, h_k, d] */
     struct attn_device_rows q, q_rotated; /* [b, s_q, h_q, d] or [t_q, h_q, d] */
     const int32_t *seqused_k;             /* [b]: where the append starts */

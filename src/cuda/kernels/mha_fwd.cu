@@ -50,9 +50,9 @@ ATTN_DEVICE void load_box(const attn_mha_fwd_params &p, const attn_tensor_map *m
         tma_load_5d(dst, map, bar, column, p.box_rows - live, position + live, h_kv, source);
 }
 
-/* Opens the barrier for the boxes of a tile that hold one of its `live` rows and returns their rows.
+/* Opens the barrier for the boxes of a tile that hold one of its `live` rows; returns their rows.
  * Boxes without any are not loaded (the copy engine would touch the shifted base of the map, which
- * need not be mapped memory); those of v become zero here, in each block.  A whole warp calls it. */
+ * need not be mapped memory); those of v become zero here, in each block.  By a whole warp. */
 template <int PANELS, int N, int IS_V>
 ATTN_DEVICE int open_tile(const attn_mha_fwd_params &p, uint32_t dst, uint32_t bar, int live)
 {
@@ -72,8 +72,8 @@ ATTN_DEVICE int open_tile(const attn_mha_fwd_params &p, uint32_t dst, uint32_t b
     return rows;
 }
 
-/* One k or v tile of N rows, from the sequence's key `key` on: a box a panel, of which each block of
- * a cluster loads its half of the rows.  A whole warp calls it. */
+/* One k or v tile of N rows, from the sequence's key `key` on: a box a panel, of which each block
+ * of a cluster loads its half of the rows.  A whole warp calls it. */
 template <int D, int N, int IS_V>
 ATTN_DEVICE void load_tile(const attn_mha_fwd_params &p, const attn_tensor_map *map, uint32_t dst,
                            uint32_t bar, const sequence &seq, int h_kv, int key)
@@ -104,10 +104,10 @@ ATTN_DEVICE void load_paged_tile(const attn_mha_fwd_params &p, const attn_tensor
                                  uint32_t dst, uint32_t bar, const sequence &seq, int h_kv, int key)
 {
     constexpr int PANELS = ATTN_MHA_FWD_PANELS(D);
-    int lane = (int)threadIdx.x % 32, step = 32 * p.cluster;
+    int first = (int)cluster_rank() + (int)threadIdx.x % 32 * p.cluster, step = 32 * p.cluster;
     int rows = open_tile<PANELS, N, IS_V>(p, dst, bar, min(seq.s_k - key, N));
     const int32_t *pages = p.page_table + seq.k_row * p.page_table_stride;
-    for (int i = (int)cluster_rank() + lane * p.cluster; i / PANELS * p.box_rows < rows; i += step) {
+    for (int i = first; i / PANELS * p.box_rows < rows; i += step) {
         int row = i / PANELS * p.box_rows, page = (key + row) / p.page;
         load_box(p, map, dst + i % PANELS * (N * 128) + row * 128, bar, i % PANELS * 64,
                  min(seq.s_k - key - row, p.box_rows), key + row - page * p.page, h_kv,
@@ -209,7 +209,8 @@ ATTN_DEVICE void load(const attn_mha_fwd_params &p, const attn_mha_fwd_maps &map
             }
             __syncwarp();
             q_parity ^= 1;
-            key_rows rows = {(const uint16_t *)p.v, p.v_stride_b, p.v_stride_s, p.v_stride_h, p.d_v};
+            key_rows rows = {(const uint16_t *)p.v, p.v_stride_b, p.v_stride_s, p.v_stride_h,
+                             p.d_v};
             load_keys<DV, N, 1>(p, &maps.v, rows, tile, shared_address(sm.v),
                                 shared_address(sm.v_full), shared_address(sm.v_empty), stages);
         } else {
@@ -224,8 +225,8 @@ ATTN_DEVICE void load(const attn_mha_fwd_params &p, const attn_mha_fwd_maps &map
     }
 }
 
-/* The number of this cluster's item after number `k`; `r` is the ring of tiles.  In a cluster of two
- * the first block draws and stores the number into both; that form must not be used in a cluster of
+/* The number of this cluster's item after number `k`; `r` is the ring of tiles.  In a cluster of
+ * two the first block draws and stores the number into both; that form must not be used in a cluster of
  * one, where it is no legal access. */
 template <class SMEM>
 ATTN_DEVICE int next_number(const attn_mha_fwd_params &p, SMEM &sm, const ring &r, int k)
@@ -396,7 +397,7 @@ template <int FP16, int DQK, int DV, int M, int N>
 ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, N> &sm, int group)
 {
     int t = (int)threadIdx.x % 128, warp = t / 32, lane = t % 32;
-    int own_row = group * 64 + warp * 16 + lane / 4; /* of this thread, in the tile; and the 8th on */
+    int own_row = group * 64 + warp * 16 + lane / 4; /* of this thread, and the 8th on */
     uint32_t q = shared_address(sm.q) + group * 8192;
     ring tiles = {0, 0}, ks = {0, 0}, vs = {0, 0};
     uint32_t q_parity = 0;
@@ -417,6 +418,7 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, 
 
         /* Bounds of the rows this warp owns; key steps that the warpgroup sees at all, and those
          * that all its rows see whole. */
+        __syncwarp(); /* other lanes have read the last tile's */
         if (lane < 16) {
             int r = group * 64 + warp * 16 + lane;
             sm.bounds[r] = visible_keys(p, tile.row + r, tile.seq.s_q, tile.seq.s_k, tile.cp_tot);
@@ -440,7 +442,8 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, 
         auto scores_to_probabilities = [&](int n) {
             if (p.score != ATTN_SCORE_PLAIN) transform_scores<N>(p, s);
             if (n >= whole_end || n < whole_begin)
-                mask_scores<N>(s, n * N + 2 * (lane % 4), sm.bounds[own_row], sm.bounds[own_row + 8]);
+                mask_scores<N>(s, n * N + 2 * (lane % 4), sm.bounds[own_row],
+                               sm.bounds[own_row + 8]);
             softmax_update_max<N>(rows, s, p.exp_scale);
             softmax_exponentiate<N>(rows, s, p.exp_scale);
         };

@@ -15,14 +15,14 @@ struct attn_tensor_map {
 
 /* q is (d_qk, s_q or t_q, h_q, b).  k and v are (d, box rows, rows + 1, h_k, batch or page): the
  * second and the third extent have the same stride and the base lies `box_rows` rows early, so
- * that the box at (0, box_rows - n, first + n, ...) holds n rows from `first` on and zeros below. */
+ * that the box at (0, box_rows - n, first + n, ..) holds n rows from `first` on, and zeros below. */
 struct attn_mha_fwd_maps {
     struct attn_tensor_map q, k, v;
 };
 
 enum attn_mha_fwd_score {
     ATTN_SCORE_PLAIN,  /* exponent = score * exp_scale */
-    ATTN_SCORE_SCALED, /* exponent = score * score_scale * exp_scale: a scale that is not positive */
+    ATTN_SCORE_SCALED, /* exponent = score * score_scale * exp_scale: a scale <= 0 */
     ATTN_SCORE_CAPPED, /* exponent = tanh(score * score_scale) * exp_scale: softcap */
 };
 

@@ -24,7 +24,7 @@ ATTN_DEVICE bool elect_one()
     return is_elected != 0;
 }
 
-/* Moves registers from the block's pool to this warpgroup, waiting for them.  PTX ISA: setmaxnreg */
+/* Takes registers from the block's pool, waiting for them.  PTX ISA: setmaxnreg */
 template <int REGISTERS> ATTN_DEVICE void setmaxnreg_inc()
 {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
@@ -34,19 +34,6 @@ template <int REGISTERS> ATTN_DEVICE void setmaxnreg_inc()
 template <int REGISTERS> ATTN_DEVICE void setmaxnreg_dec()
 {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
-}
-
-/* Named barrier over `threads` threads.  The id is a literal: a run-time id would reserve all
- * sixteen.  PTX ISA: bar.sync */
-template <int ID> ATTN_DEVICE void named_barrier_sync(int threads)
-{
-    asm volatile("bar.sync %0, %1;" ::"n"(ID), "r"(threads) : "memory");
-}
-
-/* Counts towards a named barrier without waiting.  PTX ISA: bar.arrive */
-template <int ID> ATTN_DEVICE void named_barrier_arrive(int threads)
-{
-    asm volatile("bar.arrive %0, %1;" ::"n"(ID), "r"(threads) : "memory");
 }
 
 /* PTX ISA: %cluster_ctarank */

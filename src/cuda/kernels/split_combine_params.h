@@ -23,8 +23,8 @@ struct attn_split_combine_params {
 };
 
 #ifdef __cplusplus
-static_assert(sizeof(struct attn_split_combine_params) == 176, "the host's and the kernel's layout");
+static_assert(sizeof(struct attn_split_combine_params) == 176, "host and kernel agree");
 #else
-_Static_assert(sizeof(struct attn_split_combine_params) == 176, "the host's and the kernel's layout");
+_Static_assert(sizeof(struct attn_split_combine_params) == 176, "host and kernel agree");
 #endif
 #endif

@@ -4,7 +4,7 @@
  *
  * Accumulator: element i of thread t (w = t / 32, g = t % 32 / 4, c = t % 4) is
  *     row 16 w + g + 8 (i / 2 % 2),  column 8 (i / 4) + 2 c + i % 2,
- * so a quad of lanes shares a row and a thread owns columns of the two rows g and g + 8 of its warp.
+ * so a quad of lanes shares a row; a thread owns columns of the two rows g and g + 8 of its warp.
  * A from registers: a[j] holds row 16 w + g + 8 (j % 2), k = 2 c + {0, 1} + 8 (j / 2): the packed
  * accumulator of one product is the A operand of the next without moving between threads.
  *
@@ -75,9 +75,7 @@ ATTN_DEVICE uint64_t wgmma_descriptor(uint32_t address, uint32_t panel_bytes)
 #define D32(d, i) D16(d, i), D16(d, i + 16)
 #define D40(d, i) D32(d, i), D8(d, i + 32)
 #define D48(d, i) D32(d, i), D16(d, i + 32)
-#define D56(d, i) D48(d, i), D8(d, i + 48)
 #define D64(d, i) D32(d, i), D32(d, i + 32)
-#define D88(d, i) D64(d, i), D16(d, i + 64), D8(d, i + 80)
 #define D96(d, i) D64(d, i), D32(d, i + 64)
 #define D128(d, i) D64(d, i), D64(d, i + 64)
 
@@ -86,12 +84,10 @@ ATTN_DEVICE uint64_t wgmma_descriptor(uint32_t address, uint32_t panel_bytes)
     "%24,%25,%26,%27,%28,%29,%30,%31"
 #define L40 L32 ",%32,%33,%34,%35,%36,%37,%38,%39"
 #define L48 L40 ",%40,%41,%42,%43,%44,%45,%46,%47"
-#define L56 L48 ",%48,%49,%50,%51,%52,%53,%54,%55"
-#define L64 L56 ",%56,%57,%58,%59,%60,%61,%62,%63"
-#define L88                                                                                        \
+#define L64 L48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define L96                                                                                        \
     L64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,"        \
-        "%84,%85,%86,%87"
-#define L96 L88 ",%88,%89,%90,%91,%92,%93,%94,%95"
+        "%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
 #define L128                                                                                       \
     L96 ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,"            \
         "%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
@@ -129,20 +125,13 @@ ATTN_DEVICE uint64_t wgmma_descriptor(uint32_t address, uint32_t panel_bytes)
 template <int FP16, int N>
 ATTN_DEVICE void wgmma_ss(float (&d)[N / 2], uint64_t a_desc, uint64_t b_desc, int accumulate)
 {
-    static_assert(N == 64 || N == 80 || N == 96 || N == 112 || N == 128 || N == 176,
-                  "add a line for this width");
-    if constexpr (N == 64) {
-        WGMMA_SS(64, L32, D32(d, 0), 32, 33, 34);
-    } else if constexpr (N == 80) {
+    static_assert(N == 80 || N == 96 || N == 128, "add a line for this width");
+    if constexpr (N == 80) {
         WGMMA_SS(80, L40, D40(d, 0), 40, 41, 42);
     } else if constexpr (N == 96) {
         WGMMA_SS(96, L48, D48(d, 0), 48, 49, 50);
-    } else if constexpr (N == 112) {
-        WGMMA_SS(112, L56, D56(d, 0), 56, 57, 58);
-    } else if constexpr (N == 128) {
-        WGMMA_SS(128, L64, D64(d, 0), 64, 65, 66);
     } else {
-        WGMMA_SS(176, L88, D88(d, 0), 88, 89, 90);
+        WGMMA_SS(128, L64, D64(d, 0), 64, 65, 66);
     }
 }
 
