@@ -148,3 +148,119 @@ def test_a_given_output_that_is_a_leaf_is_refused():
     q = torch.randn(S, H, D)
     with pytest.raises(RuntimeError, match="in-place"):
         fa.flash_attn_varlen_func(q, q, q, cu, cu, S, S, out=torch.zeros(S, H, D, requires_grad=True))
+
+
+# ---- what autograd must know of tensors changed in place, and of views with a sign ---------------------
+
+
+@pytest.mark.parametrize("call", ["kvcache", "forward", "_flash_attn_append", "class"])
+def test_an_append_bumps_the_caches_versions(call):
+    given = append()
+    if call == "class":
+        given["q"].requires_grad_()
+    before = given["k"]._version, given["v"]._version
+    if call == "_flash_attn_append":
+        OPS._flash_attn_append(**given, seqused_k=torch.full((B,), 3, dtype=torch.int32))
+    else:
+        CALLS["kvcache" if call == "class" else call](**given)
+    assert given["k"]._version > before[0] and given["v"]._version > before[1]
+
+
+def test_a_given_output_is_bumped():
+    q = torch.randn(S, H, D)
+    cu = torch.tensor([0, S], dtype=torch.int32)
+    out = torch.empty_like(q)
+    fa.flash_attn_varlen_func(q, q, q, cu, cu, S, S, out=out)
+    assert out._version == 1
+    OPS.fwd(q[None], q[None], q[None], out=out[None], num_splits=1)
+    assert out._version > 1
+    merged = torch.empty(B, S, H, D)
+    fa.flash_attn_combine(torch.ones(3, B, S, H, D), torch.ones(3, B, S, H), out=merged)
+    assert merged._version > 0
+
+
+def test_a_changed_cache_is_noticed():
+    """Without the bump this backward would use the keys after the append."""
+    given = append()
+    w = torch.ones(B, T, H, D, requires_grad=True)
+    product = (w * given["k"]).sum()
+    kvcache(**given)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+def test_inference_tensors_can_be_appended_to():
+    with torch.inference_mode():
+        kvcache(**append())
+        q = torch.randn(S, H, D)
+        cu = torch.tensor([0, S], dtype=torch.int32)
+        fa.flash_attn_varlen_func(q, q, q, cu, cu, S, S, out=torch.empty_like(q))
+
+
+@pytest.mark.parametrize(
+    ("call", "make", "name"), [x for x in ASKS if x[1] is not descales or x[2] == "q_descale"]
+)
+def test_negated_views(call, make, name):
+    given = make()
+    given = {n: -x if n == name else x for n, x in given.items()}
+    want = CALLS[call](**make_again(given))
+    given[name] = torch._neg_view(-given[name])
+    assert given[name].is_neg()
+    got = CALLS[call](**given)
+    assert torch.equal(got, want)
+
+
+def test_an_append_to_a_negated_cache_is_refused():
+    given = append()
+    given["k"] = torch._neg_view(given["k"])
+    for call in (kvcache, private):
+        with pytest.raises(ValueError, match="negated"):
+            call(**given)
+
+
+def test_a_negated_output_is_refused():
+    q = torch.randn(S, H, D)
+    cu = torch.tensor([0, S], dtype=torch.int32)
+    with pytest.raises(ValueError, match="negated"):
+        fa.flash_attn_varlen_func(q, q, q, cu, cu, S, S, out=torch._neg_view(torch.empty_like(q)))
+
+
+def test_negated_partials():
+    partial, lse = torch.randn(3, B, S, H, D), torch.randn(3, B, S, H)
+    want = fa.flash_attn_combine(partial, lse)[0]
+    got = fa.flash_attn_combine(torch._neg_view(-partial), torch._neg_view(-lse))[0]
+    assert torch.equal(got, want)
+
+
+# ---- refusals that only some ways made -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["k", "v"])
+def test_an_append_to_a_strided_cache_is_refused(name):
+    given = append()
+    given[name] = torch.zeros(B, T, H, 2 * D)[..., ::2]
+    for call in (private, kvcache):
+        with pytest.raises((ValueError, AssertionError), match="stride"):
+            call(**given)
+    used = torch.full((B,), 3, dtype=torch.int32)
+    with pytest.raises(ValueError, match="stride"):
+        OPS.fwd(**given, seqused_k=used, num_splits=1)
+    assert not given[name].any()
+
+
+def test_combine_into_another_dtype_is_refused_when_compiled_too():
+    partial, lse = torch.randn(3, B, S, H, D), torch.randn(3, B, S, H)
+    for call in (fa.flash_attn_combine, torch.compile(fa.flash_attn_combine, backend="eager")):
+        with pytest.raises(TypeError, match="out_dtype"):
+            call(partial, lse, torch.empty(B, S, H, D, dtype=torch.bfloat16))
+        out = torch.empty(B, S, H, D, dtype=torch.bfloat16)
+        assert call(partial, lse, out, torch.bfloat16)[0] is out
+
+
+def test_metadata_of_too_many_splits_is_refused():
+    used = torch.full((B,), 3, dtype=torch.int32)
+    fa.get_scheduler_metadata(B, S, T, H, H, D, used, num_splits=256)
+    with pytest.raises(ValueError, match="num_splits: expected at most 256, got 257"):
+        fa.get_scheduler_metadata(B, S, T, H, H, D, used, num_splits=257)
+    with pytest.raises(ValueError, match="num_splits"):
+        OPS.get_scheduler_metadata(B, S, T, H, H, D, D, torch.bfloat16, used, num_splits=257)

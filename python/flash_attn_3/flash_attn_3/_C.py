@@ -165,6 +165,7 @@ def _scheduler_metadata(
         window_size_right,
         attention_chunk,
         seqused_k.device,
+        num_splits,
     )
 
 

@@ -9,12 +9,14 @@ import inspect
 
 import libattn
 import torch
-from libattn import DtypeError, NotBuiltError, ShapeError, mha
+from libattn import ArgumentError, DtypeError, NotBuiltError, ShapeError, mha
 from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
 
 from . import __version__
 
 LIBATTN = "0.1.0"
+SPLITS_MAX = 256
 
 if libattn.__version__ != LIBATTN:
     raise ImportError(
@@ -24,8 +26,12 @@ if libattn.__version__ != LIBATTN:
 
 
 def unit_stride(x):
-    """x, copied when its last stride is not 1; None stays None."""
-    return x if x is None or x.is_contiguous() or x.stride(-1) == 1 else x.contiguous()
+    """x, copied when its last stride is not 1 or its sign is only noted; None stays None."""
+    if x is None:
+        return None
+    if x.is_neg():
+        x = x.resolve_neg()
+    return x if x.is_contiguous() or x.stride(-1) == 1 else x.contiguous()
 
 
 def unit_stride_value(v):
@@ -52,6 +58,13 @@ def refuse_tangents(*tensors):
     for x in tensors:
         if isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None:
             raise NotBuiltError("flash_attn_3: no forward-mode derivative (torch.autograd.forward_ad)")
+
+
+def written(*tensors):
+    """Tells autograd that tensors were changed in place."""
+    for x in tensors:
+        if not x.is_inference():
+            increment_version(x)
 
 
 def length(value):
@@ -112,6 +125,7 @@ def raw_forward(
     cp_tot_seqused_k=None,
 ):
     """flash_attn_3::fwd: (out, lse, out_accum, lse_accum); the pair is empty without splits."""
+    given = out
     if forward_ad._current_level >= 0:
         refuse_tangents(
             *(q, k, v, k_new, v_new, qv, rotary_cos, rotary_sin, q_descale, k_descale, v_descale, sinks)
@@ -160,6 +174,10 @@ def raw_forward(
             sm_margin,
         ),
     )
+    if k_new is not None:
+        written(k, v)
+    if given is not None:
+        written(given)
     if out_accum is None:
         out_accum = lse.new_empty(0)
         lse_accum = lse.new_empty(0)
@@ -209,8 +227,8 @@ def forward(
     """_flash_attn_forward: raw_forward after the copies that upstream's Python layer makes."""
     return raw_forward(
         unit_stride(q),
-        unit_stride(k),
-        unit_stride_value(v),
+        unit_stride(k) if k_new is None else k,  # a cache is changed in place, never copied
+        unit_stride_value(v) if k_new is None else v,
         unit_stride(k_new),
         unit_stride(v_new),
         qv,
@@ -279,21 +297,30 @@ def gradients(backward, dout, saved, without, options):
     return grads
 
 
+def check_given(out, out_dtype):
+    """Refuses an output for flash_attn_combine that is not of out_dtype, by default fp32."""
+    if out.dtype != (out_dtype or torch.float32):
+        raise DtypeError(f"out: expected dtype {out_dtype or torch.float32} (out_dtype), got {out.dtype}")
+    if out.is_neg():
+        raise ArgumentError("out: expected a plain tensor, got a negated view")
+
+
 def combine(out_partial, lse_partial, out=None, out_dtype=None):
     """flash_attn_3::fwd_combine: out [b, s, h, d_v] and lse [b, s, h], a view of [b, h, s]."""
     if forward_ad._current_level >= 0:
         refuse_tangents(out_partial, lse_partial)
     if out_partial.dim() != 5:
         raise ShapeError(f"out_partial: expected [splits, b, s, h, d_v], got {out_partial.dim()} dimensions")
-    if out_dtype is None:
-        out_dtype = torch.float32
     _, b, s, h, d_v = out_partial.shape
-    if out is None:
-        out = torch.empty((b, s, h, d_v), dtype=out_dtype, device=out_partial.device)
-    elif out.dtype != out_dtype:
-        raise DtypeError(f"out: expected dtype {out_dtype} (out_dtype), got {out.dtype}")
     lse = torch.empty((b, h, s), dtype=torch.float32, device=out_partial.device).transpose(1, 2)
-    return mha.split_combine(out_partial, lse_partial, out, lse)
+    partial = out_partial.resolve_neg(), lse_partial.resolve_neg()
+    if out is None:
+        out = torch.empty((b, s, h, d_v), dtype=out_dtype or torch.float32, device=out_partial.device)
+        return mha.split_combine(*partial, out, lse)
+    check_given(out, out_dtype)
+    mha.split_combine(*partial, out, lse)
+    written(out)
+    return out, lse
 
 
 def scheduler_metadata(
@@ -307,8 +334,11 @@ def scheduler_metadata(
     window_right,
     attention_chunk,
     device,
+    num_splits=0,
 ):
     """int32 tensor of upstream's length; its contents are private and mean nothing to libattn."""
+    if num_splits > SPLITS_MAX:
+        raise ArgumentError(f"num_splits: expected at most {SPLITS_MAX}, got {num_splits}")
     n = mha.mha_metadata_length(
         batch_size,
         max_seqlen_q,

@@ -3,7 +3,7 @@
 an autograd class, through torch.ops when it is traced or a mode looks on, or to MATE on MUSA."""
 
 import torch
-from libattn import NotBuiltError
+from libattn import ArgumentError, NotBuiltError
 from torch.autograd import forward_ad
 
 from . import _C, _eager
@@ -16,7 +16,10 @@ _Parameter = torch.nn.Parameter
 
 
 def direct(q, k, v, more=()):
-    """Whether a call may go straight to libattn; `more` are its other floating-point tensors."""
+    """Whether a call may go straight to libattn; `more` are its other floating-point tensors.
+
+    A negated view (torch._neg_view) may not: torch's dispatcher writes it out, DLPack loses the sign.
+    """
     if (
         is_traced()
         or type(q) is not _Tensor
@@ -25,15 +28,17 @@ def direct(q, k, v, more=()):
         or not (q.is_cpu or q.is_cuda)
         or modes()
         or forward_ad._current_level >= 0
+        or q.is_neg()
+        or k.is_neg()
+        or v.is_neg()
     ):
         return False
     grad = grad_on()
     if grad and (q.requires_grad or k.requires_grad or v.requires_grad):
         return False
-    if grad and more:
-        for x in more:
-            if x is not None and getattr(x, "requires_grad", False):
-                return False
+    for x in more:  # noqa: SIM110 (a generator takes longer)
+        if isinstance(x, _Tensor) and ((grad and x.requires_grad) or x.is_neg()):
+            return False
     return True
 
 
@@ -107,6 +112,8 @@ def forward(
         raise NotBuiltError("_flash_attn_forward: MATE has no such function for tensors on MUSA")
     ops = torch.ops.flash_attn_3
     if k_new is not None:
+        if not is_traced() and (k.is_neg() or v.is_neg()):
+            raise ArgumentError("k, v: expected plain tensors to append to, got a negated view")
         return ops._flash_attn_append(**rest, **ours)
     if sinks is not None or cp_world_size > 1:
         return ops._flash_attn_forward_ext(**rest, **ours)

@@ -9,11 +9,11 @@ the sum of exp(score).  docs/compatibility/flash_attn_3.md says what runs where.
 import functools
 
 import torch
-from libattn import NotBuiltError, mha, musa
+from libattn import ArgumentError, NotBuiltError, ShapeError, mha, musa
 
 from . import _C, _eager  # _C registers torch.ops.flash_attn_3
 from ._autograd import FlashAttnFunc, FlashAttnQKVPackedFunc, FlashAttnVarlenFunc, unpack_qkv
-from ._eager import length, score_scale, unit_stride, unit_stride_value, window_sides
+from ._eager import length, score_scale, unit_stride, unit_stride_value, window_sides, written
 from ._ways import backward, by_class, direct, forward, grad_on, is_traced, modes, on_musa
 
 __all__ = [
@@ -276,7 +276,11 @@ def flash_attn_varlen_func(
         pack_gqa,
         sm_margin,
     )
-    floats = tail[_FLOATS] if out is None else (out, *tail[_FLOATS])
+    floats = tail[_FLOATS]
+    if out is not None:
+        floats = (out, *floats)
+        if isinstance(out, torch.Tensor) and not is_traced() and out.is_neg():
+            raise ArgumentError("out: expected a plain tensor, got a negated view")
     if direct(q, k, v, floats):
         left, right = window_sides(window_size)
         features = (
@@ -310,6 +314,8 @@ def flash_attn_varlen_func(
             False,
             features,
         )
+        if floats and floats[0] is out:
+            written(out)
     elif on_musa(q):
         return musa.flash_attn_varlen_func(
             q=q,
@@ -604,6 +610,8 @@ def flash_attn_with_kvcache(
             return_softmax_lse,
             features,
         )
+        if k is not None:
+            written(k_cache, v_cache)
         if not return_softmax_lse:
             return result[0]
         out, lse, out_accum, lse_accum = result
@@ -667,8 +675,14 @@ def flash_attn_combine(out_partial, lse_partial, out=None, out_dtype=None):
     if on_musa(out_partial, "out_partial"):
         raise NotBuiltError("flash_attn_combine: MATE has no such function for tensors on MUSA")
     if is_traced() or type(out_partial) is not torch.Tensor or modes():
+        if out is not None:
+            _eager.check_given(out, out_dtype)
         merged, lse = torch.ops.flash_attn_3._flash_attn_combine(out_partial, lse_partial, out_dtype)
-        return (merged if out is None else out.copy_(merged)), lse
+        if out is None:
+            return merged, lse
+        if out.shape != merged.shape:
+            raise ShapeError(f"out: expected shape {tuple(merged.shape)}, got {tuple(out.shape)}")
+        return out.copy_(merged), lse
     if grad_on() and (out_partial.requires_grad or lse_partial.requires_grad):
         return _C.ForwardOnly.apply(
             "flash_attn_combine",
@@ -755,6 +769,7 @@ def get_scheduler_metadata(
         right,
         attention_chunk,
         device,
+        num_splits,
     )
 
 
