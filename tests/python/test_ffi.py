@@ -333,3 +333,29 @@ def test_report_names_a_foreign_wheel(tmp_path):
     assert done.returncode == 1
     assert "official-mla 1.0 is not libattn's" in done.stdout
     assert "pip uninstall -y official-mla" in done.stdout
+
+
+def with_path(folder):
+    return os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+
+
+def test_report_names_a_wheel_for_another_libattn(tmp_path):
+    info = tmp_path / "flash_attn_3-3.0.0.dist-info"
+    info.mkdir()
+    (tmp_path / "flash_attn_interface.py").write_text("")
+    (info / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: flash_attn_3\nVersion: 3.0.0\nRequires-Dist: libattn==0.0.9\n"
+    )
+    (info / "top_level.txt").write_text("flash_attn_interface\n")
+    (info / "RECORD").write_text("flash_attn_interface.py,,\n")
+    done = python("-m", "libattn", PYTHONPATH=with_path(tmp_path))
+    assert done.returncode == 1, done.stdout
+    assert f"flash_attn_3 3.0.0 needs libattn 0.0.9, here is {libattn.__version__}" in done.stdout
+
+
+def test_report_names_a_stray_file(tmp_path):
+    stray = tmp_path / "flash_attn_interface.py"
+    stray.write_text("")
+    done = python("-m", "libattn", PYTHONPATH=with_path(tmp_path))
+    assert done.returncode == 1, done.stdout
+    assert f"{stray} shadows flash_attn_3 3" in done.stdout

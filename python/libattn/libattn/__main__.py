@@ -8,9 +8,12 @@ names that ours provide.
 import ctypes
 import importlib
 import importlib.util
+import json
 import os
 import sys
 from importlib import metadata
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import libattn
 
@@ -28,10 +31,34 @@ def line(title: str, text: str) -> None:
     print(f"{title:22}{text}")
 
 
+def libattn_pin(distribution: metadata.Distribution) -> str | None:
+    """The version of libattn that a distribution asks for; the official ones ask for none."""
+    for need in distribution.requires or ():
+        name, pin, version = need.split(";")[0].replace(" ", "").partition("==")
+        if pin and name == "libattn":
+            return version
+    return None
+
+
 def is_ours(distribution: metadata.Distribution) -> bool:
-    """Whether a distribution rests on libattn: the official ones have the same names, not that."""
-    needs = distribution.requires or []
-    return any(need.replace(" ", "").startswith("libattn==") for need in needs)
+    """Whether a distribution rests on this libattn: the official ones have the same names, not that,
+    and one of ours of another version rests on another libattn."""
+    return libattn_pin(distribution) == libattn.__version__
+
+
+def brought(distribution: metadata.Distribution, place: str) -> bool:
+    """Whether a module's file is one of a distribution's, or in its folder when that is editable or
+    a source tree."""
+    place = os.path.realpath(place)
+    url = json.loads(distribution.read_text("direct_url.json") or "{}")
+    if url.get("dir_info", {}).get("editable"):
+        folder = url2pathname(urlsplit(url["url"]).path)
+    elif distribution.read_text("RECORD") is None:
+        folder = str(distribution.locate_file(""))
+    else:
+        files = distribution.files or ()
+        return any(os.path.realpath(str(distribution.locate_file(f))) == place for f in files)
+    return place.startswith(os.path.join(os.path.realpath(folder), ""))
 
 
 def owner(name: str, owners: dict[str, list[str]]) -> tuple[str, bool]:
@@ -44,14 +71,20 @@ def owner(name: str, owners: dict[str, list[str]]) -> tuple[str, bool]:
         again = f" && pip install --force-reinstall --no-deps {NAMES[name]}"
         shadowed = any(is_ours(d) for d in distributions) or NAMES[name] in remove.split()
         advice = f"pip uninstall -y {remove}" + (again if shadowed else "")
+        pins = [pin for d in foreign if (pin := libattn_pin(d))]
+        if pins:
+            return f"{found} needs libattn {pins[0]}, here is {libattn.__version__}: {advice}", False
         return f"{found} is not libattn's and shadows it; remove it: {advice}", False
     spec = importlib.util.find_spec(name)
     if spec is None:
         return "not installed", True
     where = spec.origin or ", ".join(spec.submodule_search_locations or [])
-    if distributions:
-        return f"{distributions[0].metadata['Name']} {distributions[0].version} ({where})", True
-    return f"{where}, of no installed distribution", True
+    if not distributions:
+        return f"{where}, of no installed distribution", True
+    found = f"{distributions[0].metadata['Name']} {distributions[0].version}"
+    if spec.origin is None or not brought(distributions[0], spec.origin):
+        return f"{where} shadows {found}: remove or rename it, or take its folder off the path", False
+    return f"{found} ({where})", True
 
 
 def load_core() -> ctypes.CDLL | None:
