@@ -264,3 +264,29 @@ def test_metadata_of_too_many_splits_is_refused():
         fa.get_scheduler_metadata(B, S, T, H, H, D, used, num_splits=257)
     with pytest.raises(ValueError, match="num_splits"):
         OPS.get_scheduler_metadata(B, S, T, H, H, D, D, torch.bfloat16, used, num_splits=257)
+
+
+def meta(*shape, dtype=torch.float32):
+    return torch.ones(*shape, device="meta", dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"k": torch.ones(B, T, H, D)},
+        {"sinks": torch.ones(H)},
+        {"q_descale": torch.ones(B, H)},
+        {"k": meta(B, T, H, D + 1)},
+        {"k": meta(B + 1, T, H, D), "v": meta(B + 1, T, H, D)},
+        {"k": meta(B, T, 3, D), "v": meta(B, T, 3, D)},
+        {"v": meta(D)},
+        {"v": meta(B, T + 1, H, D)},
+        {"qv": meta(B, S, H, D + 8)},
+        {"sinks": meta(H + 1)},
+    ],
+)
+def test_meta_tensors_that_do_not_fit_are_refused(wrong):
+    given = {"q": meta(B, S, H, D), "k": meta(B, T, H, D), "v": meta(B, T, H, D)}
+    assert fa.flash_attn_func(**given).shape == (B, S, H, D)
+    with pytest.raises(RuntimeError, match="expected"):
+        fa.flash_attn_func(**{**given, **wrong})

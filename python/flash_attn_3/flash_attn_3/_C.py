@@ -10,7 +10,7 @@ refuses.
 """
 
 import torch
-from libattn import DeviceError
+from libattn import DeviceError, DtypeError, ShapeError
 
 from . import _eager
 
@@ -177,6 +177,19 @@ def _combine(out_partial, lse_partial, out_dtype=None):
 # ---- fakes: shapes only --------------------------------------------------------------------------
 
 
+def _expect_rank(name, x, rank):
+    if x.dim() != rank:
+        raise ShapeError(f"{name}: expected {rank} dimensions, got {x.dim()}")
+
+
+def _expect(name, x, shape):
+    """ShapeError when a size that is known while tracing is not as it should be."""
+    _expect_rank(name, x, len(shape))
+    for size, wanted in zip(x.shape, shape):
+        if type(size) is int and type(wanted) is int and size != wanted:
+            raise ShapeError(f"{name}: expected shape {tuple(shape)}, got {tuple(x.shape)}")
+
+
 def _fake_forward(
     q,
     k,
@@ -224,24 +237,51 @@ def _fake_forward(
         raise TypeError("tracing (torch.compile, torch.export) with a given output is not supported")
     if cu_seqlens_q is not None and max_seqlen_q is None:
         raise ValueError("max_seqlen_q is needed with cu_seqlens_q")
-    for name, x in (
-        ("k", k),
-        ("v", v),
-        ("k_new", k_new),
-        ("v_new", v_new),
-        ("qv", qv),
-        ("cu_seqlens_q", cu_seqlens_q),
-        ("cu_seqlens_k", cu_seqlens_k),
-        ("cu_seqlens_k_new", cu_seqlens_k_new),
-        ("seqused_q", seqused_q),
-        ("seqused_k", seqused_k),
-        ("page_table", page_table),
-        ("kv_batch_idx", kv_batch_idx),
-        ("leftpad_k", leftpad_k),
-        ("sinks", sinks),
-    ):
+    index = {
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
+        "cu_seqlens_k_new": cu_seqlens_k_new,
+        "seqused_q": seqused_q,
+        "seqused_k": seqused_k,
+        "page_table": page_table,
+        "kv_batch_idx": kv_batch_idx,
+        "leftpad_k": leftpad_k,
+        "seqlens_rotary": seqlens_rotary,
+        "cp_tot_seqused_k": cp_tot_seqused_k,
+    }
+    floats = {
+        "k": k,
+        "v": v,
+        "k_new": k_new,
+        "v_new": v_new,
+        "qv": qv,
+        "rotary_cos": rotary_cos,
+        "rotary_sin": rotary_sin,
+        "q_descale": q_descale,
+        "k_descale": k_descale,
+        "v_descale": v_descale,
+        "sinks": sinks,
+    }
+    for name, x in (floats | index).items():
         if x is not None and x.device != q.device:
             raise DeviceError(f"{name}: expected on q's device {q.device}, got {x.device}")
+    for name, x in index.items():
+        if x is not None and x.dtype != torch.int32:
+            raise DtypeError(f"{name}: expected dtype torch.int32, got {x.dtype}")
+    _expect_rank("q", q, 4 if cu_seqlens_q is None else 3)
+    _expect_rank("k", k, 4 if cu_seqlens_k is None else 3)
+    _expect_rank("v", v, k.dim())
+    _expect("k", k, (*k.shape[:-1], q.shape[-1]))
+    _expect("v", v, (*k.shape[:-1], v.shape[-1]))
+    heads = q.shape[-2], k.shape[-2]
+    if type(heads[0]) is int and type(heads[1]) is int and (heads[1] == 0 or heads[0] % heads[1]):
+        raise ShapeError(f"k: expected a number of heads that divides q's {heads[0]}, got {heads[1]}")
+    if k.dim() == 4 and q.dim() == 4 and page_table is None and kv_batch_idx is None:
+        _expect("k", k, (q.shape[0], *k.shape[1:]))
+    if qv is not None:
+        _expect("qv", qv, (*q.shape[:-1], v.shape[-1]))
+    if sinks is not None:
+        _expect("sinks", sinks, (heads[0],))
     dtype = torch.bfloat16 if q.dtype == torch.float8_e4m3fn else q.dtype
     if cu_seqlens_q is None:
         b, s_q, h_q, _ = q.shape
