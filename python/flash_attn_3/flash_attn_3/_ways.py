@@ -37,7 +37,7 @@ def direct(q, k, v, more=()):
     if grad and (q.requires_grad or k.requires_grad or v.requires_grad):
         return False
     for x in more:  # noqa: SIM110 (a generator takes longer)
-        if isinstance(x, _Tensor) and ((grad and x.requires_grad) or x.is_neg()):
+        if x is not None and isinstance(x, _Tensor) and ((grad and x.requires_grad) or x.is_neg()):
             return False
     return True
 
