@@ -7,8 +7,8 @@ A row is the median of triton's do_bench (L2 flushed between calls), the GEMM an
 turns 0.1 s apart, the middle one taken; then `sustained`: 0.2 s of calls back to back.  TFLOP/s
 count visible work only: 2 (d_qk + d_v) a visible score and head.
 """
+
 import argparse
-import math
 import pathlib
 import random
 import sys
@@ -71,16 +71,26 @@ def outputs(a):
 
 
 def dense_rows():
-    for d, dv, h in ((64, 64, 32), (96, 96, 21), (128, 128, 16), (192, 128, 16), (192, 192, 10),
-                     (64, 256, 16), (256, 256, 8)):
+    for d, dv, h in (
+        (64, 64, 32),
+        (96, 96, 21),
+        (128, 128, 16),
+        (192, 128, 16),
+        (192, 192, 10),
+        (64, 256, 16),
+        (256, 256, 8),
+    ):
         for s in (1024, 4096, 16384):
             for causal in (0, 1):
                 b = TOKENS // s
                 q, k, v = tensors(b, s, h, h, d, dv)
                 a = outputs({"q": q, "k": k, "v": v, "causal": causal})
-                yield (f"d{d}x{dv} s{s} {'causal' if causal else 'full'}", a,
-                       2.0 * b * h * (d + dv) * pairs(s, s, causal),
-                       (q, k, v, causal) if d == dv or (d, dv) == (192, 128) else None)
+                yield (
+                    f"d{d}x{dv} s{s} {'causal' if causal else 'full'}",
+                    a,
+                    2.0 * b * h * (d + dv) * pairs(s, s, causal),
+                    (q, k, v, causal) if d == dv or (d, dv) == (192, 128) else None,
+                )
 
 
 def feature_rows():
@@ -92,12 +102,15 @@ def feature_rows():
 
     full = b * pairs(s, s, True)
     for name, h_k, dtype, more in (
-            ("plain", 16, torch.bfloat16, {}), ("fp16", 16, torch.float16, {}),
-            ("gqa 16/4", 4, torch.bfloat16, {}), ("gqa 16/1", 1, torch.bfloat16, {}),
-            ("softcap", 16, torch.bfloat16, {"softcap": 30.0}),
-            ("sinks", 16, torch.bfloat16, {"sinks": torch.randn(16, device="cuda")}),
-            ("window 1024", 16, torch.bfloat16, {"window_left": 1023}),
-            ("chunk 1024", 16, torch.bfloat16, {"attention_chunk": 1024})):
+        ("plain", 16, torch.bfloat16, {}),
+        ("fp16", 16, torch.float16, {}),
+        ("gqa 16/4", 4, torch.bfloat16, {}),
+        ("gqa 16/1", 1, torch.bfloat16, {}),
+        ("softcap", 16, torch.bfloat16, {"softcap": 30.0}),
+        ("sinks", 16, torch.bfloat16, {"sinks": torch.randn(16, device="cuda")}),
+        ("window 1024", 16, torch.bfloat16, {"window_left": 1023}),
+        ("chunk 1024", 16, torch.bfloat16, {"attention_chunk": 1024}),
+    ):
         q, k, v = tensors(b, s, h, h_k, d, d, dtype)
         a = outputs({"q": q, "k": k, "v": v, "causal": 1, **more})
         n = b * pairs(s, s, True, more.get("window_left", -1), more.get("attention_chunk", 0))
@@ -106,32 +119,53 @@ def feature_rows():
     pad = torch.tensor([0, 100, 17, 1000], device="cuda", dtype=torch.int32)
     n = sum(pairs(s - p, s - p, True) for p in pad.tolist())
     used = torch.full((b,), s, device="cuda", dtype=torch.int32)
-    a = outputs({"q": q, "k": k, "v": v, "causal": 1, "leftpad_k": pad, "seqused_k": used,
-                 "seqused_q": used - pad})
+    a = outputs(
+        {"q": q, "k": k, "v": v, "causal": 1, "leftpad_k": pad, "seqused_k": used, "seqused_q": used - pad}
+    )
     yield "feature leftpad", a, flop(h, n), None
     for page in (256, 64, 16, 1):
         count = b * s // page
         table = torch.randperm(count, device="cuda").int().view(b, s // page)
-        a = outputs({"q": q, "k": k.view(count, page, h, d), "v": v.view(count, page, h, d),
-                     "page_table": table, "seqused_k": used, "causal": 1})
+        a = outputs(
+            {
+                "q": q,
+                "k": k.view(count, page, h, d),
+                "v": v.view(count, page, h, d),
+                "page_table": table,
+                "seqused_k": used,
+                "causal": 1,
+            }
+        )
         yield f"feature page {page}", a, flop(h, full), None
     lengths = [256 + i * (8192 - 256) // 15 for i in range(16)]
     random.Random(0).shuffle(lengths)
     total = sum(lengths)
     cu = torch.tensor([0] + lengths, device="cuda").cumsum(0).int()
     q, k, v = (t[0] for t in tensors(1, total, h, h, d, d))
-    a = outputs({"q": q, "k": k, "v": v, "causal": 1, "cu_seqlens_q": cu, "cu_seqlens_k": cu,
-                 "max_seqlen_q": 8192, "max_seqlen_k": 8192})
+    a = outputs(
+        {
+            "q": q,
+            "k": k,
+            "v": v,
+            "causal": 1,
+            "cu_seqlens_q": cu,
+            "cu_seqlens_k": cu,
+            "max_seqlen_q": 8192,
+            "max_seqlen_k": 8192,
+        }
+    )
     yield "feature ragged", a, flop(h, sum(pairs(n, n, True) for n in lengths)), None
 
 
 def cudnn(q, k, v, causal):
     from torch.nn.attention import SDPBackend, sdpa_kernel
+
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
 
     def call():
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=bool(causal))
+
     try:
         call()
     except RuntimeError:
@@ -161,13 +195,14 @@ def main():
     def gemm():
         return torch.matmul(x, y)
 
-    gemm_flop = 2.0 * 8192 ** 3 / 1e9
+    gemm_flop = 2.0 * 8192**3 / 1e9
     median_ms(gemm)
     long = gemm_flop / sustained_ms(gemm)
-    print(f"{torch.cuda.get_device_name()}; 8192^3 bf16 matmul {gemm_flop / median_ms(gemm):.0f} "
-          f"TFLOP/s, sustained {long:.0f}; `GEMM` is timed again beside each row")
-    print(f"{'row':26} {'TFLOP/s':>8} {'GEMM':>5} {'share':>6} {'sustained':>10} {'cuDNN':>7}  "
-          "kernel")
+    print(
+        f"{torch.cuda.get_device_name()}; 8192^3 bf16 matmul {gemm_flop / median_ms(gemm):.0f} "
+        f"TFLOP/s, sustained {long:.0f}; `GEMM` is timed again beside each row"
+    )
+    print(f"{'row':26} {'TFLOP/s':>8} {'GEMM':>5} {'share':>6} {'sustained':>10} {'cuDNN':>7}  kernel")
     for rows in (dense_rows, feature_rows):
         for name, a, flop, peer in rows():
             if not any(part in name for part in args.rows.split(",")):
@@ -180,12 +215,17 @@ def main():
             steady = flop / sustained_ms(call.run) / 1e9
             other = cudnn(*peer) if peer and not args.no_peer else None
             ratio = f"{ours * median_ms(other, args.ms) * 1e9 / flop:7.2f}" if other else f"{'':7}"
-            print(f"{name:26} {ours:8.0f} {burst:5.0f} {ours / burst:6.3f} "
-                  f"{steady:5.0f} {steady / long:.2f} "
-                  f"{ratio}  {call.kernel} c{call.plan.tile[1]} g{call.plan.tile[2]}", flush=True)
+            print(
+                f"{name:26} {ours:8.0f} {burst:5.0f} {ours / burst:6.3f} "
+                f"{steady:5.0f} {steady / long:.2f} "
+                f"{ratio}  {call.kernel} c{call.plan.tile[1]} g{call.plan.tile[2]}",
+                flush=True,
+            )
     q, k, v = tensors(1, 64, 1, 1, 128, 128)
-    print(f"host: {host_us(Call(**outputs({'q': q, 'k': k, 'v': v}))):.1f} us a call of the C ABI "
-          "through ctypes")
+    print(
+        f"host: {host_us(Call(**outputs({'q': q, 'k': k, 'v': v}))):.1f} us a call of the C ABI "
+        "through ctypes"
+    )
 
 
 if __name__ == "__main__":

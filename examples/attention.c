@@ -50,7 +50,8 @@ int main(void)
         return 1;
     }
 
-    int64_t q_shape[] = {B, S_Q, H_Q, D}, kv_shape[] = {B, S_K, H_K, D}, lse_shape[] = {B, H_Q, S_Q};
+    int64_t q_shape[] = {B, S_Q, H_Q, D}, kv_shape[] = {B, S_K, H_K, D},
+            lse_shape[] = {B, H_Q, S_Q};
     float *q_data = random_floats(B * S_Q * H_Q * D), *k_data = random_floats(B * S_K * H_K * D);
     float *v_data = random_floats(B * S_K * H_K * D), *out_data = random_floats(B * S_Q * H_Q * D);
     float *lse_data = random_floats(B * H_Q * S_Q), *ref_data = random_floats(B * S_Q * H_Q * D);
@@ -62,10 +63,15 @@ int main(void)
 
     struct attn_mha_fwd_args args = {
         .size = sizeof args,
-        .q = &q, .k = &k, .v = &v, .out = &out, .lse = &lse,
+        .q = &q,
+        .k = &k,
+        .v = &v,
+        .out = &out,
+        .lse = &lse,
         .softmax_scale = 1 / sqrt(D),
         .causal = 1,
-        .window_left = -1, .window_right = -1, /* no window */
+        .window_left = -1,
+        .window_right = -1, /* no window */
         .num_splits = 1,
         .pack_gqa = -1,
     };

@@ -9,6 +9,7 @@
 A spill, a stack frame or a serialised wgmma fails a kernel: each of them costs far more than the
 feature that caused it, and nothing else would show it.
 """
+
 import argparse
 import pathlib
 import re
@@ -53,8 +54,19 @@ def faults(report):
 def build(nvcc, deflist, name, fields, out):
     out.mkdir(parents=True, exist_ok=True)
     source = deflist.with_name(fields["op"] + ".cu")
-    command = [nvcc, "-gencode", "arch=compute_90a,code=sm_90a", "-cubin", "-O3", "-std=c++17",
-               "-Xptxas", "-v", "-o", str(out / f"{name}.cubin"), str(source)]
+    command = [
+        nvcc,
+        "-gencode",
+        "arch=compute_90a,code=sm_90a",
+        "-cubin",
+        "-O3",
+        "-std=c++17",
+        "-Xptxas",
+        "-v",
+        "-o",
+        str(out / f"{name}.cubin"),
+        str(source),
+    ]
     command += [f"-DVARIANT_{field}={fields[field]}" for field in FIELDS if field in fields]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     (out / f"{name}.ptxas").write_text(done.stdout)
@@ -75,8 +87,9 @@ def report(deflist, out):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("verb", choices=("list", "build", "report"))
     parser.add_argument("deflist", type=pathlib.Path)
     parser.add_argument("name", nargs="?", default="all")

@@ -19,10 +19,7 @@ static char failure[256]; /* empty: the driver is there */
 static int version;
 
 /* A function pointer read from where dlsym's object pointer lies: what POSIX asks for. */
-#define ENTRY(field, symbol)                                                                       \
-    {                                                                                              \
-        symbol, offsetof(struct attn_cuda_driver, field)                                           \
-    }
+#define ENTRY(field, symbol) {symbol, offsetof(struct attn_cuda_driver, field)}
 static const struct {
     const char *symbol;
     size_t offset;
@@ -124,9 +121,9 @@ static attn_status multiprocessors(cu_device device, int ordinal, int *count)
     ATTN_CHECK(major == 9 && minor == 0, ATTN_E_NOT_BUILT,
                "device %d: kernels are built for compute capability 9.0 (Hopper), got %d.%d",
                ordinal, major, minor);
-    ATTN_TRY(attn_cuda_status(
-        driver.device_get_attribute(count, CU_DEVICE_MULTIPROCESSOR_COUNT, device),
-        "cuDeviceGetAttribute"));
+    ATTN_TRY(
+        attn_cuda_status(driver.device_get_attribute(count, CU_DEVICE_MULTIPROCESSOR_COUNT, device),
+                         "cuDeviceGetAttribute"));
     if (device < DEVICES_MAX) atomic_store(&known[device], *count);
     return ATTN_OK;
 }

@@ -66,12 +66,10 @@ struct attn_cuda_driver {
                                    void **jit_values, unsigned jit_count, int *options,
                                    void **values, unsigned count);
     cu_result (*library_get_kernel)(cu_kernel *kernel, cu_library library, const char *name);
-    cu_result (*kernel_set_attribute)(int attribute, int value, cu_kernel kernel,
-                                      cu_device device);
+    cu_result (*kernel_set_attribute)(int attribute, int value, cu_kernel kernel, cu_device device);
     cu_result (*launch_kernel_ex)(const struct cu_launch_config *config, cu_kernel kernel,
                                   void **arguments, void **extra);
-    cu_result (*memset_d32_async)(uint64_t address, unsigned value, size_t count,
-                                  cu_stream stream);
+    cu_result (*memset_d32_async)(uint64_t address, unsigned value, size_t count, cu_stream stream);
     cu_result (*tensor_map_encode_tiled)(void *map, int type, uint32_t rank, void *base,
                                          const uint64_t *extents, const uint64_t *strides_bytes,
                                          const uint32_t *box, const uint32_t *element_strides,

@@ -86,7 +86,7 @@ attn_status attn_kv_append_launch(const struct attn_mha_fwd_problem *p, cu_devic
     params.fp16 = p->dtype == ATTN_F16;
 
     int64_t rows = params.queries * p->h_q > p->t_new * p->h_k ? params.queries * p->h_q
-                                                                 : p->t_new * p->h_k;
+                                                               : p->t_new * p->h_k;
     int64_t width = p->d_qk > p->d_v ? p->d_qk : p->d_v;
     int64_t blocks = (rows * (width / 8) + BLOCK - 1) / BLOCK;
     blocks = blocks < 1 ? 1 : blocks < GRID_MAX ? blocks : GRID_MAX;

@@ -45,10 +45,10 @@ static void fill_scores(const problem_t *p, struct attn_mha_fwd_params *out)
         out->exp_scale = (float)LOG2E;
     }
     out->sinks = p->sinks;
-    out->sink = !p->sinks                      ? ATTN_SINK_NONE
-                : p->sinks_dtype == ATTN_F32   ? ATTN_SINK_FP32
+    out->sink = !p->sinks                     ? ATTN_SINK_NONE
+                : p->sinks_dtype == ATTN_F32  ? ATTN_SINK_FP32
                 : p->sinks_dtype == ATTN_BF16 ? ATTN_SINK_BF16
-                                               : ATTN_SINK_FP16;
+                                              : ATTN_SINK_FP16;
     out->lse_empty = p->no_keys ? INFINITY : -INFINITY;
 }
 
@@ -113,26 +113,26 @@ static attn_status encode_keys(const problem_t *p, const plan_t *plan, const str
     int64_t rows = p->page_table ? p->page : packed ? p->t_k : p->s_k;
     int64_t batches = p->page_table ? p->num_pages : packed ? 1 : p->cache_rows;
     int64_t row = rows > 1 ? r->row : 8; /* the stride of a single row may be anything */
-    return attn_tma_encode(
-        &(struct attn_tma){.rank = 5,
-                           .base = r->data - 2 * plan->box_rows * row,
-                           .extent = {width, plan->box_rows, rows + 1, p->h_k, batches},
-                           .stride = {row, row, r->head, r->batch},
-                           .box = {64, plan->box_rows, 1, 1, 1}},
-        p->dtype == ATTN_F16, name, map);
+    return attn_tma_encode(&(struct attn_tma){.rank = 5,
+                                              .base = r->data - 2 * plan->box_rows * row,
+                                              .extent = {width, plan->box_rows, rows + 1, p->h_k,
+                                                         batches},
+                                              .stride = {row, row, r->head, r->batch},
+                                              .box = {64, plan->box_rows, 1, 1, 1}},
+                           p->dtype == ATTN_F16, name, map);
 }
 
 static attn_status encode_maps(const problem_t *p, const plan_t *plan, int tile_rows,
                                struct attn_mha_fwd_maps *maps)
 {
     bool packed = p->cu_seqlens_q != NULL;
-    ATTN_TRY(attn_tma_encode(
-        &(struct attn_tma){.rank = 4,
-                           .base = p->q.data,
-                           .extent = {p->d_qk, packed ? p->t_q : p->s_q, p->h_q, packed ? 1 : p->b},
-                           .stride = {p->q.row, p->q.head, p->q.batch},
-                           .box = {64, tile_rows, 1, 1}},
-        p->dtype == ATTN_F16, "q: cuTensorMapEncodeTiled", &maps->q));
+    ATTN_TRY(attn_tma_encode(&(struct attn_tma){.rank = 4,
+                                                .base = p->q.data,
+                                                .extent = {p->d_qk, packed ? p->t_q : p->s_q,
+                                                           p->h_q, packed ? 1 : p->b},
+                                                .stride = {p->q.row, p->q.head, p->q.batch},
+                                                .box = {64, tile_rows, 1, 1}},
+                             p->dtype == ATTN_F16, "q: cuTensorMapEncodeTiled", &maps->q));
     if (plan->gather || p->no_keys) { /* no box of k or v is ever loaded */
         maps->k = maps->v = maps->q;
         return ATTN_OK;
@@ -177,9 +177,9 @@ static attn_status launch(const problem_t *p, const struct attn_cuda_device *dev
     ATTN_TRY(encode_maps(p, &plan, kernel->rows, &maps));
     if (plan.ticket) {
         params.ticket = (int32_t *)(void *)workspace;
-        ATTN_TRY(attn_cuda_status(
-            cu->memset_d32_async((uint64_t)(uintptr_t)workspace, 0, 1, stream),
-            "cuMemsetD32Async"));
+        ATTN_TRY(
+            attn_cuda_status(cu->memset_d32_async((uint64_t)(uintptr_t)workspace, 0, 1, stream),
+                             "cuMemsetD32Async"));
     }
 
     struct cu_launch_attribute cluster = {.id = CU_LAUNCH_CLUSTER_DIMENSION,

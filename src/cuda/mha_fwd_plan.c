@@ -8,10 +8,7 @@
 #define LENGTH_MAX ((int64_t)1 << 30) /* window edges and positions add up inside an int32 */
 #define L2_SHARE ((int64_t)32 << 20)  /* bytes of k and v that should stay in L2 together */
 
-static int64_t ceil_div(int64_t a, int64_t b)
-{
-    return (a + b - 1) / b;
-}
+static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 static int64_t clamp(int64_t x, int64_t low, int64_t high)
 {
@@ -43,8 +40,8 @@ static attn_status check_rows(const struct attn_rows *r, const char *name, int64
                 (rows <= 1 || r->row % 8 == 0) && (heads <= 1 || r->head % 8 == 0);
     ATTN_CHECK(fits, ATTN_E_SHAPE,
                "%s: expected rows that start on multiples of 16 bytes, got strides %lld, %lld, "
-               "%lld at %p", name, (long long)r->batch, (long long)r->row, (long long)r->head,
-               (void *)r->data);
+               "%lld at %p",
+               name, (long long)r->batch, (long long)r->row, (long long)r->head, (void *)r->data);
     return ATTN_OK;
 }
 

@@ -99,10 +99,11 @@ attn_status attn_cuda_kernel_load(struct attn_cuda_kernel *kernel, cu_device dev
         pthread_mutex_lock(&kernel->lock);
         status = atomic_load(&kernel->handle) ? ATTN_OK : load(cu, kernel);
         if (!status && kernel->shared_bytes)
-            status = attn_cuda_status(
-                cu->kernel_set_attribute(CU_KERNEL_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-                                         kernel->shared_bytes, kernel->handle, device),
-                kernel->name);
+            status =
+                attn_cuda_status(cu->kernel_set_attribute(CU_KERNEL_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                                                          kernel->shared_bytes, kernel->handle,
+                                                          device),
+                                 kernel->name);
         if (!status) atomic_fetch_or_explicit(&kernel->prepared, bit, memory_order_release);
         pthread_mutex_unlock(&kernel->lock);
         if (status) return status;

@@ -21,9 +21,11 @@ attn_status attn_tma_encode(const struct attn_tma *t, bool fp16, const char *nam
     /* The stride of an extent of 1 is never used, and may be anything: any legal one will do. */
     for (int i = 0; i + 1 < t->rank; i++)
         stride[i] = extent[i + 1] > 1 ? (uint64_t)t->stride[i] * 2 : 16;
-    return attn_cuda_status(
-        cu->tensor_map_encode_tiled(map, fp16 ? CU_TENSOR_FLOAT16 : CU_TENSOR_BFLOAT16,
-                                    (uint32_t)t->rank, t->base, extent, stride, box, ones, 0,
-                                    CU_TENSOR_SWIZZLE_128B, CU_TENSOR_L2_PROMOTION_256B, 0),
-        name);
+    return attn_cuda_status(cu->tensor_map_encode_tiled(map,
+                                                        fp16 ? CU_TENSOR_FLOAT16
+                                                             : CU_TENSOR_BFLOAT16,
+                                                        (uint32_t)t->rank, t->base, extent, stride,
+                                                        box, ones, 0, CU_TENSOR_SWIZZLE_128B,
+                                                        CU_TENSOR_L2_PROMOTION_256B, 0),
+                            name);
 }

@@ -2,6 +2,7 @@
 """The C ABI of libattn over ctypes, for torch tensors: what the GPU checks and benches call, so that
 they need neither the binding nor the packages.  The library is $ATTN_LIB or build*/libattn.so.
 Structs repeat include/attn/attn.h; `size` catches a difference."""
+
 import ctypes as C
 import glob
 import os
@@ -10,44 +11,100 @@ import pathlib
 import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-DTYPES = {torch.float32: (2, 32), torch.bfloat16: (4, 16), torch.float16: (2, 16),
-          torch.int32: (0, 32), torch.int64: (0, 64)}
+DTYPES = {
+    torch.float32: (2, 32),
+    torch.bfloat16: (4, 16),
+    torch.float16: (2, 16),
+    torch.int32: (0, 32),
+    torch.int64: (0, 64),
+}
 STATUS = ("OK", "SHAPE", "DTYPE", "VALUE", "DEVICE", "NOT_BUILT", "WORKSPACE", "VERSION", "DRIVER")
 
 
 class DLTensor(C.Structure):
-    _fields_ = [("data", C.c_void_p), ("device_type", C.c_int32), ("device_id", C.c_int32),
-                ("ndim", C.c_int32), ("code", C.c_uint8), ("bits", C.c_uint8),
-                ("lanes", C.c_uint16), ("shape", C.POINTER(C.c_int64)),
-                ("strides", C.POINTER(C.c_int64)), ("byte_offset", C.c_uint64)]
+    _fields_ = [
+        ("data", C.c_void_p),
+        ("device_type", C.c_int32),
+        ("device_id", C.c_int32),
+        ("ndim", C.c_int32),
+        ("code", C.c_uint8),
+        ("bits", C.c_uint8),
+        ("lanes", C.c_uint16),
+        ("shape", C.POINTER(C.c_int64)),
+        ("strides", C.POINTER(C.c_int64)),
+        ("byte_offset", C.c_uint64),
+    ]
 
 
-TENSORS = ("q k v k_new v_new qv out lse out_accum lse_accum cu_seqlens_q cu_seqlens_k "
-           "cu_seqlens_k_new seqused_q seqused_k page_table kv_batch_idx leftpad_k rotary_cos "
-           "rotary_sin seqlens_rotary q_descale k_descale v_descale sinks cp_tot_seqused_k "
-           "scheduler_metadata").split()
-INTS64 = "max_seqlen_q max_seqlen_k window_left window_right attention_chunk".split()
-INTS32 = ("causal rotary_interleaved num_splits pack_gqa sm_margin cp_world_size cp_rank "
-          "reserved").split()
+TENSORS = [
+    "q",
+    "k",
+    "v",
+    "k_new",
+    "v_new",
+    "qv",
+    "out",
+    "lse",
+    "out_accum",
+    "lse_accum",
+    "cu_seqlens_q",
+    "cu_seqlens_k",
+    "cu_seqlens_k_new",
+    "seqused_q",
+    "seqused_k",
+    "page_table",
+    "kv_batch_idx",
+    "leftpad_k",
+    "rotary_cos",
+    "rotary_sin",
+    "seqlens_rotary",
+    "q_descale",
+    "k_descale",
+    "v_descale",
+    "sinks",
+    "cp_tot_seqused_k",
+    "scheduler_metadata",
+]
+INTS64 = ["max_seqlen_q", "max_seqlen_k", "window_left", "window_right", "attention_chunk"]
+INTS32 = [
+    "causal",
+    "rotary_interleaved",
+    "num_splits",
+    "pack_gqa",
+    "sm_margin",
+    "cp_world_size",
+    "cp_rank",
+    "reserved",
+]
 DEFAULTS = {"window_left": -1, "window_right": -1, "num_splits": 1, "pack_gqa": -1}
 
 
 class Args(C.Structure):
-    _fields_ = ([("size", C.c_uint32), ("threads", C.c_int32)]
-                + [(name, C.POINTER(DLTensor)) for name in TENSORS]
-                + [("softmax_scale", C.c_double), ("softcap", C.c_double)]
-                + [(name, C.c_int64) for name in INTS64] + [(name, C.c_int32) for name in INTS32])
+    _fields_ = (
+        [("size", C.c_uint32), ("threads", C.c_int32)]
+        + [(name, C.POINTER(DLTensor)) for name in TENSORS]
+        + [("softmax_scale", C.c_double), ("softcap", C.c_double)]
+        + [(name, C.c_int64) for name in INTS64]
+        + [(name, C.c_int32) for name in INTS32]
+    )
 
 
 class CombineArgs(C.Structure):
     _fields_ = [("size", C.c_uint32), ("threads", C.c_int32)] + [
-        (name, C.POINTER(DLTensor)) for name in ("out_partial", "lse_partial", "out", "lse")]
+        (name, C.POINTER(DLTensor)) for name in ("out_partial", "lse_partial", "out", "lse")
+    ]
 
 
 class Plan(C.Structure):
-    _fields_ = [("size", C.c_uint32), ("splits", C.c_int32), ("workspace_bytes", C.c_int64),
-                ("piece", C.c_int64), ("shape", C.c_int64 * 12), ("tile", C.c_int64 * 8),
-                ("kernel", C.c_char * 96)]
+    _fields_ = [
+        ("size", C.c_uint32),
+        ("splits", C.c_int32),
+        ("workspace_bytes", C.c_int64),
+        ("piece", C.c_int64),
+        ("shape", C.c_int64 * 12),
+        ("tile", C.c_int64 * 8),
+        ("kernel", C.c_char * 96),
+    ]
 
 
 def load():
@@ -56,8 +113,7 @@ def load():
     lib.attn_last_error.restype = C.c_char_p
     lib.attn_split_combine_run.argtypes = [C.POINTER(CombineArgs), C.c_void_p]
     lib.attn_mha_fwd_plan.argtypes = [C.POINTER(Args), C.POINTER(Plan)]
-    lib.attn_mha_fwd_run.argtypes = [C.POINTER(Args), C.POINTER(Plan), C.c_void_p, C.c_int64,
-                                     C.c_void_p]
+    lib.attn_mha_fwd_run.argtypes = [C.POINTER(Args), C.POINTER(Plan), C.c_void_p, C.c_int64, C.c_void_p]
     return lib
 
 
@@ -67,8 +123,18 @@ LIB = load()
 def describe(t):
     code, bits = DTYPES[t.dtype]
     n = t.dim()
-    return DLTensor(t.data_ptr(), 2 if t.is_cuda else 1, t.device.index or 0, n, code, bits, 1,
-                    (C.c_int64 * n)(*t.shape), (C.c_int64 * n)(*t.stride()), 0)
+    return DLTensor(
+        t.data_ptr(),
+        2 if t.is_cuda else 1,
+        t.device.index or 0,
+        n,
+        code,
+        bits,
+        1,
+        (C.c_int64 * n)(*t.shape),
+        (C.c_int64 * n)(*t.stride()),
+        0,
+    )
 
 
 class AttnError(RuntimeError):
@@ -94,8 +160,9 @@ class Call:
             setattr(self.args, name, value)
         self.plan = Plan(size=C.sizeof(Plan))
         self._check(LIB.attn_mha_fwd_plan(C.byref(self.args), C.byref(self.plan)))
-        self.workspace = torch.empty(max(self.plan.workspace_bytes, 1), dtype=torch.uint8,
-                                     device=values["q"].device)
+        self.workspace = torch.empty(
+            max(self.plan.workspace_bytes, 1), dtype=torch.uint8, device=values["q"].device
+        )
 
     @staticmethod
     def _check(status):
@@ -108,9 +175,15 @@ class Call:
 
     def run(self):
         stream = torch.cuda.current_stream().cuda_stream
-        self._check(LIB.attn_mha_fwd_run(C.byref(self.args), C.byref(self.plan),
-                                         self.workspace.data_ptr(), self.plan.workspace_bytes,
-                                         stream))
+        self._check(
+            LIB.attn_mha_fwd_run(
+                C.byref(self.args),
+                C.byref(self.plan),
+                self.workspace.data_ptr(),
+                self.plan.workspace_bytes,
+                stream,
+            )
+        )
 
 
 def split_combine(**tensors):

@@ -8,17 +8,32 @@ way to store keys; every mask.  What must not be read holds NaN, what must not b
 compared afterwards.  A case passes when its error against fp64 is at most twice that of the same
 math with scores and probabilities rounded to the inputs' type, plus 1e-5; infinities must match.
 """
+
 import argparse
 import math
 import random
 import sys
 
 import torch
-
 from attn_abi import Call
 
-WIDTHS = [(64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (64, 256), (256, 256), (40, 40),
-          (80, 80), (160, 160), (8, 8), (248, 248), (160, 104), (40, 200), (24, 80)]
+WIDTHS = [
+    (64, 64),
+    (96, 96),
+    (128, 128),
+    (192, 128),
+    (192, 192),
+    (64, 256),
+    (256, 256),
+    (40, 40),
+    (80, 80),
+    (160, 160),
+    (8, 8),
+    (248, 248),
+    (160, 104),
+    (40, 200),
+    (24, 80),
+]
 EDGES = [0, 1, 2, 63, 64, 65, 79, 80, 81, 127, 128, 129, 191, 192, 193, 255, 383, 384, 385, 500]
 GUARD = 12345.0
 
@@ -49,8 +64,10 @@ def visible(case, i, s_q, s_k, total):
 
 def attend(q, k, v, seen, scale, softcap, sinks, low):
     """out [s_q, h, d_v] and lse [h, s_q] in fp64; `low`: the type to round scores and P to."""
+
     def rounded(x):
         return x.to(low).double() if low else x
+
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     s = rounded(torch.einsum("ihd,jhd->hij", q, k)) * scale
@@ -80,8 +97,7 @@ def spread(rng, shape, dtype, fill):
     if kind == 0:
         return torch.full(shape, fill, dtype=dtype, device="cuda")
     if kind == 1:  # rows with a gap after them
-        return torch.full((*shape[:-1], shape[-1] + 8), fill, dtype=dtype,
-                          device="cuda")[..., :shape[-1]]
+        return torch.full((*shape[:-1], shape[-1] + 8), fill, dtype=dtype, device="cuda")[..., : shape[-1]]
     b, s, h, d = shape  # heads outside rows
     return torch.full((b, h, s, d), fill, dtype=dtype, device="cuda").transpose(1, 2)
 
@@ -92,10 +108,22 @@ def make_case(rng, small):
     h_k, group = rng.choice([1, 1, 2, 3]), rng.choice([1, 1, 2, 3, 4, 7])
     b = rng.choice([1, 1, 2, 3, 5, 40 if not small else 2])
     most = 300 if small or b > 5 else 1500
-    case = {"b": b, "h_k": h_k, "h": h_k * group, "d": d, "dv": dv, "dtype": dtype,
-            "causal": 0, "window_left": -1, "window_right": -1, "attention_chunk": 0,
-            "softcap": 0.0, "cp_world_size": 1, "cp_rank": 0,
-            "scale": rng.choice([d ** -0.5, d ** -0.5, 0.3, 1e-3, 0.0, -0.1])}
+    case = {
+        "b": b,
+        "h_k": h_k,
+        "h": h_k * group,
+        "d": d,
+        "dv": dv,
+        "dtype": dtype,
+        "causal": 0,
+        "window_left": -1,
+        "window_right": -1,
+        "attention_chunk": 0,
+        "softcap": 0.0,
+        "cp_world_size": 1,
+        "cp_rank": 0,
+        "scale": rng.choice([d**-0.5, d**-0.5, 0.3, 1e-3, 0.0, -0.1]),
+    }
     mask = rng.randrange(7)
     if mask in (1, 2):
         case["causal"] = 1
@@ -121,10 +149,10 @@ def make_case(rng, small):
     s_q, s_k = length(rng, most), length(rng, most)
     case["s_q"], case["s_k"] = max(s_q, 1), max(s_k, 1)
     same = "used" not in case["q_kind"] and case["q_kind"] != "packed"
-    case["len_q"] = [case["s_q"] if same else min(length(rng, most), case["s_q"])
-                     for _ in range(b)]
-    case["len_k"] = [case["s_k"] if case["k_kind"] == "dense" else
-                     min(length(rng, most), case["s_k"]) for _ in range(b)]
+    case["len_q"] = [case["s_q"] if same else min(length(rng, most), case["s_q"]) for _ in range(b)]
+    case["len_k"] = [
+        case["s_k"] if case["k_kind"] == "dense" else min(length(rng, most), case["s_k"]) for _ in range(b)
+    ]
     case["pad"] = [rng.randrange(0, n + 1) if case["leftpad"] else 0 for n in case["len_k"]]
     return case
 
@@ -143,11 +171,20 @@ def build(case, seed):
     def ints(values):
         return torch.tensor(values, dtype=torch.int32, device="cuda")
 
-    seqs = [(normal(n, h, d), normal(m - l, h_k, d), normal(m - l, h_k, dv) / gain)
-            for n, m, l in zip(case["len_q"], case["len_k"], case["pad"])]
+    seqs = [
+        (normal(n, h, d), normal(m - l, h_k, d), normal(m - l, h_k, dv) / gain)
+        for n, m, l in zip(case["len_q"], case["len_k"], case["pad"])
+    ]
     a = {"softmax_scale": case["scale"]}
-    for name in ("causal", "window_left", "window_right", "attention_chunk", "softcap",
-                 "cp_world_size", "cp_rank"):
+    for name in (
+        "causal",
+        "window_left",
+        "window_right",
+        "attention_chunk",
+        "softcap",
+        "cp_world_size",
+        "cp_rank",
+    ):
         a[name] = case[name]
 
     def offsets(lengths, gaps):
@@ -167,16 +204,16 @@ def build(case, seed):
         a["cu_seqlens_q"], a["max_seqlen_q"] = ints(cu), s_q
         if used:
             a["seqused_q"] = ints(case["len_q"])
-        where_q = [lambda t, i=i: t[cu[i]:cu[i] + case["len_q"][i]] for i in range(b)]
-        where_l = [lambda t, i=i: t[:, cu[i]:cu[i] + case["len_q"][i]] for i in range(b)]
+        where_q = [lambda t, i=i: t[cu[i] : cu[i] + case["len_q"][i]] for i in range(b)]
+        where_l = [lambda t, i=i: t[:, cu[i] : cu[i] + case["len_q"][i]] for i in range(b)]
     else:
         a["q"] = spread(rng, (b, s_q, h, d), dtype, nan)
         a["out"] = spread(rng, (b, s_q, h, dv), dtype, GUARD)
         a["lse"] = torch.full((b, h, s_q), GUARD, device="cuda")
         if case["q_kind"] == "used":
             a["seqused_q"] = ints(case["len_q"])
-        where_q = [lambda t, i=i: t[i, :case["len_q"][i]] for i in range(b)]
-        where_l = [lambda t, i=i: t[i, :, :case["len_q"][i]] for i in range(b)]
+        where_q = [lambda t, i=i: t[i, : case["len_q"][i]] for i in range(b)]
+        where_l = [lambda t, i=i: t[i, :, : case["len_q"][i]] for i in range(b)]
     for i in range(b):
         where_q[i](a["q"]).copy_(seqs[i][0])
 
@@ -201,7 +238,7 @@ def build(case, seed):
         order = rng.sample(range(count), rows * most)
         table = torch.tensor(order, dtype=torch.int32).view(rows, most)
         for i in range(b):  # entries past the live length are never read
-            table[row_of[i], -(-case["len_k"][i] // page):] = 2 ** 30
+            table[row_of[i], -(-case["len_k"][i] // page) :] = 2**30
         a["page_table"] = table.cuda()
         a["k"] = spread(rng, (count, page, h_k, d), dtype, nan)
         a["v"] = spread(rng, (count, page, h_k, dv), dtype, nan)
@@ -219,13 +256,15 @@ def build(case, seed):
                 pages = table[row_of[i], at // page].long().cuda()
                 a[name][pages, (at % page).cuda()] = values
             elif kind.startswith("packed"):
-                a[name][cu_k[i] + pad:cu_k[i] + n] = values
+                a[name][cu_k[i] + pad : cu_k[i] + n] = values
             else:
                 a[name][row_of[i], pad:n] = values
     totals = [0] * b
     if case["cp_world_size"] > 1:
-        totals = [max(0, (m - l) * case["cp_world_size"] - rng.randrange(case["cp_world_size"]))
-                  for m, l in zip(case["len_k"], case["pad"])]
+        totals = [
+            max(0, (m - l) * case["cp_world_size"] - rng.randrange(case["cp_world_size"]))
+            for m, l in zip(case["len_k"], case["pad"])
+        ]
         a["cp_tot_seqused_k"] = ints(totals)
     sinks = None
     if case["sinks"]:
@@ -267,11 +306,10 @@ def check(case, seed):
     if live.any() and not (a["lse"][live] == GUARD).all():
         bad.append("lse written outside live rows")
     out_rows = a["out"].transpose(0, 1) if "cu_seqlens_q" in a else a["out"].transpose(1, 2)
-    if live.any() and not (out_rows[live] == torch.tensor(
-            GUARD, dtype=case["dtype"], device="cuda")).all():
+    if live.any() and not (out_rows[live] == torch.tensor(GUARD, dtype=case["dtype"], device="cuda")).all():
         bad.append("out written outside live rows")
     den = max(den, 1e-30) ** 0.5
-    num, low = num ** 0.5 / den, low ** 0.5 / den
+    num, low = num**0.5 / den, low**0.5 / den
     if not num <= 2 * low + 1e-5:
         bad.append(f"out: error {num:.2e}, plain low precision {low:.2e}")
     limit = 4e-3 if case["softcap"] else 1e-4
@@ -281,15 +319,17 @@ def check(case, seed):
     a["lse"].fill_(GUARD)
     call.run()
     torch.cuda.synchronize()
-    if not (torch.equal(first_out.view(torch.int16), a["out"].view(torch.int16))
-            and torch.equal(first_lse.view(torch.int32), a["lse"].view(torch.int32))):
+    if not (
+        torch.equal(first_out.view(torch.int16), a["out"].view(torch.int16))
+        and torch.equal(first_lse.view(torch.int32), a["lse"].view(torch.int32))
+    ):
         bad.append("a second call gave other bits")
     return call, num, low, lse_worst, bad
 
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--seed", type=int, default=random.randrange(10 ** 6))
+    parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--cases", type=int, default=200)
     parser.add_argument("--only", default="")
     parser.add_argument("--small", action="store_true")
@@ -309,8 +349,11 @@ def main():
         worst = max(worst, num / (2 * low + 1e-5))
         if bad:
             failures += 1
-            print(f"FAIL {n} {call.kernel} cluster {call.plan.tile[1]} gather {call.plan.tile[2]} "
-                  f"{case}\n    " + "\n    ".join(bad), flush=True)
+            print(
+                f"FAIL {n} {call.kernel} cluster {call.plan.tile[1]} gather {call.plan.tile[2]} "
+                f"{case}\n    " + "\n    ".join(bad),
+                flush=True,
+            )
             if failures >= 12:
                 break
     for kernel, count in sorted(ran.items()):

@@ -2,12 +2,12 @@
 """What random cases of check_mha_fwd.py do not reach: calls without keys or queries, graph capture
 with other lengths at replay, streams and threads side by side, tensors beyond 2^31 elements, many
 and long sequences, and what is not built.     python tests/unit_cuda/check_mha_fwd_edges.py"""
+
 import math
 import sys
 import threading
 
 import torch
-
 from attn_abi import AttnError, Call, split_combine
 
 BF16 = torch.bfloat16
@@ -48,8 +48,9 @@ def no_keys():
     Call(**a).run()
     assert (a["out"] == 0).all() and (a["lse"] == math.inf).all()
     used = ints([0, 3])
-    a = outputs({"q": randn(2, 5, 4, 64), "k": randn(2, 3, 2, 64), "v": randn(2, 3, 2, 64),
-                 "seqused_k": used})
+    a = outputs(
+        {"q": randn(2, 5, 4, 64), "k": randn(2, 3, 2, 64), "v": randn(2, 3, 2, 64), "seqused_k": used}
+    )
     Call(**a).run()
     assert (a["out"][0] == 0).all() and (a["lse"][0] == -math.inf).all()
     assert torch.isfinite(a["lse"][1]).all()
@@ -81,9 +82,18 @@ def expanded():
 
 def graph():
     cu = ints([0, 300, 700, 1000])
-    a = outputs({"q": randn(1000, 4, 128), "k": randn(1000, 4, 128), "v": randn(1000, 4, 128),
-                 "cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": 1000, "max_seqlen_k": 1000,
-                 "causal": 1})
+    a = outputs(
+        {
+            "q": randn(1000, 4, 128),
+            "k": randn(1000, 4, 128),
+            "v": randn(1000, 4, 128),
+            "cu_seqlens_q": cu,
+            "cu_seqlens_k": cu,
+            "max_seqlen_q": 1000,
+            "max_seqlen_k": 1000,
+            "causal": 1,
+        }
+    )
     call = Call(**a)
     call.run()
     torch.cuda.synchronize()
@@ -97,14 +107,20 @@ def graph():
         for i, j in zip(lengths, lengths[1:]):
             if j > i:
                 close(a["out"][i:j], reference(*(a[n][i:j] for n in "qkv"), True))
-        assert (a["out"][lengths[-1]:] == 7).all()
+        assert (a["out"][lengths[-1] :] == 7).all()
 
 
 def streams_and_threads():
     problems = []
     for n in range(4):
-        a = outputs({"q": randn(2, 1500, 8, 128), "k": randn(2, 1500, 8, 128),
-                     "v": randn(2, 1500, 8, 128), "causal": n % 2})
+        a = outputs(
+            {
+                "q": randn(2, 1500, 8, 128),
+                "k": randn(2, 1500, 8, 128),
+                "v": randn(2, 1500, 8, 128),
+                "causal": n % 2,
+            }
+        )
         problems.append((a, Call(**a), torch.cuda.Stream()))
     torch.cuda.synchronize()
 
@@ -112,6 +128,7 @@ def streams_and_threads():
         with torch.cuda.stream(stream):
             for _ in range(50):
                 call.run()
+
     threads = [threading.Thread(target=work, args=(c, s)) for _, c, s in problems]
     for t in threads:
         t.start()
@@ -129,13 +146,13 @@ def large():
     for t in (q, k, v):
         t[-1, :, -1].normal_()
     a = outputs({"q": q, "k": k, "v": v, "causal": 1, "window_left": 200})
-    assert q.numel() > 2 ** 31
+    assert q.numel() > 2**31
     Call(**a).run()
     last = slice(s - 300, s)
     keys = slice(s - 500, s)
     i = torch.arange(300, device="cuda")[:, None] + 200
     j = torch.arange(500, device="cuda")[None]
-    scores = (q[-1, last, -1].float() @ k[-1, keys, -1].float().T) * 128 ** -0.5
+    scores = (q[-1, last, -1].float() @ k[-1, keys, -1].float().T) * 128**-0.5
     p = torch.softmax(scores.masked_fill((j > i) | (j < i - 200), -math.inf), -1)
     close(a["out"][-1, last, -1], p @ v[-1, keys, -1].float())
 
@@ -147,9 +164,18 @@ def many_sequences():
     for n in lengths:
         cu.append(cu[-1] + n)
     t = cu[-1]
-    a = outputs({"q": randn(t, 2, 64), "k": randn(t, 2, 64), "v": randn(t, 2, 64),
-                 "cu_seqlens_q": ints(cu), "cu_seqlens_k": ints(cu), "max_seqlen_q": 90,
-                 "max_seqlen_k": 90, "causal": 1})
+    a = outputs(
+        {
+            "q": randn(t, 2, 64),
+            "k": randn(t, 2, 64),
+            "v": randn(t, 2, 64),
+            "cu_seqlens_q": ints(cu),
+            "cu_seqlens_k": ints(cu),
+            "max_seqlen_q": 90,
+            "max_seqlen_k": 90,
+            "causal": 1,
+        }
+    )
     Call(**a).run()
     for i in range(0, 1000, 37):
         at = slice(cu[i], cu[i + 1])
@@ -182,8 +208,7 @@ def rotate(x, cos, sin, positions, interleaved):
     r = 2 * cos.shape[1]
     c, s = cos[positions].float()[:, None], sin[positions].float()[:, None]
     y = x.float().clone()
-    one, two = (slice(0, r, 2), slice(1, r, 2)) if interleaved else (slice(0, r // 2),
-                                                                     slice(r // 2, r))
+    one, two = (slice(0, r, 2), slice(1, r, 2)) if interleaved else (slice(0, r // 2), slice(r // 2, r))
     y[..., one] = x[..., one].float() * c - x[..., two].float() * s
     y[..., two] = x[..., one].float() * s + x[..., two].float() * c
     return y.to(x.dtype)
@@ -206,21 +231,26 @@ def append():
                     if paged:
                         table = torch.randperm(30)[:24].int().view(b, 8)
                         a["page_table"] = table.cuda()
-                        k, v = (torch.full((30, page, h_k, d), math.nan, device="cuda", dtype=BF16)
-                                for _ in range(2))
+                        k, v = (
+                            torch.full((30, page, h_k, d), math.nan, device="cuda", dtype=BF16)
+                            for _ in range(2)
+                        )
                     else:
                         table = None
-                        k, v = (torch.full((b, 256, h_k, d), math.nan, device="cuda", dtype=BF16)
-                                for _ in range(2))
+                        k, v = (
+                            torch.full((b, 256, h_k, d), math.nan, device="cuda", dtype=BF16)
+                            for _ in range(2)
+                        )
 
-                    def rows(cache, i, n):
+                    def rows(cache, i, n, paged=paged, table=table):
                         at = torch.arange(n)
                         if not paged:
                             return i, at.cuda()
                         return table[i, at // page].long().cuda(), (at % page).cuda()
+
                     for i in range(b):
-                        k[rows(k, i, cached[i])] = k_rows[i][:cached[i]]
-                        v[rows(v, i, cached[i])] = v_rows[i][:cached[i]]
+                        k[rows(k, i, cached[i])] = k_rows[i][: cached[i]]
+                        v[rows(v, i, cached[i])] = v_rows[i][: cached[i]]
                     k_new = [r[n:] for r, n in zip(k_rows, cached)]
                     v_new = [r[n:] for r, n in zip(v_rows, cached)]
                     join = torch.cat if packed else torch.stack
@@ -243,8 +273,9 @@ def append():
                         assert (got.float() - want.float()).abs().max() <= 0.04, "cached keys"
                         assert torch.equal(v[rows(v, i, total)], v_rows[i]), "cached values"
                         group = h // h_k
-                        full = reference(qi, *(t.repeat_interleave(group, 1)
-                                               for t in (want, v_rows[i])), causal)
+                        full = reference(
+                            qi, *(t.repeat_interleave(group, 1) for t in (want, v_rows[i])), causal
+                        )
                         close(a["out"][i], torch.nan_to_num(full), 8e-3)
 
 
@@ -269,8 +300,10 @@ def combine():
 
 def not_built():
     q = randn(1, 8, 2, 64)
-    for wish, more in (("qv", {"qv": randn(1, 8, 2, 512), "v": randn(1, 8, 2, 512)}),
-                       ("512", {"v": randn(1, 8, 2, 512)})):
+    for wish, more in (
+        ("qv", {"qv": randn(1, 8, 2, 512), "v": randn(1, 8, 2, 512)}),
+        ("512", {"v": randn(1, 8, 2, 512)}),
+    ):
         try:
             Call(**outputs({"q": q, "k": q, "v": q, **more}))
         except AttnError as e:
@@ -281,8 +314,21 @@ def not_built():
 
 def main():
     failures = 0
-    for check in (no_keys, no_queries, one_key_row, expanded, graph, streams_and_threads, large,
-                  many_sequences, long_keys, segment_start, append, combine, not_built):
+    for check in (
+        no_keys,
+        no_queries,
+        one_key_row,
+        expanded,
+        graph,
+        streams_and_threads,
+        large,
+        many_sequences,
+        long_keys,
+        segment_start,
+        append,
+        combine,
+        not_built,
+    ):
         try:
             check()
             torch.cuda.synchronize()

@@ -27,18 +27,14 @@ static int64_t below(int64_t n)
     return (int64_t)((state >> 33) % (uint64_t)n);
 }
 
-static int64_t pick(const int64_t *values, size_t count)
-{
-    return values[below((int64_t)count)];
-}
+static int64_t pick(const int64_t *values, size_t count) { return values[below((int64_t)count)]; }
 #define PICK(...) pick((const int64_t[]){__VA_ARGS__}, sizeof((int64_t[]){__VA_ARGS__}) / 8)
 
 static int failures;
 
 #define EXPECT(condition)                                                                          \
     do {                                                                                           \
-        if (!(condition) && failures++ < 20)                                                       \
-            printf("case %d: %s\n", n, #condition);                                                \
+        if (!(condition) && failures++ < 20) printf("case %d: %s\n", n, #condition);               \
     } while (0)
 
 static void random_problem(struct attn_mha_fwd_problem *p)
