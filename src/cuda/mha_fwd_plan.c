@@ -10,6 +10,9 @@
 
 static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+/* Panels of 64 columns, the width of a box. */
+static int64_t panels(int64_t width) { return ceil_div(width, 64); }
+
 static int64_t clamp(int64_t x, int64_t low, int64_t high)
 {
     return x < low ? low : x > high ? high : x;
@@ -112,6 +115,7 @@ attn_status attn_mha_fwd_cuda_choose(const struct attn_mha_fwd_problem *p,
     for (int i = 0; i < tile_count; i++) {
         const struct attn_mha_fwd_cuda_tile *t = &tiles[i];
         if (t->dtype != (int)p->dtype || t->d_qk < p->d_qk || t->d_v < p->d_v) continue;
+        if (panels(t->d_qk) != panels(p->d_qk)) continue; /* no box wholly right of k's head */
         if (plan->kernel < 0 || tile_cost(p, t) < tile_cost(p, &tiles[plan->kernel]))
             plan->kernel = i;
     }

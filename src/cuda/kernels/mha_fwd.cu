@@ -39,10 +39,15 @@ ATTN_DEVICE void wait_full(const uint64_t *full, const ring &r)
 
 /* A box of `p.box_rows` rows of a k or v tile, of which the first `live` (at least 1) are the
  * sequence's.  The rest become zero: their P is zero, but 0 times whatever lies there could be NaN.
- * With a cluster of two the box lands in both blocks. */
+ * With a cluster of two the box lands in both blocks.
+ * A panel wholly right of the head, which only v in a wider kernel has, gets its first columns once
+ * more: a box there would make the copy engine touch the shifted base of the map, which need not be
+ * mapped memory, and nothing reads the products of those columns. */
+template <int IS_V>
 ATTN_DEVICE void load_box(const attn_mha_fwd_params &p, const attn_tensor_map *map, uint32_t dst,
-                          uint32_t bar, int column, int live, int position, int h_kv, int source)
+                          uint32_t bar, int panel, int live, int position, int h_kv, int source)
 {
+    int column = IS_V && panel * 64 >= p.d_v ? 0 : panel * 64;
     if (p.cluster == 2)
         tma_load_5d_multicast(dst, map, bar, 3, column, p.box_rows - live, position + live, h_kv,
                               source);
@@ -90,8 +95,8 @@ ATTN_DEVICE void load_tile(const attn_mha_fwd_params &p, const attn_tensor_map *
         if (live > 0) {
 #pragma unroll
             for (int panel = 0; panel < PANELS; panel++)
-                load_box(p, map, dst + panel * N * 128 + row * 128, bar, panel * 64, live,
-                         seq.k_offset + key + row, h_kv, seq.k_row);
+                load_box<IS_V>(p, map, dst + panel * N * 128 + row * 128, bar, panel, live,
+                               seq.k_offset + key + row, h_kv, seq.k_row);
         }
     }
     __syncwarp();
@@ -109,9 +114,9 @@ ATTN_DEVICE void load_paged_tile(const attn_mha_fwd_params &p, const attn_tensor
     const int32_t *pages = p.page_table + seq.k_row * p.page_table_stride;
     for (int i = first; i / PANELS * p.box_rows < rows; i += step) {
         int row = i / PANELS * p.box_rows, page = (key + row) / p.page;
-        load_box(p, map, dst + i % PANELS * (N * 128) + row * 128, bar, i % PANELS * 64,
-                 min(seq.s_k - key - row, p.box_rows), key + row - page * p.page, h_kv,
-                 __ldg(pages + page));
+        load_box<IS_V>(p, map, dst + i % PANELS * (N * 128) + row * 128, bar, i % PANELS,
+                       min(seq.s_k - key - row, p.box_rows), key + row - page * p.page, h_kv,
+                       __ldg(pages + page));
     }
     __syncwarp();
 }
