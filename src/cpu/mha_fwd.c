@@ -132,6 +132,8 @@ attn_status attn_mha_fwd_cpu_plan_with(const struct attn_cpu_kernels *table, con
     }
     if (!kernel) {
         plan->tile[TILE_FORM] = FORM_REF;
+        plan->splits = (int32_t)max64(p->num_splits, 1);
+        plan->piece = max64(ceil_div(p->s_k, plan->splits), 1);
         snprintf(plan->kernel, sizeof plan->kernel, "attn_mha_fwd_%s_ref",
                  attn_dtype_name(p->dtype));
         return ATTN_OK;
@@ -537,7 +539,8 @@ attn_status attn_mha_fwd_cpu_run_with(const struct attn_cpu_kernels *table, cons
 {
     if (plan->tile[TILE_FORM] == FORM_NOTHING) return check_index_values(p);
     if (plan->tile[TILE_FORM] == FORM_REF)
-        return attn_mha_fwd_ref_run(p, attn_threads(p->threads, p->b * p->h_q));
+        return attn_mha_fwd_ref_run(p, plan->splits, plan->piece,
+                                    attn_threads(p->threads, p->b * p->h_q));
 
     struct layout l = lay_out(p, plan);
     ATTN_CHECK(workspace_bytes >= l.bytes, ATTN_E_WORKSPACE,

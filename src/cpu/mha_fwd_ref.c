@@ -7,8 +7,12 @@
  *
  *   s(i, j) = scale qd kd (q_i . k_j + qv_i . v_j);  softcap: s = c tanh(s / c)
  *   out_i = vd sum_j exp(s(i, j) - m) v_j / l,  lse = m + ln l,  the sink in m and l
+ *
+ * With splits each piece of the keys gives such a result, without the sink, in fp32; then they are
+ * combined.
  */
 #include "cpu/mha_fwd.h"
+#include "cpu/split_combine.h"
 #include "cpu/threads.h"
 
 static int64_t floor_div(int64_t a, int64_t b)
@@ -59,8 +63,10 @@ static void rotate(const struct attn_mha_fwd_problem *p, const void *x, int64_t 
 struct row {
     const struct attn_mha_fwd_problem *p;
     const struct attn_cpu_seq *seq;
-    int64_t i, h, hk;
-    double scale, v_scale;
+    int64_t b, i, h, hk;
+    int64_t begin, end; /* keys looked at */
+    int32_t split;      /* whose they are; -1: the call has none */
+    double scale;
     float q[ATTN_WIDTH_MAX], qv[ATTN_WIDTH_MAX];
 };
 
@@ -87,26 +93,88 @@ static double load_descale(const float *d, int64_t batch, int64_t head, int64_t 
     return d ? (double)d[i * batch + h * head] : 1.0;
 }
 
-static void write_row(const struct row *r, const double *out, double lse, int64_t b)
+/* One row's results: the caller's, or a split's partial ones. */
+static void write_row(const struct row *r, const double *out, double lse)
 {
     const struct attn_mha_fwd_problem *p = r->p;
+    const bool partial = r->split >= 0;
+    const struct attn_rows *to = partial ? &p->out_accum : &p->out;
+    const enum attn_dtype type = partial ? ATTN_F32 : p->out_dtype;
     int64_t t = r->seq->q_start + r->i;
-    int64_t at = b * p->out.batch + t * p->out.row + r->h * p->out.head;
-    for (int64_t c = 0; c < p->d_v; ++c)
-        attn_store(p->out_dtype, p->out.data, at + c, (float)out[c]);
-    p->lse[b * p->lse_batch + r->h * p->lse_head + t] = (float)lse;
+    int64_t at = r->b * to->batch + t * to->row + r->h * to->head;
+    if (partial) at += r->split * p->out_accum_split;
+    for (int64_t c = 0; c < p->d_v; ++c) attn_store(type, to->data, at + c, (float)out[c]);
+    if (partial)
+        p->lse_accum[r->split * p->lse_accum_split + r->b * p->lse_accum_batch +
+                     r->h * p->lse_accum_head + t] = (float)lse;
+    else
+        p->lse[r->b * p->lse_batch + r->h * p->lse_head + t] = (float)lse;
 }
 
-static void attend(const struct attn_mha_fwd_problem *p, const struct attn_cpu_seq *seq, int64_t b,
-                   int64_t h, int64_t i)
+/* Attention of a row to its keys [begin, end). */
+static void attend(const struct row *r)
 {
-    struct row r = {.p = p, .seq = seq, .i = i, .h = h, .hk = h / (p->h_q / p->h_k)};
-    double out[ATTN_WIDTH_MAX] = {0}, m = -INFINITY, l = 0, v_scale;
+    const struct attn_mha_fwd_problem *p = r->p;
+    double out[ATTN_WIDTH_MAX] = {0}, m = -INFINITY, l = 0, sink = -INFINITY;
+    bool nan = false; /* a NaN score must show whatever the order of comparisons */
+    for (int64_t j = r->begin; j < r->end; ++j) {
+        if (!visible(p, r->seq, r->i, j)) continue;
+        double s = score(r, j);
+        nan = nan || isnan(s);
+        if (s > m) m = s;
+    }
+    if (p->sinks && r->split < 0) {
+        sink = attn_load(p->sinks_dtype, p->sinks, r->h * p->sinks_stride);
+        nan = nan || isnan(sink);
+        if (sink > m) m = sink;
+    }
+    if (nan || m == INFINITY) {
+        for (int64_t c = 0; c < p->d_v; ++c) out[c] = NAN;
+        write_row(r, out, m == INFINITY && !nan ? INFINITY : NAN);
+        return;
+    }
+    if (m == -INFINITY) {
+        write_row(r, out, -INFINITY);
+        return;
+    }
+    for (int64_t j = r->begin; j < r->end; ++j) {
+        if (!visible(p, r->seq, r->i, j)) continue;
+        double weight = exp(score(r, j) - m);
+        const char *v = key_row(r, &p->v, j);
+        l += weight;
+        for (int64_t c = 0; c < p->d_v; ++c) out[c] += weight * attn_load(p->dtype, v, c);
+    }
+    l += exp(sink - m);
+    double v_scale = load_descale(p->v_descale, p->v_descale_batch, p->v_descale_head, r->b, r->hk);
+    for (int64_t c = 0; c < p->d_v; ++c) out[c] *= v_scale / l;
+    write_row(r, out, m + log(l));
+}
+
+static void combine_splits(const struct attn_mha_fwd_problem *p, const struct row *r,
+                           int32_t splits)
+{
+    int64_t t = r->seq->q_start + r->i;
+    const float *o = (const float *)(const void *)p->out_accum.data;
+    o += r->b * p->out_accum.batch + t * p->out_accum.row + r->h * p->out_accum.head;
+    const float *lse = p->lse_accum + r->b * p->lse_accum_batch + r->h * p->lse_accum_head + t;
+    int64_t at = r->b * p->out.batch + t * p->out.row + r->h * p->out.head;
+    float sink;
+    if (p->sinks) sink = attn_load(p->sinks_dtype, p->sinks, r->h * p->sinks_stride);
+    attn_split_combine_ref(o, p->out_accum_split, lse, p->lse_accum_split, splits, (int32_t)p->d_v,
+                           p->sinks ? &sink : NULL,
+                           p->out.data + attn_dtype_bytes(p->out_dtype) * at, p->out_dtype,
+                           p->lse + r->b * p->lse_batch + r->h * p->lse_head + t);
+}
+
+/* Row i of head h of sequence b: as one, or in `splits` pieces of `piece` keys. */
+static void compute_row(const struct attn_mha_fwd_problem *p, const struct attn_cpu_seq *seq,
+                        int64_t b, int64_t h, int64_t i, int32_t splits, int64_t piece)
+{
+    struct row r = {.p = p, .seq = seq, .b = b, .i = i, .h = h, .hk = h / (p->h_q / p->h_k)};
     int64_t bytes = attn_dtype_bytes(p->dtype), t = seq->q_start + i;
     r.scale = p->scale *
               load_descale(p->q_descale, p->q_descale_batch, p->q_descale_head, b, r.hk) *
               load_descale(p->k_descale, p->k_descale_batch, p->k_descale_head, b, r.hk);
-    v_scale = load_descale(p->v_descale, p->v_descale_batch, p->v_descale_head, b, r.hk);
 
     const char *q = p->q.data + bytes * (b * p->q.batch + t * p->q.row + h * p->q.head);
     if (p->rotary_cos)
@@ -116,41 +184,23 @@ static void attend(const struct attn_mha_fwd_problem *p, const struct attn_cpu_s
     const char *qv = p->qv.data + bytes * (b * p->qv.batch + t * p->qv.row + h * p->qv.head);
     for (int64_t c = 0; p->qv.data && c < p->d_v; ++c) r.qv[c] = attn_load(p->dtype, qv, c);
 
+    r.split = -1;
     if (p->no_keys) {
-        write_row(&r, out, INFINITY, b);
+        const double zeros[ATTN_WIDTH_MAX] = {0};
+        write_row(&r, zeros, INFINITY);
         return;
     }
-    bool nan = false; /* a NaN score must show whatever the order of comparisons */
-    for (int64_t j = 0; j < seq->k_len; ++j) {
-        if (!visible(p, seq, i, j)) continue;
-        double s = score(&r, j);
-        nan = nan || isnan(s);
-        if (s > m) m = s;
-    }
-    if (p->sinks) {
-        double s = attn_load(p->sinks_dtype, p->sinks, h * p->sinks_stride);
-        nan = nan || isnan(s);
-        if (s > m) m = s;
-    }
-    if (nan || m == INFINITY) {
-        for (int64_t c = 0; c < p->d_v; ++c) out[c] = NAN;
-        write_row(&r, out, m == INFINITY && !nan ? INFINITY : NAN, b);
+    if (splits == 1) {
+        r.end = seq->k_len;
+        attend(&r);
         return;
     }
-    if (m == -INFINITY) {
-        write_row(&r, out, -INFINITY, b);
-        return;
+    for (r.split = 0; r.split < splits; ++r.split) {
+        r.begin = r.split * piece;
+        r.end = r.begin + piece < seq->k_len ? r.begin + piece : seq->k_len;
+        attend(&r);
     }
-    for (int64_t j = 0; j < seq->k_len; ++j) {
-        if (!visible(p, seq, i, j)) continue;
-        double weight = exp(score(&r, j) - m);
-        const char *v = key_row(&r, &p->v, j);
-        l += weight;
-        for (int64_t c = 0; c < p->d_v; ++c) out[c] += weight * attn_load(p->dtype, v, c);
-    }
-    if (p->sinks) l += exp((double)attn_load(p->sinks_dtype, p->sinks, h * p->sinks_stride) - m);
-    for (int64_t c = 0; c < p->d_v; ++c) out[c] *= v_scale / l;
-    write_row(&r, out, m + log(l), b);
+    combine_splits(p, &r, splits);
 }
 
 /* Stores one new token's K and V, K rotated. */
@@ -177,7 +227,8 @@ static void append(const struct attn_mha_fwd_problem *p, const struct attn_cpu_s
     }
 }
 
-attn_status attn_mha_fwd_ref_run(const struct attn_mha_fwd_problem *p, int threads)
+attn_status attn_mha_fwd_ref_run(const struct attn_mha_fwd_problem *p, int32_t splits,
+                                 int64_t piece, int threads)
 {
     struct attn_cpu_seq seq;
     for (int64_t b = 0; b < p->b; ++b) ATTN_TRY(attn_cpu_seq_read(p, b, &seq));
@@ -190,7 +241,7 @@ attn_status attn_mha_fwd_ref_run(const struct attn_mha_fwd_problem *p, int threa
         for (int64_t h = 0; h < p->h_q; ++h) {
             struct attn_cpu_seq s;
             attn_cpu_seq_read(p, b, &s);
-            for (int64_t i = 0; i < s.q_len; ++i) attend(p, &s, b, h, i);
+            for (int64_t i = 0; i < s.q_len; ++i) compute_row(p, &s, b, h, i, splits, piece);
         }
     }
     return ATTN_OK;
@@ -203,5 +254,5 @@ attn_status attn_mha_fwd_ref(const struct attn_mha_fwd_args *args)
     ATTN_CHECK(p.device.device_type == kDLCPU, ATTN_E_DEVICE,
                "q: expected on a CPU for the reference, got DLPack device type %d",
                (int)p.device.device_type);
-    return attn_mha_fwd_ref_run(&p, attn_threads(p.threads, p.b * p.h_q));
+    return attn_mha_fwd_ref_run(&p, 1, 0, attn_threads(p.threads, p.b * p.h_q));
 }
