@@ -24,6 +24,7 @@ NAMES = {
     "flash_attn_3": "flash_attn_3",
     "flash_mla": "flash_mla",
     "flash_kda": "flash_kda",
+    "flash_kda_C": "flash_kda",
 }
 
 

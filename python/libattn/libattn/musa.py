@@ -1,27 +1,34 @@
 # SPDX-License-Identifier: MIT
 """Tensors on a Moore Threads GPU (device type "musa") are handed to MATE, by keyword.
 
-The mapping is that of MATE 0.2.2's mate.mha_interface.  It is tested against a stand-in module only:
-none of it has run on the hardware.
+The mapping is that of MATE 0.2.2's mate.mha_interface, and for mate.kda of the 0.2.4 line.  It is
+tested against stand-in modules only: none of it has run on the hardware.
 """
 
 import importlib
 
+import torch
 
-def mate_function(name: str):
-    """mate.mha_interface.<name>; ImportError that says how to get it."""
+
+def is_on_musa(x) -> bool:
+    """Whether x is a tensor on MUSA."""
+    return getattr(getattr(x, "device", None), "type", None) == "musa"
+
+
+def mate_function(name: str, module: str = "mha_interface", since: str = "0.2.2"):
+    """mate.<module>.<name>, which MATE has since that version; ImportError that says how to get it."""
     try:
-        module = importlib.import_module("mate.mha_interface")
+        found = importlib.import_module(f"mate.{module}")
     except ImportError as error:
         raise ImportError(
             "tensors on MUSA are computed by MATE, which cannot be imported here "
             f"({error}); install it from https://github.com/MooreThreads/mate"
         ) from error
     try:
-        return getattr(module, name)
+        return getattr(found, name)
     except AttributeError:
         raise ImportError(
-            f"this MATE has no mha_interface.{name}; version 0.2.2 or newer is needed, from "
+            f"this MATE has no {module}.{name}; version {since} or newer is needed, from "
             "https://github.com/MooreThreads/mate"
         ) from None
 
@@ -216,4 +223,44 @@ def get_scheduler_metadata(
         num_splits=num_splits,
         pack_gqa=pack_gqa,
         mp_margin=sm_margin,
+    )
+
+
+def chunk_kda(
+    q,
+    k,
+    v,
+    g,
+    beta,
+    scale,
+    out,
+    A_log,
+    dt_bias,
+    lower_bound,
+    initial_state=None,
+    final_state=None,
+    cu_seqlens=None,
+):
+    """Kimi Delta Attention by MATE into out and final_state.  An absent A_log or dt_bias becomes zeros:
+    without both, MATE takes g for the log-decay itself."""
+    if A_log is None:
+        A_log = torch.zeros(v.shape[-2], dtype=torch.float32, device=q.device)
+    if dt_bias is None:
+        dt_bias = torch.zeros(v.shape[-2], q.shape[-1], dtype=torch.float32, device=q.device)
+    mate_function("chunk_kda", "kda", "0.2.4")(
+        q=q,
+        k=k,
+        v=v,
+        g=g,
+        beta=beta,
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=final_state is not None,
+        cu_seqlens=cu_seqlens,
+        A_log=A_log,
+        dt_bias=dt_bias,
+        lower_bound=lower_bound,
+        use_qk_l2norm_in_kernel=True,
+        output=out,
+        final_state=final_state,
     )
