@@ -163,6 +163,86 @@ ATTN_API int64_t attn_mha_metadata_length(int64_t b, int64_t s_q, int64_t s_k, i
                                           int32_t paged, int32_t causal, int64_t window_left,
                                           int64_t window_right, int64_t attention_chunk);
 
+/* ---- kda_fwd, kda_step: Kimi Delta Attention ------------------------------------------------- */
+
+/* For every sequence and head, tokens one after another, S [V, K] the state, row = value index:
+ *   k^ = k / sqrt(sum k^2 + 1e-6), q^ likewise
+ *   gamma = lower_bound * sigmoid(exp(A_log) (g + dt_bias))  per key channel; with gate_activated: g
+ *   b = sigmoid(beta); with beta_activated: beta
+ *   S <- S diag(exp gamma);  S <- S + b (v - S k^) k^T;  out = scale S q^
+ *
+ * Tensors are [b, t, h, d] with d = K = V, 64 or 128, last stride 1; each batch row is a sequence of
+ * t tokens.  With cu_seqlens [n + 1] b is 1 and sequence i is tokens cu[i] <= token < cu[i + 1];
+ * tokens outside are neither read nor written.  n is the number of sequences.
+ *
+ * States are [n, h, V, K], or [slots, h, V, K] with state_indices [n], which names the slot that
+ * sequence i starts from and ends in; slots that get a state must differ, and -1 is no state in and
+ * none out.  V and K are contiguous, the outer strides free.  A state is kept in fp32 from the first
+ * token to the last; bf16 is a type of memory only.  A sequence without tokens hands its state on.
+ * final_state may be initial_state itself. */
+struct attn_kda_fwd_args {
+    uint32_t size;   /* sizeof(struct attn_kda_fwd_args) */
+    int32_t threads; /* CPU threads to use at most; 0: the OpenMP run time's own number */
+
+    const DLTensor *q, *k, *v, *g; /* bf16, fp16 or, on a CPU, fp32; one dtype */
+    const DLTensor *beta;          /* [b, t, h], q's dtype, free strides */
+    const DLTensor *out;           /* q's dtype.  NULL only for plan */
+    const DLTensor *A_log;         /* fp32 [h]; NULL: 0 */
+    const DLTensor *dt_bias;       /* fp32 [h, d]; NULL: 0 */
+    const DLTensor *initial_state; /* fp32 or bf16; NULL: zeros */
+    const DLTensor *final_state;   /* initial_state's dtype, if both are there; NULL: not wanted */
+    const DLTensor *cu_seqlens;    /* int32 or int64 [n + 1] */
+    const DLTensor *state_indices; /* int32 [n]; needs a state */
+    /* fp32 or bf16 [rows, h, V, K]: the states after every checkpoint_every tokens of a sequence,
+     * sequences one after another; rows >= sum over sequences of t_i / checkpoint_every. */
+    const DLTensor *checkpoint_states;
+
+    double scale;
+    double lower_bound;       /* in [-5, 0]; 0 with gate_activated */
+    int64_t checkpoint_every; /* a positive multiple of 16 with checkpoint_states, else 0 */
+    int32_t gate_activated;   /* g is the log-decay gamma itself, natural log; no A_log, dt_bias */
+    int32_t beta_activated;   /* beta is b itself */
+};
+
+struct attn_kda_fwd_plan {
+    uint32_t size; /* sizeof(struct attn_kda_fwd_plan), set by the caller of plan */
+    int32_t reserved;
+    int64_t workspace_bytes; /* may be 0; the workspace is 64-byte aligned, on q's device */
+    int64_t shape[8];        /* b t n h d slots checkpoint_every features: compared by run */
+    int64_t tile[8];         /* the backend's own integers */
+    char kernel[96];         /* name of the kernel that will run */
+};
+
+ATTN_API attn_status attn_kda_fwd_plan(const struct attn_kda_fwd_args *args,
+                                       struct attn_kda_fwd_plan *plan);
+ATTN_API attn_status attn_kda_fwd_run(const struct attn_kda_fwd_args *args,
+                                      const struct attn_kda_fwd_plan *plan, void *workspace,
+                                      int64_t workspace_bytes, void *stream);
+
+/* The same function token by token in fp64, plain scalar C, CPU tensors only: the oracle of the
+ * tests and the fallback below AVX2.  Needs no plan and no workspace. */
+ATTN_API attn_status attn_kda_fwd_ref(const struct attn_kda_fwd_args *args);
+
+/* kda_fwd of 1 to 16 tokens a sequence (0 to 16 with cu_seqlens), the state changed in place.  A
+ * sequence whose state index is -1 is padding: its tokens are not read, its out rows become 0. */
+struct attn_kda_step_args {
+    uint32_t size;
+    int32_t threads;
+    const DLTensor *q, *k, *v, *g; /* [n, s, h, d], or [1, t, h, d] with cu_seqlens */
+    const DLTensor *beta;          /* [n, s, h] */
+    const DLTensor *out;
+    const DLTensor *A_log, *dt_bias;
+    const DLTensor *state;         /* fp32 or bf16 [n, h, V, K], or [slots, h, V, K] */
+    const DLTensor *state_indices; /* int32 [n] */
+    const DLTensor *cu_seqlens;    /* int32 or int64 [n + 1] */
+    double scale;
+    double lower_bound;
+    int32_t gate_activated;
+    int32_t beta_activated;
+};
+
+ATTN_API attn_status attn_kda_step_run(const struct attn_kda_step_args *args, void *stream);
+
 /* ---- split_combine: merge partial results by their LSE --------------------------------------- */
 
 /* out = sum_s w_s out_partial_s / sum_s w_s, w_s = exp(lse_partial_s - max);  lse = max + ln sum w_s.

@@ -6,6 +6,7 @@
 #ifndef ATTN_OPS_BACKEND_H
 #define ATTN_OPS_BACKEND_H
 
+#include "ops/kda.h"
 #include "ops/mha_fwd.h"
 #include "ops/split_combine.h"
 
@@ -19,6 +20,13 @@ struct attn_backend {
                                int64_t workspace_bytes, void *stream);
     attn_status (*split_combine_run)(const struct attn_split_combine_problem *problem,
                                      void *stream);
+    /* Fills workspace_bytes, tile and kernel; the rest is filled already. */
+    attn_status (*kda_fwd_plan)(const struct attn_kda_problem *problem,
+                                struct attn_kda_fwd_plan *plan);
+    attn_status (*kda_fwd_run)(const struct attn_kda_problem *problem,
+                               const struct attn_kda_fwd_plan *plan, char *workspace,
+                               int64_t workspace_bytes, void *stream);
+    attn_status (*kda_step_run)(const struct attn_kda_problem *problem, void *stream);
     const char *(*kernel_name)(int index); /* NULL past the last */
 };
 

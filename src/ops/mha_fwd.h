@@ -10,16 +10,10 @@
 
 #include "core/dtype.h"
 #include "core/status.h"
+#include "ops/rows.h"
 
 #define ATTN_WIDTH_MAX 512 /* d_qk and d_v */
 #define ATTN_SPLITS_MAX 256
-
-/* Rows of width d: element (i, s, h, :) at data + i * batch + s * row + h * head, strides in
- * elements, last stride 1.  Packed tensors have batch 0; in a paged cache `batch` is the page's. */
-struct attn_rows {
-    char *data; /* NULL: absent */
-    int64_t batch, row, head;
-};
 
 struct attn_mha_fwd_problem {
     enum attn_dtype dtype, out_dtype;

@@ -36,6 +36,7 @@ except ImportError:
     if not _is_report():
         raise
 else:
+    from .kda import KdaFwdPlan, kda_fwd, kda_fwd_plan, kda_fwd_ref, kda_step
     from .mha import (
         MhaFwdPlan,
         mha_fwd,
@@ -51,11 +52,16 @@ __all__ = [
     "DriverError",
     "DtypeError",
     "InternalError",
+    "KdaFwdPlan",
     "MhaFwdPlan",
     "NotBuiltError",
     "ShapeError",
     "VersionError",
     "WorkspaceError",
+    "kda_fwd",
+    "kda_fwd_plan",
+    "kda_fwd_ref",
+    "kda_step",
     "mha_fwd",
     "mha_fwd_plan",
     "mha_fwd_ref",

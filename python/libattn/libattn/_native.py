@@ -93,6 +93,10 @@ for error_class in errors.ALL:
 
 core = load_core()
 binding = load_binding(core)
+kda_fwd = binding.get_function("kda_fwd")
+kda_fwd_plan = binding.get_function("kda_fwd_plan")
+kda_fwd_ref = binding.get_function("kda_fwd_ref")
+kda_step = binding.get_function("kda_step")
 mha_fwd = binding.get_function("mha_fwd")
 mha_fwd_plan = binding.get_function("mha_fwd_plan")
 mha_fwd_ref = binding.get_function("mha_fwd_ref")
