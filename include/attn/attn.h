@@ -13,7 +13,8 @@
  *
  * Symbols used in shapes:
  *   b batch, s_q s_k query and key length of one sequence, t_q t_k packed totals,
- *   h_q query heads, h_k KV heads (h_q % h_k == 0), d_qk width of q and k, d_v width of v and out.
+ *   h_q query heads, h_k KV heads (h_q % h_k == 0), d_qk width of q and k, d_v width of v and out,
+ *   page tokens of one cache page, topk indices of one query token.
  */
 #ifndef ATTN_ATTN_H
 #define ATTN_ATTN_H
@@ -258,6 +259,139 @@ struct attn_split_combine_args {
 
 ATTN_API attn_status attn_split_combine_run(const struct attn_split_combine_args *args,
                                             void *stream);
+
+/* ---- mla: attention over a latent cache, decode and prefill ----------------------------------- */
+
+/* One key row serves as K and, with its first d_v values, as V: K = [latent 512 | rope 64] (d_qk 576)
+ * or all 512 values (d_qk 512); d_v is 512.  For query row (i, t, h) and its keys S, a multiset:
+ *
+ *   score(j) = softmax_scale * descale_q * descale_k * (q . k_j)
+ *   max = max_j score(j),  lse = max + ln sum_j exp(score(j) - max)      natural units, no sink
+ *   out = descale_k * sum_j exp(score(j) - lse) v_j / (1 + exp(attn_sink[h] - lse))
+ *
+ * No keys: out 0, lse +inf, max -inf, whatever the sink.  A sink of -inf has no effect, one of +inf
+ * gives out 0.
+ *
+ * Quantised caches, one page of bytes after the other, the page's stride free:
+ *   V32    d_qk 576, 656 bytes a token: 512 e4m3 | 4 fp32 scales, one per 128 | 64 bf16
+ *   MODEL1 d_qk 512, 584 bytes a token; token o of a page: 448 e4m3 at 576 o, 64 bf16 behind them;
+ *          7 e8m0 scales, one per 64, at 576 page + 8 o, and one byte of padding
+ * A value is e4m3 * scale, rounded to bf16. */
+
+/* What plan decided for one of the three mla ops.  Plain data, as attn_mha_fwd_plan. */
+struct attn_mla_plan {
+    uint32_t size; /* sizeof(struct attn_mla_plan), set by the caller of plan */
+    int32_t reserved;
+    int64_t workspace_bytes; /* may be 0; the workspace is 64-byte aligned, on q's device */
+    int64_t shape[16];       /* compared by run */
+    int64_t tile[16];        /* the backend's own integers */
+    char kernel[96];         /* name of the kernel that will run */
+};
+
+/* mla_decode: S = the first cache_seqlens[i] keys of sequence i, key j at
+ * k_cache[block_table[i][j / page]][j % page]; causal and s_q > 1: only j <= len - s_q + t.  Query
+ * head h uses KV head h / (h_q / h_k).  Neither table entries nor cache rows past a sequence's end
+ * are read. */
+struct attn_mla_decode_args {
+    uint32_t size;   /* sizeof(struct attn_mla_decode_args) */
+    int32_t threads; /* CPU threads to use at most; 0: the OpenMP run time's own number */
+
+    const DLTensor *q;                     /* [b, s_q, h_q, d_qk] bf16, fp16, fp8; CPU: fp32 */
+    const DLTensor *k_cache;               /* [num_pages, page, h_k, d_qk], q's dtype */
+    const DLTensor *block_table;           /* int32 [b, max_pages], last stride 1 */
+    const DLTensor *cache_seqlens;         /* int32 [b] */
+    const DLTensor *descale_q, *descale_k; /* fp32 [1]; both with fp8, none otherwise */
+    const DLTensor *out;                   /* [b, s_q, h_q, d_v] q's dtype, or bf16 for fp8; NULL
+                                              only for plan */
+    const DLTensor *lse;                   /* fp32 [b, h_q, s_q], any strides; likewise */
+
+    double softmax_scale;
+    int64_t head_dim_v; /* d_v: 512 */
+    int32_t causal;
+    int32_t reserved;
+};
+
+/* mla_sparse_decode: S = the rows that indices[i][t][0 .. topk_length[i]) name in k_cache together
+ * with those that extra_indices[i][t][0 .. extra_topk_length[i]) name in extra_k_cache.  An index is
+ * page number * page + offset; one outside [0, num_pages * page) is skipped. */
+struct attn_mla_sparse_decode_args {
+    uint32_t size;
+    int32_t threads;
+
+    const DLTensor *q;                        /* [b, s_q, h_q, d_qk] bf16 */
+    const DLTensor *k_cache;                  /* [num_pages, page, 1, 656 or 584] bytes: uint8,
+                                                 int8 or e4m3; strides past the page's are dense */
+    const DLTensor *indices;                  /* int32 [b, s_q, topk], last stride 1 */
+    const DLTensor *topk_length;              /* int32 [b]; above topk counts as topk */
+    const DLTensor *attn_sink;                /* fp32 [h_q] */
+    const DLTensor *extra_k_cache;            /* same format, pages of its own; with its indices */
+    const DLTensor *extra_indices_in_kvcache; /* int32 [b, s_q, extra_topk] */
+    const DLTensor *extra_topk_length;        /* int32 [b] */
+    const DLTensor *out;                      /* bf16 [b, s_q, h_q, d_v]; NULL only for plan */
+    const DLTensor *lse;                      /* fp32 [b, h_q, s_q], any strides; likewise */
+
+    double softmax_scale;
+    int64_t head_dim_v;
+};
+
+/* mla_sparse_fwd: S = the rows of kv that indices[t][0][0 .. topk_length[t]) name; an index outside
+ * [0, s_kv) is skipped. */
+struct attn_mla_sparse_fwd_args {
+    uint32_t size;
+    int32_t threads;
+
+    const DLTensor *q;           /* [s_q, h_q, d_qk] bf16, fp16; CPU: fp32 */
+    const DLTensor *kv;          /* [s_kv, 1, d_qk], q's dtype, last stride 1 */
+    const DLTensor *indices;     /* int32 [s_q, 1, topk], last stride 1 */
+    const DLTensor *topk_length; /* int32 [s_q]; above topk counts as topk */
+    const DLTensor *attn_sink;   /* fp32 [h_q] */
+    const DLTensor *out;         /* [s_q, h_q, d_v], q's dtype; NULL only for plan */
+    const DLTensor *max_logits;  /* fp32 [s_q, h_q], any strides; likewise */
+    const DLTensor *lse;         /* fp32 [s_q, h_q], any strides; likewise */
+
+    double softmax_scale;
+    int64_t head_dim_v;
+};
+
+ATTN_API attn_status attn_mla_decode_plan(const struct attn_mla_decode_args *args,
+                                          struct attn_mla_plan *plan);
+ATTN_API attn_status attn_mla_decode_run(const struct attn_mla_decode_args *args,
+                                         const struct attn_mla_plan *plan, void *workspace,
+                                         int64_t workspace_bytes, void *stream);
+ATTN_API attn_status attn_mla_sparse_decode_plan(const struct attn_mla_sparse_decode_args *args,
+                                                 struct attn_mla_plan *plan);
+ATTN_API attn_status attn_mla_sparse_decode_run(const struct attn_mla_sparse_decode_args *args,
+                                                const struct attn_mla_plan *plan, void *workspace,
+                                                int64_t workspace_bytes, void *stream);
+ATTN_API attn_status attn_mla_sparse_fwd_plan(const struct attn_mla_sparse_fwd_args *args,
+                                              struct attn_mla_plan *plan);
+ATTN_API attn_status attn_mla_sparse_fwd_run(const struct attn_mla_sparse_fwd_args *args,
+                                             const struct attn_mla_plan *plan, void *workspace,
+                                             int64_t workspace_bytes, void *stream);
+
+/* The same functions in plain scalar C with fp64 sums, CPU tensors only: see attn_mha_fwd_ref. */
+ATTN_API attn_status attn_mla_decode_ref(const struct attn_mla_decode_args *args);
+ATTN_API attn_status attn_mla_sparse_decode_ref(const struct attn_mla_sparse_decode_args *args);
+ATTN_API attn_status attn_mla_sparse_fwd_ref(const struct attn_mla_sparse_fwd_args *args);
+
+/* mla_cache_quantize writes row i of kv as token slots[i] of the cache, mla_cache_dequantize reads
+ * it back.  A slot is page number * page + offset; one outside [0, num_pages * page) is skipped by
+ * quantize and gives a row of zeros in dequantize.  The scale of a tile of 128 (V32) or 64 (MODEL1)
+ * values is the least power of two >= max(max |x| / 448, 1e-4), taken over finite values; a stored
+ * value is e4m3(x / scale), to nearest even; rope values are rounded to bf16.  Two rows of one
+ * quantize call must not name one slot. */
+struct attn_mla_cache_args {
+    uint32_t size;
+    int32_t threads;
+    const DLTensor *kv;    /* [t, 576 or 512] bf16, fp16 or fp32, last stride 1 */
+    const DLTensor *cache; /* [num_pages, page, 1, 656 or 584] bytes */
+    const DLTensor *slots; /* int32 or int64 [t]; NULL: row i is slot i, t = num_pages * page */
+};
+
+ATTN_API attn_status attn_mla_cache_quantize_run(const struct attn_mla_cache_args *args,
+                                                 void *stream);
+ATTN_API attn_status attn_mla_cache_dequantize_run(const struct attn_mla_cache_args *args,
+                                                   void *stream);
 
 #ifdef __cplusplus
 }

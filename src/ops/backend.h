@@ -8,6 +8,7 @@
 
 #include "ops/kda.h"
 #include "ops/mha_fwd.h"
+#include "ops/mla.h"
 #include "ops/split_combine.h"
 
 struct attn_backend {
@@ -27,6 +28,15 @@ struct attn_backend {
                                const struct attn_kda_fwd_plan *plan, char *workspace,
                                int64_t workspace_bytes, void *stream);
     attn_status (*kda_step_run)(const struct attn_kda_problem *problem, void *stream);
+    /* The three mla ops: p->op says which.  NULL: not built; plan fills workspace_bytes, tile and
+     * kernel. */
+    attn_status (*mla_plan)(const struct attn_mla_problem *problem, struct attn_mla_plan *plan);
+    attn_status (*mla_run)(const struct attn_mla_problem *problem, const struct attn_mla_plan *plan,
+                           char *workspace, int64_t workspace_bytes, void *stream);
+    attn_status (*mla_cache_quantize_run)(const struct attn_mla_cache_problem *problem,
+                                          void *stream);
+    attn_status (*mla_cache_dequantize_run)(const struct attn_mla_cache_problem *problem,
+                                            void *stream);
     const char *(*kernel_name)(int index); /* NULL past the last */
 };
 

@@ -45,6 +45,17 @@ else:
         mha_metadata_length,
         split_combine,
     )
+    from .mla import (
+        mla_cache_dequantize,
+        mla_cache_quantize,
+        mla_decode,
+        mla_decode_ref,
+        mla_plan,
+        mla_sparse_decode,
+        mla_sparse_decode_ref,
+        mla_sparse_fwd,
+        mla_sparse_fwd_ref,
+    )
 
 __all__ = [
     "ArgumentError",
@@ -66,5 +77,14 @@ __all__ = [
     "mha_fwd_plan",
     "mha_fwd_ref",
     "mha_metadata_length",
+    "mla_cache_dequantize",
+    "mla_cache_quantize",
+    "mla_decode",
+    "mla_decode_ref",
+    "mla_plan",
+    "mla_sparse_decode",
+    "mla_sparse_decode_ref",
+    "mla_sparse_fwd",
+    "mla_sparse_fwd_ref",
     "split_combine",
 ]
