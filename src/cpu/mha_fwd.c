@@ -2,11 +2,12 @@
  *
  * mha_fwd on a CPU: from a problem to kernel tasks.
  *
- *   read lengths -> append -> rotate q -> [pack K, V of some KV heads -> their tasks]* -> combine
+ *   read lengths -> append -> rotate q -> [pack K, V of a KV head -> its tasks]* -> combine
  *
  * The query axis of a KV head is flat: row r is token r / G, head r % G of the group, so GQA and
  * MQA fill a tile of rows as MHA does and K and V are read once a group.  A task is
- *   prefill  (sequence, KV head, block of rows, split of the keys)
+ *   prefill  (sequence, KV head, block of rows, split of the keys), dealt out by units.h: a unit
+ *            is a KV head of a sequence, its parts are blocks of keys to pack
  *   decode   (sequence, split, several KV heads), for kernels that walk the cache in address order
  * Every mask is an interval [lo, hi) of keys a row: see visible().
  *
@@ -15,7 +16,7 @@
  * the splits and their grid; they follow from shapes.
  *
  * Workspace, each part 64-byte aligned:
- *   seqs [b] | first task of each sequence [b + 1] | score and out scales [b, h_k] | sinks [h_q] |
+ *   seqs [b] | units [b h_k] | score and out scales [b, h_k] | sinks [h_q] |
  *   rotated q [b s_q or t_q, h_q, d_qk] | packed K, V [slots] | scratch [threads]
  */
 #include "cpu/mha_fwd.h"
@@ -24,6 +25,7 @@
 
 #include "core/env.h"
 #include "cpu/threads.h"
+#include "cpu/units.h"
 
 typedef struct attn_mha_fwd_problem problem_t;
 typedef struct attn_mha_fwd_plan plan_t;
@@ -39,10 +41,10 @@ enum {
     TILE_SCRATCH
 }; /* plan.tile */
 
-#define SHORT_ROWS 128 /* below this a pack of K and V is not repaid */
-#define PACK_BYTES_MAX ((int64_t)256 << 20)
-#define ROTATE_TOKENS 64 /* a task */
-#define SMALL_WORK 4e6   /* FLOP below which waking threads costs more */
+#define SHORT_ROWS 128                     /* below this a pack of K and V is not repaid */
+#define PACK_BYTES_MAX ((int64_t)48 << 20) /* of packed K and V, unless one head needs more */
+#define ROTATE_TOKENS 64                   /* a task */
+#define SMALL_WORK 4e6                     /* FLOP below which waking threads costs more */
 
 static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -89,7 +91,7 @@ static void choose_splits(const problem_t *p, const struct attn_mha_kernel *kern
 }
 
 struct layout {
-    int64_t seqs, first_task, scales, sinks, q, packs, scratch, bytes;
+    int64_t seqs, units, scales, sinks, q, packs, scratch, bytes;
 };
 
 /* Where the parts of the workspace begin; needs plan.tile. */
@@ -99,8 +101,9 @@ static struct layout lay_out(const problem_t *p, const plan_t *plan)
     int64_t at = 0;
     l.seqs = at;
     at += round_up(p->b * (int64_t)sizeof(seq_t), 64);
-    l.first_task = at;
-    at += round_up((p->b + 1) * (int64_t)sizeof(int64_t), 64);
+    l.units = at;
+    at += plan->tile[TILE_FORM] == FORM_PREFILL ? p->b * p->h_k * (int64_t)sizeof(struct attn_unit)
+                                                : 0;
     l.scales = at;
     at += round_up(2 * p->b * p->h_k * (int64_t)sizeof(float), 64);
     l.sinks = at;
@@ -156,7 +159,8 @@ attn_status attn_mha_fwd_cpu_plan_with(const struct attn_cpu_kernels *table, con
                                 64);
         int64_t units = p->b * p->h_k;
         plan->tile[TILE_SLOT_BYTES] = slot;
-        plan->tile[TILE_SLOTS] = min64(units, max64(PACK_BYTES_MAX / slot, 1));
+        plan->tile[TILE_SLOTS] = min64(min64(units, plan->tile[TILE_THREADS]),
+                                       max64(PACK_BYTES_MAX / slot, 1));
     }
     plan->workspace_bytes = lay_out(p, plan).bytes;
     return ATTN_OK;
@@ -173,7 +177,7 @@ struct call {
     const struct attn_rotary_kernel *rotary;
     const struct attn_split_combine_kernel *combine;
     seq_t *seqs;
-    int64_t *first_task;            /* [b + 1] row blocks of the sequences before */
+    struct attn_unit *units;        /* [b, h_k] */
     float *score_scale, *out_scale; /* [b, h_k] */
     float *sinks;                   /* [h_q] or NULL */
     char *packs, *scratch;
@@ -310,48 +314,36 @@ static void run_task(const struct call *c, int64_t i, int64_t head, int64_t head
     c->kernel->run(&task, scratch);
 }
 
-/* Index of the sequence that task t belongs to: first_task is sorted. */
-static int64_t find_sequence(const int64_t *first_task, int64_t b, int64_t t)
-{
-    int64_t low = 0, high = b;
-    while (high - low > 1) {
-        int64_t middle = low + (high - low) / 2;
-        if (first_task[middle] <= t)
-            low = middle;
-        else
-            high = middle;
-    }
-    return low;
-}
-
 /* ---- phases: each a body for attn_parallel ------------------------------------------------------ */
 
-/* A wave of prefill: units (sequence, KV head) u0 <= u < u1, the key blocks of a slot, the first
- * task. */
-struct wave {
-    const struct call *c;
-    int64_t u0, u1, blocks, t0;
-};
-
-/* Packs block task % blocks of the keys of unit u0 + task / blocks into the unit's slot. */
-static void pack_block(void *context, int64_t task, int thread)
+/* The key blocks of sequence i that some row sees: those from block *first on, their number. */
+static int64_t seen_blocks(const struct call *c, int64_t i, int64_t *first)
 {
-    (void)thread;
-    const struct wave *w = context;
-    const struct call *c = w->c;
+    const seq_t *s = &c->seqs[i];
+    int64_t n = c->kernel->n, begin, end, unused;
+    *first = 0;
+    if (s->q_len == 0) return 0;
+    visible(&c->p, s, 0, &begin, &unused);
+    visible(&c->p, s, s->q_len - 1, &unused, &end);
+    *first = begin / n;
+    return begin < end ? ceil_div(end, n) - *first : 0;
+}
+
+/* Packs one of the seen key blocks of a unit. */
+static void pack_block(void *context, int64_t u, int32_t slot, int64_t part)
+{
+    const struct call *c = context;
     const problem_t *p = &c->p;
-    int64_t slot = task / w->blocks, n = task % w->blocks, u = w->u0 + slot;
-    int64_t j0 = n * c->kernel->n, first, end, unused;
     const seq_t *s = &c->seqs[u / p->h_k];
-    int64_t d_s = p->d_qk + (p->qv.data ? p->d_v : 0);
-    if (s->q_len == 0) return;
-    visible(p, s, 0, &first, &unused);
+    int64_t d_s = p->d_qk + (p->qv.data ? p->d_v : 0), first, begin, end, unused;
+    seen_blocks(c, u / p->h_k, &first);
+    visible(p, s, 0, &begin, &unused);
     visible(p, s, s->q_len - 1, &unused, &end);
-    if (j0 >= end || j0 + c->kernel->n <= first) return; /* no task reads it */
     struct attn_kv_view kv = kv_view(p, s, u % p->h_k);
-    c->kernel->pack(&kv, (int32_t)p->d_qk, (int32_t)p->d_v, p->qv.data != NULL, j0, first, end,
+    c->kernel->pack(&kv, (int32_t)p->d_qk, (int32_t)p->d_v, p->qv.data != NULL,
+                    (first + part) * c->kernel->n, begin, end,
                     c->packs + slot * c->plan->tile[TILE_SLOT_BYTES] +
-                        n * c->kernel->pack_bytes(d_s, p->d_v));
+                        (first + part) * c->kernel->pack_bytes(d_s, p->d_v));
 }
 
 static char *thread_scratch(const struct call *c, int thread)
@@ -359,43 +351,45 @@ static char *thread_scratch(const struct call *c, int thread)
     return c->scratch + thread * c->plan->tile[TILE_SCRATCH];
 }
 
-/* Task order: sequence, KV head, row blocks from the last (the longest, if causal), split. */
-static void prefill_task(void *context, int64_t task, int thread)
+static int64_t row_blocks(const struct call *c, int64_t i)
 {
-    const struct wave *w = context;
-    const struct call *c = w->c;
-    const problem_t *p = &c->p;
-    int64_t splits = c->plan->splits, t = w->t0 + task;
-    int64_t i = find_sequence(c->first_task, p->b, t / splits / p->h_k);
-    int64_t n = c->first_task[i + 1] - c->first_task[i];
-    int64_t rest = t - c->first_task[i] * p->h_k * splits;
-    int64_t head = rest / (n * splits), block = n - 1 - rest / splits % n;
-    int64_t r0 = block * c->block_rows, rows = c->seqs[i].q_len * c->group - r0;
-    const char *slot = c->packs + (i * p->h_k + head - w->u0) * c->plan->tile[TILE_SLOT_BYTES];
-    run_task(c, i, head, 1, r0, min64(rows, c->block_rows), rest % splits,
-             c->kernel->pack ? slot : NULL, thread_scratch(c, thread));
+    return ceil_div(c->seqs[i].q_len * c->group, c->block_rows);
 }
 
-/* The number of tasks before unit u. */
-static int64_t tasks_before(const struct call *c, int64_t u)
+/* Task order in a unit: row blocks from the last (the longest, if causal), splits. */
+static void prefill_task(void *context, int64_t u, int32_t slot, int64_t task, int thread)
 {
-    int64_t i = u / c->p.h_k, head = u % c->p.h_k;
-    int64_t n = head ? c->first_task[i + 1] - c->first_task[i] : 0;
-    return c->plan->splits * (c->first_task[i] * c->p.h_k + head * n);
+    const struct call *c = context;
+    const problem_t *p = &c->p;
+    int64_t i = u / p->h_k, splits = c->plan->splits;
+    int64_t r0 = (row_blocks(c, i) - 1 - task / splits) * c->block_rows;
+    int64_t rows = min64(c->seqs[i].q_len * c->group - r0, c->block_rows);
+    run_task(c, i, u % p->h_k, 1, r0, rows, task % splits,
+             c->kernel->pack ? c->packs + slot * c->plan->tile[TILE_SLOT_BYTES] : NULL,
+             thread_scratch(c, thread));
 }
 
-/* Waves of units, each packed (where the kernel wants it) and then attended. */
-static void run_prefill(const struct call *c)
+static void run_prefill(struct call *c)
 {
     const problem_t *p = &c->p;
-    int64_t units = p->b * p->h_k, step = c->kernel->pack ? c->plan->tile[TILE_SLOTS] : units;
-    struct wave w = {.c = c, .blocks = ceil_div(max64(p->s_k, 1), c->kernel->n)};
-    for (; w.u0 < units; w.u0 = w.u1) {
-        w.u1 = min64(w.u0 + step, units);
-        w.t0 = tasks_before(c, w.u0);
-        if (c->kernel->pack) attn_parallel(c->threads, (w.u1 - w.u0) * w.blocks, pack_block, &w);
-        attn_parallel(c->threads, tasks_before(c, w.u1) - w.t0, prefill_task, &w);
+    struct attn_units all = {
+        .unit = c->units,
+        .count = p->b * p->h_k,
+        .slots = c->kernel->pack ? c->plan->tile[TILE_SLOTS] : c->threads,
+        .prepare = pack_block,
+        .compute = prefill_task,
+        .context = c,
+    };
+    for (int64_t u = 0; u < all.count; ++u) {
+        int64_t i = u / p->h_k, first, blocks = seen_blocks(c, i, &first);
+        c->units[u] = (struct attn_unit){
+            .parts = c->kernel->pack ? blocks : 0,
+            .tasks = row_blocks(c, i) * c->plan->splits,
+            .before = all.work,
+        };
+        all.work += (double)c->seqs[i].q_len * (double)blocks;
     }
+    attn_units_run(&all, c->threads);
 }
 
 /* Task: (sequence, split, chunk of KV heads). */
@@ -514,10 +508,6 @@ static void run_phases(struct call *c)
         attn_parallel(c->threads, pieces * ceil_div(p->h_k, c->block_heads), decode_task, c);
     } else {
         c->block_rows = choose_rows(c);
-        c->first_task[0] = 0;
-        for (int64_t i = 0; i < p->b; ++i)
-            c->first_task[i + 1] = c->first_task[i] +
-                                   ceil_div(c->seqs[i].q_len * c->group, c->block_rows);
         run_prefill(c);
     }
     if (c->plan->splits > 1) attn_parallel(c->threads, p->b * p->h_q, combine_head, c);
@@ -554,7 +544,7 @@ attn_status attn_mha_fwd_cpu_run_with(const struct attn_cpu_kernels *table, cons
         .rotary = table->rotary[p->dtype],
         .combine = table->split_combine,
         .seqs = (seq_t *)(void *)(workspace + l.seqs),
-        .first_task = (int64_t *)(void *)(workspace + l.first_task),
+        .units = (struct attn_unit *)(void *)(workspace + l.units),
         .score_scale = (float *)(void *)(workspace + l.scales),
         .out_scale = (float *)(void *)(workspace + l.scales) + p->b * p->h_k,
         .sinks = p->sinks ? (float *)(void *)(workspace + l.sinks) : NULL,

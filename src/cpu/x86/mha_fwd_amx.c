@@ -527,6 +527,44 @@ static void play(struct work *w, const struct beat *next)
     w->exp = *next;
 }
 
+/* Packs the q of one tile, zeros for padding rows. */
+static void load_q(struct work *w, int tile)
+{
+    const struct attn_mha_task *t = w->task;
+    const char *q[16], *qv[16];
+    for (int i = 0; i < 16; i++) {
+        int r = 16 * tile + i;
+        q[i] = r < t->rows ? t->q + t->q_row[r] : NULL;
+        qv[i] = r < t->rows && t->qv ? t->qv + t->qv_row[r] : NULL;
+    }
+    pack_q_rows(q, t->qv ? qv : NULL, t->d_qk, t->d_v, t->score_scale[0] < 0,
+                w->q + tile / 2 * w->k_steps * PAIR_BYTES + tile % 2 * TILE_BYTES);
+}
+
+/* Asks for rows [from, to) of q or out, whose lines are often pages apart. */
+static inline void fetch_rows(const struct work *w, const char *base, const int64_t *at, int from,
+                              int to, int64_t bytes)
+{
+    if (to > w->task->rows) to = w->task->rows;
+    for (int r = from; r < to; r++)
+        for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(base + at[r] + i, _MM_HINT_T1);
+}
+
+/* What a beat's pair will want besides K and V: its own q, and that of the pair after it, before its
+ * first beat; a share of its rows of out before those of its last block. */
+static void fetch_for(struct work *w, const struct beat *b)
+{
+    const struct attn_mha_task *t = w->task;
+    int row = 32 * b->pair, share = 8 * (int)(b->begin % BLOCK_STEPS / BEAT_STEPS);
+    if (b->first) {
+        load_q(w, 2 * b->pair);
+        load_q(w, 2 * b->pair + 1);
+        fetch_rows(w, t->q, t->q_row, row + 32, row + 64, 2 * t->d_qk);
+    }
+    if (b->begin / BLOCK_STEPS == (w->end[b->pair] - 1) / BLOCK_STEPS)
+        fetch_rows(w, t->out, t->out_row, row + share, row + share + 8, 2 * t->d_v);
+}
+
 /* All units: blocks of keys, in each the pairs that see some of it. */
 static void attend(struct work *w, int64_t begin, int64_t end)
 {
@@ -543,6 +581,7 @@ static void attend(struct work *w, int64_t begin, int64_t end)
                 if (b.end > to) b.end = to;
                 b.last = b.end == to;
                 b.first = b.begin == w->begin[b.pair];
+                fetch_for(w, &b);
                 play(w, &b);
                 b.slot = (int)(b.slot + b.end - b.begin) % S_STEPS;
             }
@@ -663,20 +702,6 @@ static void load_intervals(struct work *w, int pair)
     w->o_used[pair] = false;
 }
 
-/* Packs the q of one tile, zeros for padding rows. */
-static void load_q(struct work *w, int tile)
-{
-    const struct attn_mha_task *t = w->task;
-    const char *q[16], *qv[16];
-    for (int i = 0; i < 16; i++) {
-        int r = 16 * tile + i;
-        q[i] = r < t->rows ? t->q + t->q_row[r] : NULL;
-        qv[i] = r < t->rows && t->qv ? t->qv + t->qv_row[r] : NULL;
-    }
-    pack_q_rows(q, t->qv ? qv : NULL, t->d_qk, t->d_v, t->score_scale[0] < 0,
-                w->q + tile / 2 * w->k_steps * PAIR_BYTES + tile % 2 * TILE_BYTES);
-}
-
 static int64_t pairs_of(int64_t rows) { return (rows + 31) / 32; }
 
 static void run(const struct attn_mha_task *task, char *scratch)
@@ -706,9 +731,8 @@ static void run(const struct attn_mha_task *task, char *scratch)
         load_intervals(&w, pair);
         if (w.begin[pair] < w.end[pair] && w.begin[pair] < begin) begin = w.begin[pair];
         if (w.end[pair] > end) end = w.end[pair];
-        load_q(&w, 2 * pair);
-        load_q(&w, 2 * pair + 1);
     }
+    fetch_rows(&w, task->q, task->q_row, 0, 32, 2 * task->d_qk);
     if (begin < end) {
         tile_begin();
         attend(&w, begin, end);
