@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Tensors on a Moore Threads GPU (device type "musa") are handed to MATE, by keyword.
 
-The mapping is that of MATE 0.2.2's mate.mha_interface, and for mate.kda of the 0.2.4 line.  It is
-tested against stand-in modules only: none of it has run on the hardware.
+The mapping is that of MATE 0.2.2's mate.mha_interface and mate.flashmla, and for mate.kda of the 0.2.4
+line.  It is tested against stand-in modules only: none of it has run on the hardware.
 """
 
 import importlib
@@ -263,4 +263,60 @@ def chunk_kda(
         use_qk_l2norm_in_kernel=True,
         output=out,
         final_state=final_state,
+    )
+
+
+# ---- mate.flashmla -----------------------------------------------------------------------------------
+
+
+def get_mla_metadata(**arguments):
+    """MATE's scheduler tensors (tile_scheduler_metadata, num_splits) for these arguments of its own."""
+    return mate_function("get_mla_metadata", "flashmla")(**arguments)
+
+
+def flash_mla_with_kvcache(
+    q,
+    k_cache,
+    block_table,
+    cache_seqlens,
+    head_dim_v,
+    tile_scheduler_metadata,
+    num_splits,
+    softmax_scale,
+    causal,
+    is_fp8_kvcache,
+    indices,
+    **sparse_only,
+):
+    """MLA decode by MATE: (out, lse), a dense lse as MATE lays it out, (b, s_q, h_q).
+
+    Of attn_sink, extra_k_cache, extra_indices_in_kvcache, topk_length and extra_topk_length those that
+    are given are handed on.
+    """
+    return mate_function("flash_mla_with_kvcache", "flashmla")(
+        q=q,
+        k_cache=k_cache,
+        block_table=block_table,
+        cache_seqlens=cache_seqlens,
+        head_dim_v=head_dim_v,
+        tile_scheduler_metadata=tile_scheduler_metadata,
+        num_splits=num_splits,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        is_fp8_kvcache=is_fp8_kvcache,
+        indices=indices,
+        **{name: value for name, value in sparse_only.items() if value is not None},
+    )
+
+
+def flash_mla_sparse_fwd(q, kv, indices, sm_scale, d_v, attn_sink, topk_length):
+    """Sparse prefill by MATE: (out, max_logits, lse)."""
+    return mate_function("flash_mla_sparse_fwd", "flashmla")(
+        q=q,
+        kv=kv,
+        indices=indices,
+        sm_scale=sm_scale,
+        d_v=d_v,
+        attn_sink=attn_sink,
+        topk_length=topk_length,
     )

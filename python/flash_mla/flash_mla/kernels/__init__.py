@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""Module names of the Triton package of the same name."""
