@@ -127,7 +127,7 @@ def test_what_is_written_is_what_decode_reads(device, d):
         (lambda c: kv.quantize_k_cache(torch.zeros(2, 64, 2, 576)), RuntimeError, "one KV head"),
         (lambda c: kv.quantize_k_cache(torch.zeros(2, 576)), RuntimeError, "k_cache: expected 4"),
         (lambda c: kv.quantize_k_cache([1]), TypeError, "k_cache"),
-        (lambda c: kv.write_k_cache(torch.zeros(3, 512), c, torch.zeros(3).int()), RuntimeError, "kv"),
+        (lambda c: kv.write_k_cache(torch.zeros(3, 512), c, torch.zeros(3).int()), RuntimeError, "cache"),
         (lambda c: kv.write_k_cache(torch.zeros(3, 576), c, torch.zeros(2).int()), RuntimeError, "slots"),
         (lambda c: kv.write_k_cache(torch.zeros(3, 576), c, torch.zeros(3)), TypeError, "slots"),
         (lambda c: kv.write_k_cache(torch.zeros(3, 576).double(), c, torch.zeros(3).int()), TypeError, "kv"),
