@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: MIT
+"""flash-linear-attention (fla) as a client of flash_kda: its FlashKDA back end with its own checks, on
+CPU tensors, and its naive reference beside our oracle.
+
+fla does not import without Triton, and its dispatcher takes CUDA tensors only: a stub stands in for
+Triton while fla is imported, and the back end's class is called directly.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import triton_stub
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "python"))
+
+import kda_reference as reference  # noqa: E402
+from kda_cases import check, draw  # noqa: E402
+
+pytest.importorskip("fla", reason="fla-core is not installed (requirements/test.txt)")
+
+FLAGS = {
+    "use_gate_in_kernel": True,
+    "use_qk_l2norm_in_kernel": True,
+    "use_beta_sigmoid_in_kernel": True,
+    "safe_gate": True,
+    "state_v_first": True,
+}
+
+
+@pytest.fixture(scope="module")
+def fla():
+    """fla's back end, an instance, and its naive recurrence."""
+    import torch._dynamo  # before the stub: torch looks for Triton once
+    import torch.utils._triton
+
+    torch.utils._triton.has_triton_package()
+    with triton_stub.installed():
+        from fla.ops.kda.backends.flash_kda import FlashKDABackend
+        from fla.ops.kda.naive import naive_recurrent_kda
+    return FlashKDABackend(), naive_recurrent_kda
+
+
+def call(backend, problem, **more):
+    """chunk_kda by the back end, once its verifier has taken the call."""
+    given = {
+        **problem.inputs(),
+        "initial_state": problem.initial_state,
+        "cu_seqlens": problem.cu_seqlens,
+        "output_final_state": True,
+        **FLAGS,
+        **more,
+    }
+    taken, why = backend.chunk_kda_verifier(**given)
+    assert taken, why
+    return backend.chunk_kda(**given)
+
+
+@pytest.mark.parametrize("state", [None, "fp32"])
+@pytest.mark.parametrize("lengths", [None, (17, 0, 64, 19)], ids=["batch", "packed"])
+@torch.inference_mode()
+def test_back_end(fla, state, lengths):
+    problem = draw((2, 40, 2) if lengths is None else (1, 100, 2), lengths=lengths, state=state)
+    out, states = call(fla[0], problem)
+    assert states.dtype == torch.float32 and states.shape == problem.state_shape
+    check(problem, out, states)
+
+
+@torch.inference_mode()
+def test_what_fla_fills_in(fla):
+    """scale None, a flat dt_bias, int32 lengths, no state wanted: the same numbers."""
+    problem = draw((1, 70, 2), lengths=(33, 37), index=torch.int32)
+    want, _ = call(fla[0], problem)
+    out, states = call(
+        fla[0], problem, scale=None, dt_bias=problem.dt_bias.flatten(), output_final_state=False
+    )
+    assert torch.equal(out, want) and states is None
+
+
+@torch.inference_mode()
+def test_a_bf16_initial_state(fla):
+    """fla asks for an fp32 final state whatever it starts from; upstream and we want one dtype."""
+    with pytest.raises(RuntimeError, match="final_state"):
+        call(fla[0], draw((1, 20, 1), state="bf16"))
+
+
+def test_what_its_checks_refuse(fla):
+    backend, problem = fla[0], draw((1, 20, 1))
+    given = {**problem.inputs(), **FLAGS}
+    assert backend.chunk_kda_verifier(**given)[0] is False  # gradients are on
+    with torch.no_grad():
+        assert backend.chunk_kda_verifier(**given)[0] is True
+        for flag in FLAGS:
+            assert backend.chunk_kda_verifier(**{**given, flag: False})[0] is False
+
+
+@pytest.mark.parametrize("state", [None, "fp32"])
+def test_its_naive_recurrence_agrees_with_our_oracle(fla, state):
+    """In fp32, on activated inputs, with the state transposed: [K, V] there."""
+    p = draw((2, 50, 3), dtype="fp32", state=state)
+    want, want_states, _ = p.want()
+    out, states = fla[1](
+        reference.unit(p.q),
+        reference.unit(p.k),
+        p.v,
+        reference.log_decay(p.g, p.A_log, p.dt_bias, p.lower_bound).float(),
+        p.beta.sigmoid(),
+        p.scale,
+        None if state is None else p.initial_state.mT,
+        True,
+    )
+    torch.testing.assert_close(out.double(), want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(states.mT.double(), want_states, rtol=1e-4, atol=1e-5)
