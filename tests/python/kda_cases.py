@@ -54,14 +54,14 @@ class Problem:
     def low(self):
         return reference.rounded(**self.inputs(), state=self.initial_state, cu_seqlens=self.cu_seqlens)
 
-    def run(self, final="fp32", **more):
+    def run(self, final="fp32", out=None, **more):
         """(out, final_state) of flash_kda.fwd; `final` is a dtype, a tensor to write, or None."""
-        out = torch.full_like(self.v, SENTINEL)
+        out = torch.full_like(self.v, SENTINEL) if out is None else out
         if isinstance(final, str):
             like = {"dtype": DTYPES[final], "device": self.q.device}
             final = torch.full(self.state_shape, SENTINEL, **like)
-        given = {"initial_state": self.initial_state, "final_state": final, "cu_seqlens": self.cu_seqlens}
-        assert flash_kda.fwd(**self.inputs(), out=out, **{**given, **more}) is None
+        more = {"initial_state": self.initial_state, "cu_seqlens": self.cu_seqlens, **more}
+        assert flash_kda.fwd(**self.inputs(), out=out, final_state=final, **more) is None
         return out, final
 
 
@@ -113,11 +113,14 @@ def draw(
 
 
 def rms_ratio(got, want):
-    """RMS of got - want over the RMS of want; 0 for two that are equal, inf for a NaN."""
+    """RMS of got - want over the RMS of want, below which the least normal number of got's dtype
+    counts; 0 for two that are equal, inf for a NaN."""
     error = (got.double().cpu() - want).square().mean().sqrt().item() if want.numel() else 0.0
     if error == 0.0:
         return 0.0
-    return error / (want.square().mean().sqrt().item() + 1e-30) if error == error else float("inf")
+    if error != error:
+        return float("inf")
+    return error / (want.square().mean().sqrt().item() + torch.finfo(got.dtype).tiny)
 
 
 def limit(dtype, low, want):

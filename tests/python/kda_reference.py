@@ -69,9 +69,7 @@ def forward(
     return out.view(shape), s, checkpoints
 
 
-def rounded(
-    q, k, v, g, beta, scale, A_log=None, dt_bias=None, lower_bound=-5.0, state=None, cu_seqlens=None
-):
+def rounded(q, k, v, g, beta, scale, A_log=None, dt_bias=None, lower_bound=-5.0, state=None, cu_seqlens=None):
     """(out, states) as a chunked kernel on bf16 matrix units has them, 16 tokens at a time: products
     of bf16 with fp32 sums, rounded to bf16 wherever a result is an operand again, the state too."""
     r = lambda x: x.bfloat16().float()  # noqa: E731

@@ -387,7 +387,9 @@ def test_pools(where, state, device):
         if slot in slots:
             assert torch.equal(final[slot], want_states[slots.index(slot)])
         else:
-            assert torch.equal(final[slot], before[slot]) or (final[slot].isnan() & before[slot].isnan()).all()
+            assert (
+                torch.equal(final[slot], before[slot]) or (final[slot].isnan() & before[slot].isnan()).all()
+            )
 
 
 def test_a_pool_for_one_of_the_states(device):

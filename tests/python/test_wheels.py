@@ -29,6 +29,13 @@ out = flash_attn_interface.flash_attn_func(q, k, v)
 sdpa = torch.nn.functional.scaled_dot_product_attention
 want = sdpa(*(x.transpose(1, 2) for x in (q, k, v)), enable_gqa=True).transpose(1, 2)
 torch.testing.assert_close(out, want)
+
+import flash_kda, flash_kda_C
+q, k, v, g = torch.randn(4, 1, 20, 2, 64)
+zeros, state = torch.zeros(2), torch.zeros(1, 2, 64, 64)
+out = torch.full_like(v, torch.nan)
+flash_kda.fwd(q, k, v, g, q[..., 0], 0.125, out, zeros, torch.zeros(2, 64), -5.0, final_state=state)
+assert out.isfinite().all() and state.isfinite().all() and state.any()
 print(tvm_ffi.__version__)
 """
 
@@ -51,7 +58,7 @@ def metadata(wheel: Path) -> str:
 
 def test_one_wheel_a_distribution(wheels):
     assert wheels.keys() == {p.parent.name for p in (ROOT / "python").glob("*/pyproject.toml")}
-    assert wheels.keys() >= {"libattn", "flash_attn_3"}
+    assert wheels.keys() >= {"libattn", *OWNED}
 
 
 def test_the_native_wheel_suits_every_python_and_the_glibc_it_names(wheels):
@@ -74,9 +81,19 @@ def test_the_other_wheels_are_pure_and_want_this_libattn(wheels):
             ), name
 
 
-def test_flash_attn_3_owns_its_names_and_no_others(wheels):
-    tops = {name.split("/")[0] for name in names(wheels["flash_attn_3"]) if ".dist-info" not in name}
-    assert tops == {"flash_attn_interface.py", "flash_attn_config.py", "flash_attn_3"}
+OWNED = {
+    "flash_attn_3": {"flash_attn_interface.py", "flash_attn_config.py", "flash_attn_3"},
+    "flash_kda": {"flash_kda", "flash_kda_C.py"},
+}
+
+
+@pytest.mark.parametrize("name", OWNED)
+def test_each_package_owns_its_names_and_no_others(name, wheels):
+    tops = {path.split("/")[0] for path in names(wheels[name]) if ".dist-info" not in path}
+    assert tops == OWNED[name]
+
+
+def test_flash_attn_3_has_the_official_major_version(wheels):
     assert wheels["flash_attn_3"].name.startswith("flash_attn_3-3.")
 
 

@@ -13,6 +13,8 @@ For every sequence and head, token by token:
 docs/compatibility/flash_kda.md says what runs where.
 """
 
+import operator
+
 import libattn
 import torch
 from libattn import ArgumentError, NotBuiltError, kda, musa
@@ -37,26 +39,24 @@ def _number(name, value):
 
 
 def _input(name, x):
-    """x as libattn can read it: a tensor whose sign is written out."""
+    """x as libattn can read it: a tensor with memory, its sign written out."""
     if not isinstance(x, _Tensor) or type(x).__torch_dispatch__ is not _NO_DISPATCH:
         raise TypeError(f"{name}: expected a tensor with memory of its own, got {type(x).__name__}")
     return x.resolve_neg()
 
 
+def _output(name, x):
+    """Refuses an x that cannot be written in place."""
+    if _input(name, x) is not x:
+        raise ArgumentError(f"{name}: expected a plain tensor, got a negated view")
+
+
 def _inputs(**tensors):
-    """The tensors in order, each through _input where it is not plain; None stays None."""
+    """The tensors in order, through _input where they are not plain; None stays None."""
     return [
         x if x is None or (type(x) is _Tensor and not x.is_neg()) else _input(name, x)
         for name, x in tensors.items()
     ]
-
-
-def _check_outputs(**tensors):
-    """Refuses what cannot be written in place."""
-    for name, x in tensors.items():
-        if x is not None and (type(x) is not _Tensor or x.is_neg()):
-            if _input(name, x) is not x:
-                raise ArgumentError(f"{name}: expected a plain tensor, got a negated view")
 
 
 def _written(*tensors):
@@ -106,7 +106,9 @@ def fwd(
     """
     if musa.is_on_musa(q):
         if checkpoint_states is not None or checkpoint_every or state_indices is not None:
-            raise NotBuiltError("flash_kda.fwd: MATE has no checkpoints and no state pools for tensors on MUSA")
+            raise NotBuiltError(
+                "flash_kda.fwd: MATE has no checkpoints and no state pools for tensors on MUSA"
+            )
         musa.chunk_kda(
             q,
             k,
@@ -135,7 +137,11 @@ def fwd(
         cu_seqlens=cu_seqlens,
         state_indices=state_indices,
     )
-    _check_outputs(out=out, final_state=final_state, checkpoint_states=checkpoint_states)
+    _output("out", out)
+    if final_state is not None:
+        _output("final_state", final_state)
+    if checkpoint_states is not None:
+        _output("checkpoint_states", checkpoint_states)
     kda.kda_fwd(
         q,
         k,
@@ -143,16 +149,16 @@ def fwd(
         g,
         beta,
         _number("scale", scale),
-        out,
+        _number("lower_bound", lower_bound),
         A_log,
         dt_bias,
-        _number("lower_bound", lower_bound),
-        initial,
-        final_state,
-        cu_seqlens,
-        state_indices,
-        checkpoint_states,
-        checkpoint_every,
+        out=out,
+        initial_state=initial,
+        final_state=final_state,
+        cu_seqlens=cu_seqlens,
+        state_indices=state_indices,
+        checkpoint_states=checkpoint_states,
+        checkpoint_every=checkpoint_every,
     )
     _written(out, final_state, checkpoint_states)
 
@@ -195,7 +201,8 @@ def step(
         cu_seqlens=cu_seqlens,
         state_indices=state_indices,
     )
-    _check_outputs(out=out, state=state)
+    _output("out", out)
+    _output("state", state)
     kda.kda_step(
         q,
         k,
@@ -203,17 +210,19 @@ def step(
         g,
         beta,
         _number("scale", scale),
-        out,
-        A_log,
-        dt_bias,
         _number("lower_bound", lower_bound),
         state,
-        state_indices,
-        cu_seqlens,
+        A_log,
+        dt_bias,
+        out=out,
+        state_indices=state_indices,
+        cu_seqlens=cu_seqlens,
     )
     _written(out, state)
 
 
 def get_workspace_size(T_total, H, N=1):
     """Bytes of workspace that flash_kda_C.fwd wants from its caller: 0, as the library has its own."""
+    for size in (T_total, H, N):
+        operator.index(size)
     return 0
