@@ -23,6 +23,7 @@
 #include <stdint.h>
 
 #include "core/dtype.h"
+#include "cpu/mla_kernel.h"
 
 /* Where the keys of one sequence lie.  Key j is at cache position x = first + j: row x of a
  * contiguous cache, or slot x % page of page pages[x / page].  All strides are bytes. */
@@ -125,6 +126,8 @@ struct attn_cpu_kernels {
     const struct attn_mha_kernel *mha_decode[ATTN_DTYPES]; /* rows_max rows of G * s_q */
     const struct attn_rotary_kernel *rotary[ATTN_DTYPES];
     const struct attn_split_combine_kernel *split_combine;
+    const struct attn_mla_kernel *mla[ATTN_MLA_FORMATS];
+    const struct attn_mla_finish_kernel *mla_finish;
 };
 
 /* Rungs, each implies those below it. */

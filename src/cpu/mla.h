@@ -19,13 +19,6 @@ static inline char *attn_mla_scales(const struct attn_mla_cache *c, int64_t n, i
     return c->data + n * c->page_stride + ATTN_MODEL1_ROW_BYTES * c->page + 8 * o;
 }
 
-/* 2^(e - 127); 255 is NaN. */
-static inline float attn_e8m0_to_float(uint8_t e)
-{
-    if (e == 255) return NAN;
-    return attn_bits_float(e ? (uint32_t)e << 23 : 0x00400000u);
-}
-
 /* x[0 .. d): the values of a stored row, quantised ones rounded to bf16. */
 void attn_mla_row_values(enum attn_mla_format format, const char *row, const char *scales,
                          int64_t d, float *x);

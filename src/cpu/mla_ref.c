@@ -53,8 +53,7 @@ static void attend(const struct attn_mla_problem *p, int64_t i, int64_t t, int64
     if (p->descale_q) scale *= (double)*p->descale_q;
     if (p->descale_k) scale *= v_scale = (double)*p->descale_k;
     for (int64_t c = 0; c < p->d_qk; ++c)
-        q[c] = attn_load(p->dtype, p->q.data,
-                         i * p->q.batch + t * p->q.row + h * p->q.head + c);
+        q[c] = attn_load(p->dtype, p->q.data, i * p->q.batch + t * p->q.row + h * p->q.head + c);
 
     for (int64_t x = 0; x < n; ++x) {
         double s = 0;

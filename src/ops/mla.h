@@ -33,6 +33,13 @@ enum {
     ATTN_MODEL1_TILE = 64,
 };
 
+/* 2^(e - 127); 255 is NaN. */
+static inline float attn_e8m0_to_float(uint8_t e)
+{
+    if (e == 255) return NAN;
+    return attn_bits_float(e ? (uint32_t)e << 23 : 0x00400000u);
+}
+
 /* Row o of page n, KV head h: data + n * page_stride + o * row_stride + h * head_stride, in bytes.
  * MODEL1 has its scales at data + n * page_stride + 576 * page + 8 * o. */
 struct attn_mla_cache {

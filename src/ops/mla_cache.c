@@ -29,8 +29,8 @@ attn_status attn_mla_cache_check(const struct attn_mla_cache_args *a, bool write
     p->kv = attn_tensor_data(a->kv);
     p->kv_row = attn_tensor_stride(a->kv, 0);
     ATTN_TRY(attn_mla_pages_check(a->cache, "cache", p->d, p->device, &p->cache));
-    int64_t page_bytes = p->cache.page * (p->format == ATTN_MLA_V32 ? ATTN_V32_BYTES
-                                                                    : ATTN_MODEL1_BYTES);
+    int64_t page_bytes = p->cache.page *
+                         (p->format == ATTN_MLA_V32 ? ATTN_V32_BYTES : ATTN_MODEL1_BYTES);
     ATTN_CHECK(!write || p->cache.num_pages <= 1 || p->cache.page_stride >= page_bytes,
                ATTN_E_SHAPE, "cache: expected pages at least %lld bytes apart, got stride %lld",
                (long long)page_bytes, (long long)p->cache.page_stride);

@@ -17,8 +17,8 @@ static attn_status check_cache(const args_t *a, problem_t *p)
     const char *wish = "[num_pages, page, h_k, d_qk]";
     enum attn_dtype got = ATTN_F32;
     const DLTensor *k = a->k_cache;
-    ATTN_TRY(attn_mla_shape_check(k, "k_cache", wish, 4, (int64_t[]){-1, -1, -1, p->d_qk},
-                                  p->device));
+    ATTN_TRY(
+        attn_mla_shape_check(k, "k_cache", wish, 4, (int64_t[]){-1, -1, -1, p->d_qk}, p->device));
     ATTN_TRY(attn_tensor_dtype(k, "k_cache", attn_dtype_name(p->dtype), &got));
     ATTN_CHECK(got == p->dtype, ATTN_E_DTYPE, "k_cache: expected q's dtype %s, got %s",
                attn_dtype_name(p->dtype), attn_dtype_name(got));

@@ -43,8 +43,8 @@ static attn_status check_extra(const struct attn_mla_sparse_decode_args *a, prob
     ATTN_CHECK(a->extra_k_cache || !a->extra_topk_length, ATTN_E_VALUE,
                "extra_topk_length: expected none without extra_k_cache, got a tensor");
     if (!a->extra_k_cache) return ATTN_OK;
-    ATTN_TRY(attn_mla_pages_check(a->extra_k_cache, "extra_k_cache", p->d_qk, p->device,
-                                  &p->cache[1]));
+    ATTN_TRY(
+        attn_mla_pages_check(a->extra_k_cache, "extra_k_cache", p->d_qk, p->device, &p->cache[1]));
     return check_list(a->extra_indices_in_kvcache, "extra_indices_in_kvcache",
                       "[b, s_q, extra_topk]", (int64_t[]){p->b, p->s_q, -1}, a->extra_topk_length,
                       "extra_topk_length", p, &p->list[1]);
@@ -121,8 +121,8 @@ static attn_status check_fwd_outputs(const struct attn_mla_sparse_fwd_args *a, p
     const char *const names[] = {"indices", "topk_length"};
     const DLTensor *written[] = {a->out, a->max_logits, a->lse};
     const int64_t want[2] = {p->b, p->h_q};
-    ATTN_TRY(attn_mla_out_check(a->out, "[s_q, h_q, d_v]", 3, (int64_t[]){p->b, p->h_q, p->d_v},
-                                p));
+    ATTN_TRY(
+        attn_mla_out_check(a->out, "[s_q, h_q, d_v]", 3, (int64_t[]){p->b, p->h_q, p->d_v}, p));
     p->out = (struct attn_rows){attn_tensor_data(a->out), attn_tensor_stride(a->out, 0), 0,
                                 attn_tensor_stride(a->out, 1)};
     ATTN_TRY(attn_mla_float_check(a->max_logits, "max_logits", "[s_q, h_q]", 2, want, p->device,

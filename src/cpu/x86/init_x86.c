@@ -14,6 +14,8 @@ void attn_cpu_init_x86(struct attn_cpu_kernels *t, unsigned have)
         t->rotary[i] = &attn_rotary_avx2[i];
     }
     t->split_combine = &attn_split_combine_avx2;
+    for (int i = 0; i < ATTN_MLA_FORMATS; ++i) t->mla[i] = &attn_mla_avx2[i];
+    t->mla_finish = &attn_mla_finish_avx2;
 
     if (!(have & ATTN_CPU_AVX512)) return;
     for (int i = 0; i < ATTN_DTYPES; ++i) {
@@ -22,6 +24,8 @@ void attn_cpu_init_x86(struct attn_cpu_kernels *t, unsigned have)
         t->rotary[i] = &attn_rotary_avx512[i];
     }
     t->split_combine = &attn_split_combine_avx512;
+    for (int i = 0; i < ATTN_MLA_FORMATS; ++i) t->mla[i] = &attn_mla_avx512[i];
+    t->mla_finish = &attn_mla_finish_avx512;
 
     if (!(have & ATTN_CPU_AMX)) return;
     t->mha_fwd[ATTN_BF16] = &attn_mha_fwd_bf16_amx;

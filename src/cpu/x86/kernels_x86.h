@@ -21,4 +21,10 @@ extern const struct attn_rotary_kernel attn_rotary_avx512[ATTN_DTYPES];
 extern const struct attn_split_combine_kernel attn_split_combine_avx2;
 extern const struct attn_split_combine_kernel attn_split_combine_avx512;
 
+/* Indexed by enum attn_mla_format. */
+extern const struct attn_mla_kernel attn_mla_avx2[ATTN_MLA_FORMATS];
+extern const struct attn_mla_kernel attn_mla_avx512[ATTN_MLA_FORMATS];
+extern const struct attn_mla_finish_kernel attn_mla_finish_avx2;
+extern const struct attn_mla_finish_kernel attn_mla_finish_avx512;
+
 #endif
