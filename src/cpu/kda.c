@@ -1,33 +1,418 @@
 /* SPDX-License-Identifier: MIT
  *
- * kda_fwd and kda_step on a CPU.
+ * kda_fwd and kda_step on a CPU: plan, tasks, threads.
+ *
+ * A unit is a head of a sequence.  Its tokens are cut into chunks; each is prepared into a record,
+ * then every slice of the state is taken through the records in order (kernels.h).  Two ways to
+ * spread that over threads, with the same bits:
+ *
+ *   whole   a task is a unit: groups of GROUP chunks are prepared and scanned by one thread, records
+ *           and state stay in its caches
+ *   waves   for units too few or too uneven to keep all threads busy: a turn prepares wave w of all
+ *           units, a task a chunk, while slices of the state, a task each, go through wave w - 1
+ *
+ *   turn | 0         1         2         ...
+ *        |           scan 0    scan 1    ...      units x slices tasks, begun first
+ *        | prepare 0 prepare 1 prepare 2 ...      units x wave tasks
  */
 #include <stdio.h>
+#include <string.h>
 
+#include "core/env.h"
 #include "cpu/kda.h"
 #include "cpu/threads.h"
 
-attn_status attn_kda_fwd_cpu_plan(const struct attn_kda_problem *p, struct attn_kda_fwd_plan *plan)
+typedef struct attn_kda_problem problem_t;
+typedef struct attn_kda_fwd_plan plan_t;
+typedef struct attn_kda_fwd_kernel kernel_t;
+
+enum { TILE_FORM, TILE_THREADS, TILE_SCRATCH, TILE_RECORDS, TILE_STATES, TILE_WAVE };
+enum { FORM_REF, FORM_KERNEL };
+enum {
+    GROUP = 8,           /* chunks a thread prepares before it scans them */
+    WAVE_MAX = 64,       /* chunks of one unit in a wave */
+    WAVE_CHUNKS = 128,   /* chunks of all units in a wave, about */
+    WAVE_UNITS = 4,      /* waves are for at most this many units a thread */
+    TOKENS_A_THREAD = 64 /* with fewer, a thread costs more than it does */
+};
+
+static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+/* ---- the cut into chunks ------------------------------------------------------------------------- */
+
+/* Chunks end at multiples of `chunk` tokens from the sequence's start, or, with checkpoints, from the
+ * last checkpoint, and at each checkpoint. */
+struct cut {
+    int64_t chunk, every, per; /* per: chunks between two checkpoints; 0 without them */
+};
+
+static struct cut make_cut(const problem_t *p, const kernel_t *kernel)
 {
-    (void)p;
-    snprintf(plan->kernel, sizeof plan->kernel, "attn_kda_fwd_ref");
+    struct cut c = {.chunk = kernel->chunk, .every = p->checkpoint_every};
+    if (c.every) c.per = ceil_div(c.every, c.chunk);
+    return c;
+}
+
+static int64_t cut_count(const struct cut *c, int64_t len)
+{
+    if (!c->every) return ceil_div(len, c->chunk);
+    return len / c->every * c->per + ceil_div(len % c->every, c->chunk);
+}
+
+static int64_t cut_begin(const struct cut *c, int64_t i)
+{
+    return c->every ? i / c->per * c->every + i % c->per * c->chunk : i * c->chunk;
+}
+
+static int64_t cut_rows(const struct cut *c, int64_t i, int64_t len)
+{
+    int64_t begin = cut_begin(c, i), end = min64(begin + c->chunk, len);
+    if (c->every) end = min64(end, (i / c->per + 1) * c->every);
+    return end - begin;
+}
+
+/* ---- plan ---------------------------------------------------------------------------------------- */
+
+static int64_t record_bytes(const kernel_t *kernel, int64_t d)
+{
+    return round_up(kernel->record_bytes(d), 64);
+}
+
+/* Workspace: [checkpoint rows of sequences][scratch of threads][states][records]. */
+struct layout {
+    int64_t checkpoints, scratch, states, records, bytes;
+};
+
+static struct layout lay_out(const problem_t *p, const plan_t *plan, const kernel_t *kernel)
+{
+    struct layout l = {0};
+    l.scratch = p->checkpoint_every ? round_up(8 * p->n, 128) : 0;
+    l.states = l.scratch + plan->tile[TILE_THREADS] * plan->tile[TILE_SCRATCH];
+    l.records = l.states + plan->tile[TILE_STATES] * p->d * p->d * 4;
+    l.bytes = l.records + plan->tile[TILE_RECORDS] * record_bytes(kernel, p->d);
+    return l;
+}
+
+attn_status attn_kda_fwd_cpu_plan_with(const struct attn_cpu_kernels *table, const problem_t *p,
+                                       plan_t *plan)
+{
+    const kernel_t *kernel = table->kda_fwd[p->dtype];
+    int64_t units = p->n * p->h;
+    if (!kernel || units == 0) {
+        plan->tile[TILE_FORM] = FORM_REF;
+        snprintf(plan->kernel, sizeof plan->kernel, "attn_kda_fwd_ref");
+        return ATTN_OK;
+    }
+    int64_t threads = attn_threads(p->threads, ceil_div(p->b * p->t * p->h, TOKENS_A_THREAD));
+    plan->tile[TILE_FORM] = FORM_KERNEL;
+    plan->tile[TILE_THREADS] = threads;
+    plan->tile[TILE_SCRATCH] = round_up(kernel->scratch_bytes(p->d), 128) + 128;
+    plan->tile[TILE_STATES] = threads;
+    plan->tile[TILE_RECORDS] = threads * GROUP;
+    if (threads > 1 && units <= threads * WAVE_UNITS) {
+        int64_t wave = min64(max64(WAVE_CHUNKS / units, 4), WAVE_MAX);
+        plan->tile[TILE_WAVE] = wave;
+        plan->tile[TILE_STATES] = max64(threads, units);
+        plan->tile[TILE_RECORDS] = max64(threads * GROUP, 2 * units * wave);
+    }
+    plan->workspace_bytes = lay_out(p, plan, kernel).bytes;
+    snprintf(plan->kernel, sizeof plan->kernel, "%s", kernel->name);
     return ATTN_OK;
 }
 
-attn_status attn_kda_fwd_cpu_run(const struct attn_kda_problem *p,
-                                 const struct attn_kda_fwd_plan *plan, char *workspace,
+/* ---- tasks --------------------------------------------------------------------------------------- */
+
+struct call {
+    const problem_t *p;
+    const plan_t *plan;
+    const kernel_t *kernel;
+    struct cut cut;
+    int threads;
+    int64_t *checkpoints; /* [n] row of a sequence's first checkpoint */
+    char *scratch, *states, *records;
+    int64_t record_bytes, slices;
+    int64_t turn; /* of waves */
+};
+
+static float slope(const problem_t *p, int64_t h)
+{
+    float s = p->A_log ? expf(p->A_log[h]) : 1.0f;
+    return s > 1e30f ? 1e30f : s < 1e-30f ? 1e-30f : s; /* finite and not 0; NaN stays */
+}
+
+/* The tokens [begin, begin + rows) of a sequence's head as kernels read them. */
+static struct attn_kda_tokens tokens_at(const problem_t *p, const struct attn_kda_seq *s, int64_t h,
+                                        int64_t begin, int64_t rows)
+{
+    int64_t bytes = attn_dtype_bytes(p->dtype), t = s->start + begin;
+    return (struct attn_kda_tokens){
+        .rows = (int32_t)rows,
+        .d = (int32_t)p->d,
+        .q = p->q.data + bytes * (s->row * p->q.batch + t * p->q.row + h * p->q.head),
+        .k = p->k.data + bytes * (s->row * p->k.batch + t * p->k.row + h * p->k.head),
+        .g = p->g.data + bytes * (s->row * p->g.batch + t * p->g.row + h * p->g.head),
+        .beta = p->beta + bytes * (s->row * p->beta_batch + t * p->beta_row + h * p->beta_head),
+        .q_row = bytes * p->q.row,
+        .k_row = bytes * p->k.row,
+        .g_row = bytes * p->g.row,
+        .beta_row = bytes * p->beta_row,
+        .bias = p->dt_bias ? p->dt_bias + h * p->dt_bias_head : NULL,
+        .slope = slope(p, h),
+        .lower_bound = (float)p->lower_bound,
+        .scale = (float)p->scale,
+        .gate_activated = p->gate_activated,
+        .beta_activated = p->beta_activated,
+    };
+}
+
+static char *scratch_of(const struct call *c, int thread)
+{
+    return c->scratch + thread * c->plan->tile[TILE_SCRATCH];
+}
+
+static void prepare(const struct call *c, const struct attn_kda_seq *s, int64_t h, int64_t chunk,
+                    char *record, int thread)
+{
+    int64_t begin = cut_begin(&c->cut, chunk), rows = cut_rows(&c->cut, chunk, s->len);
+    struct attn_kda_tokens tokens = tokens_at(c->p, s, h, begin, rows);
+    c->kernel->prepare(&tokens, record, scratch_of(c, thread));
+}
+
+/* Takes slices [slice0, slice1) of unit (i, h) through its chunks [begin, end), the first of which has
+ * `records`.  Begins the sequence at chunk 0 and ends it with its last chunk. */
+static void scan(const struct call *c, int64_t i, const struct attn_kda_seq *s, int64_t h,
+                 int64_t begin, int64_t end, const char *records, char *states, int64_t slice0,
+                 int64_t slice1, int thread)
+{
+    const problem_t *p = c->p;
+    struct attn_kda_part parts[WAVE_MAX];
+    int64_t bytes = attn_dtype_bytes(p->dtype);
+    const char *v = p->v.data + bytes * (s->row * p->v.batch + s->start * p->v.row + h * p->v.head);
+    char *out = p->out.data +
+                bytes * (s->row * p->out.batch + s->start * p->out.row + h * p->out.head);
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+        int64_t at = cut_begin(&c->cut, chunk), rows = cut_rows(&c->cut, chunk, s->len);
+        bool ends = p->checkpoint_every && (at + rows) % p->checkpoint_every == 0;
+        parts[chunk - begin] = (struct attn_kda_part){
+            .record = records + (chunk - begin) * c->record_bytes,
+            .rows = (int32_t)rows,
+            .v = v + bytes * at * p->v.row,
+            .out = out + bytes * at * p->out.row,
+            .checkpoint = ends ? attn_kda_state(&p->checkpoint,
+                                                c->checkpoints[i] + at / p->checkpoint_every, h, 0,
+                                                p->d)
+                               : NULL,
+        };
+    }
+    bool state = s->slot >= 0, last = end == cut_count(&c->cut, s->len);
+    struct attn_kda_scan task = {
+        .d = (int32_t)p->d,
+        .count = (int32_t)(end - begin),
+        .parts = parts,
+        .v_row = bytes * p->v.row,
+        .out_row = bytes * p->out.row,
+        .first = begin == 0,
+        .initial = state && p->initial.data ? attn_kda_state(&p->initial, s->slot, h, 0, p->d)
+                                            : NULL,
+        .final = state && last && p->final.data ? attn_kda_state(&p->final, s->slot, h, 0, p->d)
+                                                : NULL,
+        .state_dtype = p->initial.data ? p->initial.dtype : p->final.dtype,
+        .checkpoint_dtype = p->checkpoint.dtype,
+    };
+    for (int64_t slice = slice0; slice < slice1; ++slice) {
+        task.v0 = (int32_t)(slice * c->kernel->slice);
+        task.state = (float *)(void *)(states + slice * c->kernel->slice * p->d * 4);
+        c->kernel->scan(&task, scratch_of(c, thread));
+    }
+}
+
+static void whole_unit(void *context, int64_t u, int thread)
+{
+    const struct call *c = context;
+    int64_t i = u / c->p->h, h = u % c->p->h;
+    struct attn_kda_seq s = attn_kda_seq(c->p, i);
+    int64_t count = cut_count(&c->cut, s.len), begin = 0;
+    char *records = c->records + thread * GROUP * c->record_bytes;
+    char *states = c->states + thread * c->p->d * c->p->d * 4;
+    do {
+        int64_t end = min64(begin + GROUP, count);
+        for (int64_t chunk = begin; chunk < end; ++chunk)
+            prepare(c, &s, h, chunk, records + (chunk - begin) * c->record_bytes, thread);
+        scan(c, i, &s, h, begin, end, records, states, 0, c->slices, thread);
+        begin = end;
+    } while (begin < count);
+}
+
+/* Records of a unit in the wave of an even or odd turn. */
+static char *wave_records(const struct call *c, int64_t turn, int64_t u)
+{
+    int64_t units = c->p->n * c->p->h;
+    return c->records + (turn % 2 * units + u) * c->plan->tile[TILE_WAVE] * c->record_bytes;
+}
+
+static void wave_task(void *context, int64_t task, int thread)
+{
+    const struct call *c = context;
+    const problem_t *p = c->p;
+    int64_t wave = c->plan->tile[TILE_WAVE], scans = c->turn ? p->n * p->h * c->slices : 0;
+    bool scanning = task < scans;
+    int64_t u = scanning ? task / c->slices : (task - scans) / wave;
+    struct attn_kda_seq s = attn_kda_seq(p, u / p->h);
+    int64_t count = cut_count(&c->cut, s.len);
+    if (scanning) {
+        int64_t begin = (c->turn - 1) * wave, slice = task % c->slices;
+        if (begin >= max64(count, 1)) return;
+        scan(c, u / p->h, &s, u % p->h, begin, min64(begin + wave, count),
+             wave_records(c, c->turn - 1, u), c->states + u * p->d * p->d * 4, slice, slice + 1,
+             thread);
+    } else {
+        int64_t in = (task - scans) % wave, chunk = c->turn * wave + in;
+        if (chunk < count)
+            prepare(c, &s, u % p->h, chunk, wave_records(c, c->turn, u) + in * c->record_bytes,
+                    thread);
+    }
+}
+
+static void run_waves(struct call *c, int64_t longest)
+{
+    int64_t units = c->p->n * c->p->h, wave = c->plan->tile[TILE_WAVE];
+    int64_t waves = max64(ceil_div(longest, wave), 1);
+    for (c->turn = 0; c->turn <= waves; ++c->turn) {
+        int64_t scans = c->turn ? units * c->slices : 0;
+        int64_t prepares = c->turn < waves ? units * wave : 0;
+        attn_parallel(c->threads, scans + prepares, wave_task, c);
+    }
+}
+
+/* Whether whole units would leave more than a quarter of the threads' time idle. */
+static bool uneven(const struct call *c, int64_t chunks, int64_t longest)
+{
+    int64_t rounds = ceil_div(chunks, c->threads * max64(longest, 1));
+    return 4 * chunks < 3 * rounds * longest * c->threads;
+}
+
+attn_status attn_kda_fwd_cpu_run_with(const struct attn_cpu_kernels *table, const problem_t *p,
+                                      const plan_t *plan, char *workspace, int64_t workspace_bytes)
+{
+    ATTN_TRY(attn_kda_check_values(p));
+    if (plan->tile[TILE_FORM] == FORM_REF) {
+        attn_kda_ref_run(p, attn_threads(p->threads, p->h * p->t));
+        return ATTN_OK;
+    }
+    const kernel_t *kernel = table->kda_fwd[p->dtype];
+    struct layout l = lay_out(p, plan, kernel);
+    ATTN_CHECK(workspace_bytes >= l.bytes, ATTN_E_WORKSPACE,
+               "workspace: expected %lld bytes, got %lld", (long long)l.bytes,
+               (long long)workspace_bytes);
+    struct call c = {
+        .p = p,
+        .plan = plan,
+        .kernel = kernel,
+        .cut = make_cut(p, kernel),
+        .checkpoints = (int64_t *)(void *)workspace,
+        .scratch = workspace + l.scratch,
+        .states = workspace + l.states,
+        .records = workspace + l.records,
+        .record_bytes = record_bytes(kernel, p->d),
+        .slices = p->d / kernel->slice,
+    };
+    int64_t chunks = 0, longest = 0, checkpoint = 0;
+    for (int64_t i = 0; i < p->n; ++i) {
+        int64_t len = attn_kda_seq(p, i).len, count = cut_count(&c.cut, len);
+        chunks += count * p->h;
+        longest = max64(longest, count);
+        if (!p->checkpoint_every) continue;
+        c.checkpoints[i] = checkpoint;
+        checkpoint += len / p->checkpoint_every;
+    }
+    int threads = attn_threads(p->threads, INT64_MAX); /* fewer than planned after a fork */
+    c.threads = (int)min64(threads, plan->tile[TILE_THREADS]);
+    if (plan->tile[TILE_WAVE] && c.threads > 1 && uneven(&c, chunks, longest))
+        run_waves(&c, longest);
+    else
+        attn_parallel(c.threads, p->n * p->h, whole_unit, &c);
+    return ATTN_OK;
+}
+
+/* ---- kda_step ------------------------------------------------------------------------------------ */
+
+struct step_call {
+    const problem_t *p;
+    const struct attn_kda_step_kernel *kernel;
+    int64_t blocks; /* a head's state is cut into */
+};
+
+static void zero_out(const problem_t *p, const struct attn_kda_seq *s, int64_t h)
+{
+    int64_t bytes = attn_dtype_bytes(p->dtype);
+    for (int64_t t = s->start; t < s->start + s->len; ++t)
+        memset(p->out.data + bytes * (s->row * p->out.batch + t * p->out.row + h * p->out.head), 0,
+               (size_t)(bytes * p->d));
+}
+
+/* Task: a block of rows of the state of (sequence, head). */
+static void step_task(void *context, int64_t task, int thread)
+{
+    (void)thread;
+    const struct step_call *c = context;
+    const problem_t *p = c->p;
+    int64_t block = task % c->blocks, u = task / c->blocks, h = u % p->h;
+    int64_t rows = p->d / c->blocks, v0 = block * rows, bytes = attn_dtype_bytes(p->dtype);
+    struct attn_kda_seq s = attn_kda_seq(p, u / p->h);
+    if (s.len == 0) return;
+    if (s.slot < 0) {
+        if (block == 0) zero_out(p, &s, h);
+        return;
+    }
+    struct attn_kda_step_task x = {
+        .tokens = tokens_at(p, &s, h, 0, s.len),
+        .rows = (int32_t)rows,
+        .v = p->v.data + bytes * (s.row * p->v.batch + s.start * p->v.row + h * p->v.head + v0),
+        .out = p->out.data +
+               bytes * (s.row * p->out.batch + s.start * p->out.row + h * p->out.head + v0),
+        .state = attn_kda_state(&p->initial, s.slot, h, v0, p->d),
+        .v_row = bytes * p->v.row,
+        .out_row = bytes * p->out.row,
+        .state_dtype = p->initial.dtype,
+    };
+    c->kernel->run(&x);
+}
+
+attn_status attn_kda_step_cpu_run_with(const struct attn_cpu_kernels *table, const problem_t *p)
+{
+    ATTN_TRY(attn_kda_check_values(p));
+    struct step_call c = {.p = p, .kernel = table->kda_step[p->dtype], .blocks = 1};
+    int64_t units = p->n * p->h, most = p->d / 16;
+    if (attn_log_on())
+        attn_log("%s n %lld h %lld d %lld", c.kernel ? c.kernel->name : "attn_kda_fwd_ref",
+                 (long long)p->n, (long long)p->h, (long long)p->d);
+    if (!c.kernel) {
+        attn_kda_ref_run(p, attn_threads(p->threads, p->h * p->t));
+        return ATTN_OK;
+    }
+    int threads = attn_threads(p->threads, units * most);
+    while (c.blocks < most && units * c.blocks < 4 * threads) c.blocks *= 2;
+    attn_parallel(threads, units * c.blocks, step_task, &c);
+    return ATTN_OK;
+}
+
+attn_status attn_kda_fwd_cpu_plan(const problem_t *p, plan_t *plan)
+{
+    return attn_kda_fwd_cpu_plan_with(attn_cpu_kernels(), p, plan);
+}
+
+attn_status attn_kda_fwd_cpu_run(const problem_t *p, const plan_t *plan, char *workspace,
                                  int64_t workspace_bytes, void *stream)
 {
-    (void)plan, (void)workspace, (void)workspace_bytes, (void)stream;
-    ATTN_TRY(attn_kda_check_values(p));
-    attn_kda_ref_run(p, attn_threads(p->threads, p->h * p->t));
-    return ATTN_OK;
+    (void)stream;
+    return attn_kda_fwd_cpu_run_with(attn_cpu_kernels(), p, plan, workspace, workspace_bytes);
 }
 
-attn_status attn_kda_step_cpu_run(const struct attn_kda_problem *p, void *stream)
+attn_status attn_kda_step_cpu_run(const problem_t *p, void *stream)
 {
     (void)stream;
-    ATTN_TRY(attn_kda_check_values(p));
-    attn_kda_ref_run(p, attn_threads(p->threads, p->h * p->t));
-    return ATTN_OK;
+    return attn_kda_step_cpu_run_with(attn_cpu_kernels(), p);
 }

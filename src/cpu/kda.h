@@ -34,6 +34,18 @@ attn_status attn_kda_fwd_cpu_run(const struct attn_kda_problem *p,
                                  int64_t workspace_bytes, void *stream);
 attn_status attn_kda_step_cpu_run(const struct attn_kda_problem *p, void *stream);
 
+/* The same with a table of the caller's: how the tests run every rung.  The plan must come from
+ * the same table. */
+attn_status attn_kda_fwd_cpu_plan_with(const struct attn_cpu_kernels *table,
+                                       const struct attn_kda_problem *p,
+                                       struct attn_kda_fwd_plan *plan);
+attn_status attn_kda_fwd_cpu_run_with(const struct attn_cpu_kernels *table,
+                                      const struct attn_kda_problem *p,
+                                      const struct attn_kda_fwd_plan *plan, char *workspace,
+                                      int64_t workspace_bytes);
+attn_status attn_kda_step_cpu_run_with(const struct attn_cpu_kernels *table,
+                                       const struct attn_kda_problem *p);
+
 /* Token by token in fp64, straight from the definition (kda_ref.c).  The values are checked. */
 void attn_kda_ref_run(const struct attn_kda_problem *p, int threads);
 

@@ -119,6 +119,71 @@ struct attn_split_combine_kernel {
                 enum attn_dtype out_dtype, float *lse_out);
 };
 
+/* ---- kda_fwd ----
+ *
+ * A sequence's tokens are cut into chunks of at most `chunk` tokens.  `prepare` turns a chunk of one
+ * head into a record, all that does not depend on the state; records are independent of one another.
+ * `scan` takes a slice of the state (`slice` of its rows, which never mix) through the chunks in
+ * order and writes their outputs.  Bits depend on the cut into chunks alone.  Strides are bytes. */
+
+/* What prepare reads: tokens 0 <= t < rows of one head. */
+struct attn_kda_tokens {
+    int32_t rows, d;
+    const char *q, *k, *g, *beta; /* q, k, g: d elements a token; beta: one */
+    int64_t q_row, k_row, g_row, beta_row;
+    const float *bias;                   /* [d], or NULL */
+    float slope, lower_bound, scale;     /* slope: exp(A_log) */
+    bool gate_activated, beta_activated; /* gate_activated: g is the log-decay */
+};
+
+/* One chunk for scan; v and out at its first token, value 0. */
+struct attn_kda_part {
+    const char *record;
+    int32_t rows;
+    const char *v;
+    char *out;
+    char *checkpoint; /* [V, K]: where the state after the chunk goes, or NULL */
+};
+
+struct attn_kda_scan {
+    int32_t d, v0; /* state rows v0 <= v < v0 + slice */
+    int32_t count;
+    const struct attn_kda_part *parts;
+    int64_t v_row, out_row;
+    float *state;        /* d * slice floats, 64-byte aligned: the slice between two scans */
+    bool first;          /* the state starts here: from `initial` [V, K], or zeros */
+    const char *initial; /* NULL: zeros */
+    char *final;         /* [V, K], where the state goes after the last part; or NULL */
+    enum attn_dtype state_dtype, checkpoint_dtype;
+};
+
+struct attn_kda_fwd_kernel {
+    const char *name;     /* attn_kda_fwd_bf16_amx */
+    int32_t chunk, slice; /* chunk is a multiple of 16, slice divides 64 */
+    int64_t (*record_bytes)(int64_t d);
+    int64_t (*scratch_bytes)(int64_t d);
+    void (*prepare)(const struct attn_kda_tokens *tokens, char *record, char *scratch);
+    void (*scan)(const struct attn_kda_scan *scan, char *scratch);
+};
+
+/* ---- kda_step ---- */
+
+/* State rows v0 <= v < v0 + rows of one head through all of tokens, each state read and written
+ * once; rows is a multiple of 16.  v, out and state at value v0. */
+struct attn_kda_step_task {
+    struct attn_kda_tokens tokens;
+    int32_t rows;
+    const char *v;
+    char *out, *state; /* state: rows of d */
+    int64_t v_row, out_row;
+    enum attn_dtype state_dtype;
+};
+
+struct attn_kda_step_kernel {
+    const char *name; /* attn_kda_step_bf16_avx512 */
+    void (*run)(const struct attn_kda_step_task *task);
+};
+
 struct attn_cpu_kernels {
     const struct attn_mha_kernel *mha_fwd[ATTN_DTYPES];
     const struct attn_mha_kernel
@@ -128,6 +193,8 @@ struct attn_cpu_kernels {
     const struct attn_split_combine_kernel *split_combine;
     const struct attn_mla_kernel *mla[ATTN_MLA_FORMATS];
     const struct attn_mla_finish_kernel *mla_finish;
+    const struct attn_kda_fwd_kernel *kda_fwd[ATTN_DTYPES];
+    const struct attn_kda_step_kernel *kda_step[ATTN_DTYPES];
 };
 
 /* Rungs, each implies those below it. */

@@ -16,6 +16,10 @@ void attn_cpu_init_x86(struct attn_cpu_kernels *t, unsigned have)
     t->split_combine = &attn_split_combine_avx2;
     for (int i = 0; i < ATTN_MLA_FORMATS; ++i) t->mla[i] = &attn_mla_avx2[i];
     t->mla_finish = &attn_mla_finish_avx2;
+    for (int i = 0; i < ATTN_F8; ++i) { /* fp32, bf16, fp16 */
+        t->kda_fwd[i] = &attn_kda_fwd_avx2[i];
+        t->kda_step[i] = &attn_kda_step_avx2[i];
+    }
 
     if (!(have & ATTN_CPU_AVX512)) return;
     for (int i = 0; i < ATTN_DTYPES; ++i) {
@@ -26,6 +30,10 @@ void attn_cpu_init_x86(struct attn_cpu_kernels *t, unsigned have)
     t->split_combine = &attn_split_combine_avx512;
     for (int i = 0; i < ATTN_MLA_FORMATS; ++i) t->mla[i] = &attn_mla_avx512[i];
     t->mla_finish = &attn_mla_finish_avx512;
+    for (int i = 0; i < ATTN_F8; ++i) { /* fp32, bf16, fp16 */
+        t->kda_fwd[i] = &attn_kda_fwd_avx512[i];
+        t->kda_step[i] = &attn_kda_step_avx512[i];
+    }
 
     if (!(have & ATTN_CPU_AMX)) return;
     t->mha_fwd[ATTN_BF16] = &attn_mha_fwd_bf16_amx;

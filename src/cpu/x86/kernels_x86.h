@@ -26,5 +26,9 @@ extern const struct attn_mla_kernel attn_mla_avx2[ATTN_MLA_FORMATS];
 extern const struct attn_mla_kernel attn_mla_avx512[ATTN_MLA_FORMATS];
 extern const struct attn_mla_finish_kernel attn_mla_finish_avx2;
 extern const struct attn_mla_finish_kernel attn_mla_finish_avx512;
+extern const struct attn_kda_fwd_kernel attn_kda_fwd_avx2[ATTN_DTYPES];
+extern const struct attn_kda_fwd_kernel attn_kda_fwd_avx512[ATTN_DTYPES];
+extern const struct attn_kda_step_kernel attn_kda_step_avx2[ATTN_DTYPES];
+extern const struct attn_kda_step_kernel attn_kda_step_avx512[ATTN_DTYPES];
 
 #endif

@@ -50,6 +50,8 @@ VEC_INLINE vec vec_sub(vec a, vec b) { return _mm256_sub_ps(a, b); }
 VEC_INLINE vec vec_mul(vec a, vec b) { return _mm256_mul_ps(a, b); }
 VEC_INLINE vec vec_div(vec a, vec b) { return _mm256_div_ps(a, b); }
 VEC_INLINE vec vec_fma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
+VEC_INLINE vec vec_fnma(vec a, vec b, vec c) { return _mm256_fnmadd_ps(a, b, c); } /* c - a b */
+VEC_INLINE vec vec_sqrt(vec x) { return _mm256_sqrt_ps(x); }
 VEC_INLINE vec vec_max(vec a, vec b) { return _mm256_max_ps(a, b); }
 VEC_INLINE vec vec_min(vec a, vec b) { return _mm256_min_ps(a, b); }
 
@@ -253,6 +255,25 @@ VEC_INLINE vec vec_exp2(vec x)
     p = vec_fma(p, f, vec_set1(0x1.c6b752p-5f));
     p = vec_fma(p, f, vec_set1(0x1.ebf9bcp-3f));
     p = vec_fma(p, f, vec_set1(0x1.62e42ap-1f));
+    p = vec_fma(p, f, vec_set1(1.0f));
+    vec scale = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(shifted), 23));
+    return _mm256_and_ps(vec_mul(p, scale), live);
+}
+
+/* 2^x for factors that are multiplied by the thousand: exact at 0 and to a rounding beside it (degree
+ * 6, 2e-9), so that decays close to 1 do not drift.  Else as vec_exp2. */
+VEC_INLINE vec vec_exp2_fine(vec x)
+{
+    const vec magic = vec_set1(0x1.8p23f + 127.0f);
+    vec live = _mm256_cmp_ps(x, vec_set1(-126.0f), _CMP_NLT_UQ);
+    x = vec_max(vec_set1(-126.0f), vec_min(vec_set1(128.0f), x));
+    vec shifted = vec_add(x, magic);
+    vec f = vec_sub(x, vec_sub(shifted, magic));
+    vec p = vec_fma(vec_set1(0x1.41fbbcp-13f), f, vec_set1(0x1.5f3e54p-10f));
+    p = vec_fma(p, f, vec_set1(0x1.3b2d4cp-7f));
+    p = vec_fma(p, f, vec_set1(0x1.c6aee8p-5f));
+    p = vec_fma(p, f, vec_set1(0x1.ebfbdcp-3f));
+    p = vec_fma(p, f, vec_set1(0x1.62e430p-1f));
     p = vec_fma(p, f, vec_set1(1.0f));
     vec scale = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(shifted), 23));
     return _mm256_and_ps(vec_mul(p, scale), live);

@@ -56,6 +56,8 @@ VEC_INLINE vec vec_sub(vec a, vec b) { return _mm512_sub_ps(a, b); }
 VEC_INLINE vec vec_mul(vec a, vec b) { return _mm512_mul_ps(a, b); }
 VEC_INLINE vec vec_div(vec a, vec b) { return _mm512_div_ps(a, b); }
 VEC_INLINE vec vec_fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
+VEC_INLINE vec vec_fnma(vec a, vec b, vec c) { return _mm512_fnmadd_ps(a, b, c); } /* c - a b */
+VEC_INLINE vec vec_sqrt(vec x) { return _mm512_sqrt_ps(x); }
 VEC_INLINE vec vec_max(vec a, vec b) { return _mm512_max_ps(a, b); }
 VEC_INLINE vec vec_min(vec a, vec b) { return _mm512_min_ps(a, b); }
 
@@ -242,6 +244,20 @@ VEC_INLINE vec vec_exp2(vec x)
     p = vec_fma(p, f, vec_set1(0x1.62e4bap-1f));
     p = vec_fma(p, f, vec_set1(1.0f));
     return _mm512_scalef_ps(p, x);
+}
+
+/* 2^x for factors that are multiplied by the thousand: exact at 0 and to a rounding beside it (degree
+ * 6 on [-1/2, 1/2], 2e-9), so that decays close to 1 do not drift.  Else as vec_exp2. */
+VEC_INLINE vec vec_exp2_fine(vec x)
+{
+    vec f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    vec p = vec_fma(vec_set1(0x1.41fbbcp-13f), f, vec_set1(0x1.5f3e54p-10f));
+    p = vec_fma(p, f, vec_set1(0x1.3b2d4cp-7f));
+    p = vec_fma(p, f, vec_set1(0x1.c6aee8p-5f));
+    p = vec_fma(p, f, vec_set1(0x1.ebfbdcp-3f));
+    p = vec_fma(p, f, vec_set1(0x1.62e430p-1f));
+    p = vec_fma(p, f, vec_set1(1.0f));
+    return _mm512_scalef_ps(p, vec_sub(x, f));
 }
 
 /* tanh x = x P(x^2) / Q(x^2) up to |x| = 9, where it is 1 in fp32; relative error at most 4e-7,
