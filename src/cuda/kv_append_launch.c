@@ -71,6 +71,8 @@ attn_status attn_kv_append_launch(const struct attn_mha_fwd_problem *p, cu_devic
     params.tokens = p->t_new;
     params.queries = p->rotary_cos ? p->t_q : 0;
     params.s_k = p->s_k;
+    params.cache_rows = p->cache_rows;
+    params.num_pages = p->num_pages;
     params.b = (int32_t)p->b;
     params.s_new = (int32_t)p->s_new;
     params.s_q = (int32_t)p->s_q;

@@ -52,6 +52,12 @@ static void fill_scores(const problem_t *p, struct attn_mha_fwd_params *out)
     out->lse_empty = p->no_keys ? INFINITY : -INFINITY;
 }
 
+/* A cache or page pool without a row: no length can be live, whatever the index tensors say. */
+static bool no_rows(const problem_t *p)
+{
+    return !p->cu_seqlens_k && (p->cache_rows == 0 || (p->page_table && p->num_pages == 0));
+}
+
 static void fill_params(const problem_t *p, const plan_t *plan, struct attn_mha_fwd_params *out)
 {
     memset(out, 0, sizeof *out);
@@ -83,7 +89,11 @@ static void fill_params(const problem_t *p, const plan_t *plan, struct attn_mha_
 
     out->b = (int32_t)p->b;
     out->s_q = (int32_t)p->s_q;
-    out->s_k = p->no_keys ? 0 : (int32_t)p->s_k;
+    out->s_k = p->no_keys || no_rows(p) ? 0 : (int32_t)p->s_k;
+    out->t_q = (int32_t)(p->cu_seqlens_q ? p->t_q : 0);
+    out->t_k = (int32_t)(p->cu_seqlens_k ? p->t_k : 0);
+    out->k_rows = (int32_t)p->cache_rows;
+    out->num_pages = (int32_t)p->num_pages;
     out->h_k = (int32_t)p->h_k;
     out->group = (int32_t)(p->h_q / p->h_k);
     out->d_qk = (int32_t)p->d_qk;

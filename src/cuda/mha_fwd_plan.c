@@ -30,6 +30,11 @@ static attn_status check_built(const struct attn_mha_fwd_problem *p)
     ATTN_CHECK(p->s_q < LENGTH_MAX && p->s_k < LENGTH_MAX, ATTN_E_NOT_BUILT,
                "q, k: lengths below 2^30 are built for Hopper, got %lld and %lld",
                (long long)p->s_q, (long long)p->s_k);
+    ATTN_CHECK((!p->cu_seqlens_q || p->t_q < LENGTH_MAX) &&
+                   (!p->cu_seqlens_k || p->t_k < LENGTH_MAX),
+               ATTN_E_NOT_BUILT,
+               "q, k: fewer than 2^30 packed rows are built for Hopper, got %lld and %lld",
+               (long long)p->t_q, (long long)p->t_k);
     ATTN_CHECK(p->sinks_stride == 1 || p->h_q == 1 || !p->sinks, ATTN_E_NOT_BUILT,
                "sinks: only contiguous ones are built for Hopper");
     return ATTN_OK;

@@ -11,14 +11,17 @@
  * Layout.  A thread moves 16 bytes: eight columns of one head of one row.  blockIdx.y is the work:
  * 0 keys, 1 values, 2 queries (to a packed copy); blockIdx.x strides over rows x heads x chunks.
  * The lengths that the attention then sees are written too.
+ *
+ * No host has seen the values of index tensors: a token whose cache row, page, position or rotary
+ * row does not exist is not stored.
  */
 #include "kv_append_params.h"
 #include "ptx.cuh"
 
-/* The last i with starts[i] <= row: the sequence that packed row lies in.  -1 past the last. */
+/* The last i with starts[i] <= row: the sequence that packed row lies in; -1: in none. */
 ATTN_DEVICE int find_sequence(const int32_t *starts, int b, int64_t row)
 {
-    if (row >= starts[b]) return -1;
+    if (row < starts[0] || row >= starts[b]) return -1;
     int low = 0, high = b; /* starts[low] <= row < starts[high] */
     while (high - low > 1) {
         int middle = (low + high) / 2;
@@ -46,13 +49,15 @@ ATTN_DEVICE float chunk_float(const chunk &c, int i, int fp16)
     return fp16 ? half_to_float(bits) : __uint_as_float(bits << 16);
 }
 
-/* Columns column .. column + 7 of `row`, rotated to `position`. */
+ATTN_DEVICE bool in_range(int64_t x, int64_t end) { return (uint64_t)x < (uint64_t)end; }
+
+/* Columns column .. column + 7 of `row`, rotated to `position`, which is a row of the table. */
 ATTN_DEVICE uint4 rotate(const attn_kv_append_params &p, const uint16_t *row, int column,
                          int64_t position)
 {
     chunk own, out;
     own.vector = *(const uint4 *)(row + column);
-    if (column >= p.rotary_width || position >= p.rotary_rows) return own.vector;
+    if (column >= p.rotary_width) return own.vector;
     int half = p.rotary_width / 2;
     int64_t table = position * half;
     float result[8];
@@ -90,7 +95,7 @@ ATTN_DEVICE uint16_t *row_at(const attn_device_rows &r, int64_t batch, int64_t r
     return (uint16_t *)r.data + batch * r.batch + row * r.row + head * r.head;
 }
 
-/* One chunk of new token `token` to the cache. */
+/* One chunk of new token `token` to the cache; none where an index has no place in its tensor. */
 ATTN_DEVICE void append(const attn_kv_append_params &p, const attn_device_rows &from,
                         const attn_device_rows &to, bool is_key, int64_t token, int head,
                         int column)
@@ -106,19 +111,21 @@ ATTN_DEVICE void append(const attn_kv_append_params &p, const attn_device_rows &
         source = t = token % p.s_new;
     }
     int64_t position = p.seqused_k[i] + t, row = p.kv_batch_idx ? p.kv_batch_idx[i] : i;
-    if (position >= p.s_k) return;
+    int64_t turn = (p.seqlens_rotary ? p.seqlens_rotary[i] : p.seqused_k[i]) + t;
+    if (!in_range(position, p.s_k) || !in_range(row, p.cache_rows)) return;
+    if (p.cos && !in_range(turn, p.rotary_rows)) return;
     int64_t place = position;
     if (p.page_table) {
         row = p.page_table[row * p.page_table_stride + position / p.page];
         place = position % p.page;
+        if (!in_range(row, p.num_pages)) return;
     }
     const uint16_t *src = row_at(from, p.cu_seqlens_k_new ? 0 : i, source, head);
-    int64_t turn = (p.seqlens_rotary ? p.seqlens_rotary[i] : p.seqused_k[i]) + t;
     uint4 value = is_key && p.cos ? rotate(p, src, column, turn) : *(const uint4 *)(src + column);
     *(uint4 *)(row_at(to, row, place, head) + column) = value;
 }
 
-/* One chunk of query row `row` to the rotated copy. */
+/* One chunk of query row `row` to the rotated copy; as it is where the table has no such row. */
 ATTN_DEVICE void rotate_query(const attn_kv_append_params &p, int64_t row, int head, int column)
 {
     int64_t i, s, batch = 0, at = row;
@@ -132,8 +139,10 @@ ATTN_DEVICE void rotate_query(const attn_kv_append_params &p, int64_t row, int h
     }
     int64_t turn = (p.seqlens_rotary ? p.seqlens_rotary[i] : p.seqused_k[i]);
     if (p.query_moves) turn += s;
+    const uint16_t *src = row_at(p.q, batch, at, head);
     *(uint4 *)(row_at(p.q_rotated, batch, at, head) + column) =
-        rotate(p, row_at(p.q, batch, at, head), column, turn);
+        in_range(turn, p.rotary_rows) ? rotate(p, src, column, turn)
+                                      : *(const uint4 *)(src + column);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
@@ -141,10 +150,12 @@ extern "C" __global__ void __launch_bounds__(256)
 {
     int part = blockIdx.y;
     if (part == 0 && blockIdx.x == 0) {
-        for (int i = threadIdx.x; i < p.b; i += 256)
-            p.lengths[i] = p.seqused_k[i] + (p.cu_seqlens_k_new ? p.cu_seqlens_k_new[i + 1] -
-                                                                      p.cu_seqlens_k_new[i]
-                                                                : p.s_new);
+        for (int i = threadIdx.x; i < p.b; i += 256) {
+            int64_t added = p.s_new;
+            if (p.cu_seqlens_k_new)
+                added = (int64_t)p.cu_seqlens_k_new[i + 1] - p.cu_seqlens_k_new[i];
+            p.lengths[i] = (int32_t)min(max(p.seqused_k[i] + added, (int64_t)0), p.s_k);
+        }
     }
     int heads = part == 2 ? p.h_q : p.h_k, chunks = (part == 1 ? p.d_v : p.d_qk) / 8;
     int64_t work = (part == 2 ? p.queries : p.tokens) * heads * chunks;

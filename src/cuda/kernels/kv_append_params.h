@@ -29,6 +29,8 @@ struct attn_kv_append_params {
     int64_t page_table_stride;
     int64_t tokens, queries; /* rows of k_new, rows of q to rotate (0 without a table) */
     int64_t s_k;             /* capacity; positions past it are not written */
+    int64_t cache_rows;      /* what kv_batch_idx may name */
+    int64_t num_pages;       /* what the page table may name */
     int32_t b, s_new, s_q, h_q, h_k, d_qk, d_v, page;
     int32_t rotary_width, rotary_rows, interleaved;
     int32_t query_moves; /* 1: query i sits at rotary position + i, 0: all at the first */
@@ -37,8 +39,8 @@ struct attn_kv_append_params {
 };
 
 #ifdef __cplusplus
-static_assert(sizeof(struct attn_kv_append_params) == 352, "the host's and the kernel's layout");
+static_assert(sizeof(struct attn_kv_append_params) == 368, "the host's and the kernel's layout");
 #else
-_Static_assert(sizeof(struct attn_kv_append_params) == 352, "the host's and the kernel's layout");
+_Static_assert(sizeof(struct attn_kv_append_params) == 368, "the host's and the kernel's layout");
 #endif
 #endif

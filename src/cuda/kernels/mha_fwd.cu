@@ -116,7 +116,7 @@ ATTN_DEVICE void load_paged_tile(const attn_mha_fwd_params &p, const attn_tensor
         int row = i / PANELS * p.box_rows, page = (key + row) / p.page;
         load_box<IS_V>(p, map, dst + i % PANELS * (N * 128) + row * 128, bar, i % PANELS,
                        min(seq.s_k - key - row, p.box_rows), key + row - page * p.page, h_kv,
-                       __ldg(pages + page));
+                       within(__ldg(pages + page), p.num_pages - 1));
     }
     __syncwarp();
 }
@@ -145,7 +145,8 @@ ATTN_DEVICE void load_gathered(const attn_mha_fwd_params &p, const key_rows &row
             if (p.page_table) {
                 int page = position / p.page;
                 position -= page * p.page;
-                source = __ldg(p.page_table + seq.k_row * p.page_table_stride + page);
+                source = within(__ldg(p.page_table + seq.k_row * p.page_table_stride + page),
+                                p.num_pages - 1);
             }
             offset[i] = source * rows.stride_b + position * rows.stride_s;
         }

@@ -52,7 +52,10 @@ struct attn_mha_fwd_params {
     int64_t v_stride_b, v_stride_s, v_stride_h;
     int64_t page_table_stride;
 
-    int32_t b, s_q, s_k; /* static lengths; s_q and s_k unread where a pointer says otherwise */
+    int32_t b, s_q, s_k; /* static lengths; packed q: the longest; packed k: unread */
+    int32_t t_q, t_k;    /* rows of packed q and of packed k */
+    int32_t k_rows;      /* of the cache or of the page table: what kv_batch_idx may name */
+    int32_t num_pages;   /* what the page table may name */
     int32_t h_k, group;  /* group = h_q / h_k */
     int32_t d_qk, d_v;   /* true widths: at most the kernel's, multiples of 8 */
     int32_t page;        /* rows of a page, 0 without a page table */
@@ -84,9 +87,9 @@ struct attn_mha_fwd_params {
 
 #ifdef __cplusplus
 static_assert(sizeof(struct attn_mha_fwd_maps) == 384, "three tensor maps");
-static_assert(sizeof(struct attn_mha_fwd_params) == 304, "the host's and the kernel's layout");
+static_assert(sizeof(struct attn_mha_fwd_params) == 320, "the host's and the kernel's layout");
 #else
 _Static_assert(sizeof(struct attn_mha_fwd_maps) == 384, "three tensor maps");
-_Static_assert(sizeof(struct attn_mha_fwd_params) == 304, "the host's and the kernel's layout");
+_Static_assert(sizeof(struct attn_mha_fwd_params) == 320, "the host's and the kernel's layout");
 #endif
 #endif

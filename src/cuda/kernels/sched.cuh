@@ -10,6 +10,10 @@
  *
  * Lengths in device memory (ragged q) are read here: a warp takes the sequences 32 at a time, those
  * with most keys first, and keeps a prefix sum of their items.
+ *
+ * No host has seen the values of index tensors: each is brought into its range where it is read
+ * (page numbers: load_paged_tile, load_gathered), so that nothing outside the call's tensors is
+ * touched, whatever they hold.
  */
 #pragma once
 #include "mask.cuh"
@@ -31,36 +35,35 @@ struct row_tile {
     sequence seq;
 };
 
-ATTN_DEVICE int query_length(const attn_mha_fwd_params &p, int b)
+/* `x`, brought into [0, high]. */
+ATTN_DEVICE int within(int x, int high) { return min(max(x, 0), high); }
+
+/* Segment b of cumulative lengths over `rows` packed rows. */
+ATTN_DEVICE void locate_segment(const int32_t *cu, int b, int rows, int *offset, int *length)
 {
-    int s_q = p.s_q;
-    if (p.seqused_q)
-        s_q = __ldg(p.seqused_q + b);
-    else if (p.cu_seqlens_q)
-        s_q = __ldg(p.cu_seqlens_q + b + 1) - __ldg(p.cu_seqlens_q + b);
-    return max(s_q, 0);
+    *offset = within(__ldg(cu + b), rows);
+    *length = max(within(__ldg(cu + b + 1), rows) - *offset, 0);
 }
 
 ATTN_DEVICE sequence locate_sequence(const attn_mha_fwd_params &p, int b)
 {
-    sequence s;
-    s.s_q = query_length(p, b);
-    s.q_offset = p.cu_seqlens_q ? __ldg(p.cu_seqlens_q + b) : 0;
-    s.s_k = p.s_k;
-    s.k_offset = 0;
-    s.k_row = p.kv_batch_idx ? __ldg(p.kv_batch_idx + b) : b;
+    sequence s = {p.s_q, 0, p.s_k, 0, b};
+    if (p.cu_seqlens_q) {
+        locate_segment(p.cu_seqlens_q, b, p.t_q, &s.q_offset, &s.s_q);
+        s.s_q = min(s.s_q, p.s_q);
+    }
+    if (p.seqused_q) s.s_q = within(__ldg(p.seqused_q + b), s.s_q);
+    if (p.kv_batch_idx) s.k_row = within(__ldg(p.kv_batch_idx + b), p.k_rows - 1);
     if (p.cu_seqlens_k) {
-        s.k_offset = __ldg(p.cu_seqlens_k + b);
-        s.s_k = __ldg(p.cu_seqlens_k + b + 1) - s.k_offset;
+        locate_segment(p.cu_seqlens_k, b, p.t_k, &s.k_offset, &s.s_k);
         s.k_row = 0;
     }
-    if (p.seqused_k) s.s_k = __ldg(p.seqused_k + b);
+    if (p.seqused_k) s.s_k = within(__ldg(p.seqused_k + b), s.s_k);
     if (p.leftpad_k) {
-        int pad = __ldg(p.leftpad_k + b);
+        int pad = within(__ldg(p.leftpad_k + b), s.s_k);
         s.k_offset += pad;
         s.s_k -= pad;
     }
-    s.s_k = max(s.s_k, 0);
     return s;
 }
 
@@ -158,7 +161,7 @@ ATTN_DEVICE row_tile locate_tile(const attn_mha_fwd_params &p, int b, int h_kv, 
     t.h_kv = h_kv;
     t.row = (first + rank) / p.group * M;
     t.seq = seq;
-    t.cp_tot = p.cp_tot ? __ldg(p.cp_tot + b) : 0;
+    t.cp_tot = p.cp_tot ? max(__ldg(p.cp_tot + b), 0) : 0;
     int top = first / p.group * M, bottom = min((last / p.group + 1) * M, seq.s_q) - 1;
     t.begin = visible_keys(p, top, seq.s_q, seq.s_k, t.cp_tot).lo / N;
     t.end = (visible_keys(p, bottom, seq.s_q, seq.s_k, t.cp_tot).hi + N - 1) / N;
