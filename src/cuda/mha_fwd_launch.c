@@ -45,7 +45,7 @@ static void fill_scores(const problem_t *p, struct attn_mha_fwd_params *out)
         out->exp_scale = (float)LOG2E;
     }
     out->sinks = p->sinks;
-    out->sink = !p->sinks                     ? ATTN_SINK_NONE
+    out->sink = !p->sinks || p->no_keys       ? ATTN_SINK_NONE
                 : p->sinks_dtype == ATTN_F32  ? ATTN_SINK_FP32
                 : p->sinks_dtype == ATTN_BF16 ? ATTN_SINK_BF16
                                               : ATTN_SINK_FP16;

@@ -154,7 +154,7 @@ template <int N, int D> static __global__ void run_pv(const uint16_t *v, float *
     wgmma_pin(o);
     wgmma_pin(packed);
     wgmma_fence();
-    issue_pv<0, D, N>(o, packed, shared_address(raw));
+    issue_pv<0, D, N>(o, packed, shared_address(raw), 1);
     wgmma_wait_group<0>();
     wgmma_pin(o);
     for (int i = 0; i < D / 2; i++)

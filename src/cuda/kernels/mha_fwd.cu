@@ -300,14 +300,14 @@ ATTN_DEVICE void issue_qk(float (&s)[N / 2], uint32_t q, uint32_t k)
     wgmma_commit_group();
 }
 
-/* Issues O += P V. */
+/* Issues O += P V, or O = P V with `accumulate` 0. */
 template <int FP16, int DV, int N>
-ATTN_DEVICE void issue_pv(float (&o)[DV / 2], uint32_t (&packed)[N / 4], uint32_t v)
+ATTN_DEVICE void issue_pv(float (&o)[DV / 2], uint32_t (&packed)[N / 4], uint32_t v, int accumulate)
 {
     uint64_t b = wgmma_descriptor(v, N * 128);
 #pragma unroll
     for (int step = 0; step < N / 16; step++)
-        wgmma_rs<FP16, DV>(o, packed + 4 * step, b + step * 128);
+        wgmma_rs<FP16, DV>(o, packed + 4 * step, b + step * 128, step != 0 || accumulate);
     wgmma_commit_group();
 }
 
@@ -471,20 +471,17 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, 
             last = tile;
             if (top >= tile.seq.s_q) last.b = -1;
         };
-        auto clear = [&]() {
-            softmax_init(rows);
+
+        if (STORES_LATE && begin == end) {
+            store_last();
+            if (tile.b < 0) break;
+        }
+        if (begin == end) {
 #pragma unroll
             for (int i = 0; i < DV / 2; i++)
                 o[i] = 0.0f;
-        };
-
-        if (!STORES_LATE) {
-            clear();
-        } else if (begin == end) {
-            store_last();
-            clear();
-            if (tile.b < 0) break;
         }
+        if (!STORES_LATE || begin == end) softmax_init(rows);
         int n = tile.end - 1;
         for (; n >= end; n--)
             skip();
@@ -497,13 +494,14 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, 
             issue_qk<FP16, DQK, M, N>(s, q, shared_address(sm.k[ks.stage]));
             if (STORES_LATE) {
                 store_last();
-                clear();
+                softmax_init(rows);
             }
             wgmma_wait_group<0>();
             wgmma_pin(s);
             release_k(n);
             scores_to_probabilities(n);
             softmax_pack<FP16, N>(packed, s);
+            int accumulate = 0; /* the first product overwrites what O holds of the last tile */
             for (n--; n >= begin; n--) {
                 wait_k();
                 wgmma_pin(s);
@@ -512,7 +510,8 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, 
                 wgmma_fence();
                 issue_qk<FP16, DQK, M, N>(s, q, shared_address(sm.k[ks.stage]));
                 wait_v();
-                issue_pv<FP16, DV, N>(o, packed, shared_address(sm.v[vs.stage]));
+                issue_pv<FP16, DV, N>(o, packed, shared_address(sm.v[vs.stage]), accumulate);
+                accumulate = 1;
                 wgmma_wait_group<1>();
                 wgmma_pin(s);
                 release_k(n);
@@ -527,7 +526,7 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, 
             wgmma_pin(o);
             wgmma_pin(packed);
             wgmma_fence();
-            issue_pv<FP16, DV, N>(o, packed, shared_address(sm.v[vs.stage]));
+            issue_pv<FP16, DV, N>(o, packed, shared_address(sm.v[vs.stage]), accumulate);
             wgmma_wait_group<0>();
             wgmma_pin(o);
             release(p, sm.v_empty, vs);

@@ -9,9 +9,9 @@
 #include <stdint.h>
 
 /* A CUtensorMap: opaque, 128 bytes. */
-struct attn_tensor_map {
+struct __attribute__((aligned(128))) attn_tensor_map {
     uint8_t bytes[128];
-} __attribute__((aligned(128)));
+};
 
 /* q is (d_qk, s_q or t_q, h_q, b).  k and v are (d, box rows, rows + 1, h_k, batch or page): the
  * second and the third extent have the same stride and the base lies `box_rows` rows early, so

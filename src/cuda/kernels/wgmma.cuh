@@ -108,18 +108,20 @@ ATTN_DEVICE uint64_t wgmma_descriptor(uint32_t address, uint32_t panel_bytes)
                      : outs                                                                        \
                      : "l"(a_desc), "l"(b_desc), "r"(accumulate))
 
-/* A from registers, B MN-major; always adds to D. */
-#define WGMMA_RS(n, list, outs, a0, a1, a2, a3, b)                                                 \
+/* A from registers, B MN-major. */
+#define WGMMA_RS(n, list, outs, a0, a1, a2, a3, b, p)                                              \
     if constexpr (FP16)                                                                            \
-        asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.f16.f16 {" list "}, {%" #a0   \
-                     ",%" #a1 ",%" #a2 ",%" #a3 "}, %" #b ", 1, 1, 1, 1;"                          \
+        asm volatile("{ .reg .pred keep; setp.ne.b32 keep, %" #p ", 0;\n"                          \
+                     "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.f16.f16 {" list "}, {%" #a0   \
+                     ",%" #a1 ",%" #a2 ",%" #a3 "}, %" #b ", keep, 1, 1, 1; }"                     \
                      : outs                                                                        \
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_desc));                   \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_desc), "r"(accumulate));  \
     else                                                                                           \
-        asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 {" list "}, {%" #a0 \
-                     ",%" #a1 ",%" #a2 ",%" #a3 "}, %" #b ", 1, 1, 1, 1;"                          \
+        asm volatile("{ .reg .pred keep; setp.ne.b32 keep, %" #p ", 0;\n"                          \
+                     "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 {" list "}, {%" #a0 \
+                     ",%" #a1 ",%" #a2 ",%" #a3 "}, %" #b ", keep, 1, 1, 1; }"                     \
                      : outs                                                                        \
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_desc))
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_desc), "r"(accumulate))
 
 /* D[64][N] = A . B^T (+ D), both operands in shared memory.  PTX ISA: wgmma.mma_async */
 template <int FP16, int N>
@@ -135,21 +137,22 @@ ATTN_DEVICE void wgmma_ss(float (&d)[N / 2], uint64_t a_desc, uint64_t b_desc, i
     }
 }
 
-/* D[64][N] += A . B, A in registers, B MN-major in shared memory.  PTX ISA: wgmma.mma_async */
+/* D[64][N] = A . B (+ D), A in registers, B MN-major in shared memory.  PTX ISA: wgmma.mma_async */
 template <int FP16, int N>
-ATTN_DEVICE void wgmma_rs(float (&d)[N / 2], const uint32_t *a, uint64_t b_desc)
+ATTN_DEVICE void wgmma_rs(float (&d)[N / 2], const uint32_t *a, uint64_t b_desc,
+                          int accumulate = 1)
 {
     static_assert(N == 64 || N == 96 || N == 128 || N == 192 || N == 256,
                   "add a line for this width");
     if constexpr (N == 64) {
-        WGMMA_RS(64, L32, D32(d, 0), 32, 33, 34, 35, 36);
+        WGMMA_RS(64, L32, D32(d, 0), 32, 33, 34, 35, 36, 37);
     } else if constexpr (N == 96) {
-        WGMMA_RS(96, L48, D48(d, 0), 48, 49, 50, 51, 52);
+        WGMMA_RS(96, L48, D48(d, 0), 48, 49, 50, 51, 52, 53);
     } else if constexpr (N == 128) {
-        WGMMA_RS(128, L64, D64(d, 0), 64, 65, 66, 67, 68);
+        WGMMA_RS(128, L64, D64(d, 0), 64, 65, 66, 67, 68, 69);
     } else if constexpr (N == 192) {
-        WGMMA_RS(192, L96, D96(d, 0), 96, 97, 98, 99, 100);
+        WGMMA_RS(192, L96, D96(d, 0), 96, 97, 98, 99, 100, 101);
     } else {
-        WGMMA_RS(256, L128, D128(d, 0), 128, 129, 130, 131, 132);
+        WGMMA_RS(256, L128, D128(d, 0), 128, 129, 130, 131, 132, 133);
     }
 }
