@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: MIT
 #
 # build.sh release|asan|tsan|clang [target...]: configures build/<kind> and builds it.
-#   CUDA    AUTO, ON or OFF: GPU kernels (release only); kept from the last time when not set
+#   CUDA    AUTO, ON or OFF: GPU kernels (release only), or pip: with the compiler out of its Python
+#           packages instead of nvcc; kept from the last time when not set
 #   WERROR  ON: warnings are errors; likewise
 #   JOBS    how many compilers at once
 set -eu
@@ -17,11 +18,21 @@ clang) options="-DCMAKE_BUILD_TYPE=Debug -DCMAKE_C_COMPILER=clang -DATTN_CUDA=OF
 *) echo "build.sh: no kind named $kind" >&2; exit 2 ;;
 esac
 
+compiler=
+if [ "${CUDA:-}" ] && [ "$kind" = release ]; then
+    compiler=-DATTN_NVCC=
+    if [ "$CUDA" = pip ]; then
+        tools/venv.sh cuda
+        compiler=-DATTN_NVCC=$PWD/tools/pip_nvcc.py CUDA=ON
+    fi
+fi
+
 dir=build/$kind
 log=$dir/configure.log
 mkdir -p "$dir"
 # shellcheck disable=SC2086
 cmake -S . -B "$dir" -G Ninja -DPython_EXECUTABLE="$PWD/.venv/bin/python" \
+    -DPython3_EXECUTABLE="$PWD/.venv/bin/python" $compiler \
     ${WERROR:+-DATTN_WERROR=$WERROR} ${CUDA:+-DATTN_CUDA=$CUDA} $options >"$log" 2>&1 ||
     { cat "$log" >&2; exit 1; }
 grep '^-- libattn:' "$log" | sed 's/^-- //' || true

@@ -55,6 +55,7 @@ def build(nvcc, deflist, name, fields, out):
     out.mkdir(parents=True, exist_ok=True)
     source = deflist.with_name(fields["op"] + ".cu")
     command = [
+        *([sys.executable] if nvcc.endswith(".py") else []),
         nvcc,
         "-gencode",
         "arch=compute_90a,code=sm_90a",

@@ -1,9 +1,10 @@
 #!/bin/sh
 # SPDX-License-Identifier: MIT
 #
-# venv.sh build|demo|test: brings .venv to what a part of the Makefile needs, adding only what is
+# venv.sh build|demo|test|cuda: brings .venv to what a part of the Makefile needs, adding only what is
 # missing.  `build` holds the build tools (cmake, ninja, the tvm-ffi headers), `demo` adds torch and
-# what the demo reads its model with, `test` adds the test and lint tools.
+# what the demo reads its model with, `test` adds the test and lint tools, `cuda` the CUDA compiler that CUDA=pip
+# builds with.
 #   PYTHON         the interpreter to make it from (python3)
 #   TORCH_VERSION  the torch to install when that interpreter has none (2.13.0)
 set -eu
@@ -61,5 +62,6 @@ build) ;;
 demo) install_torch; install stamp-demo requirements/demo.txt requirements/model.txt ;;
 test) install_torch; install stamp-demo requirements/demo.txt requirements/model.txt
       install stamp-test requirements/test.txt ;;
+cuda) install stamp-cuda requirements/cuda.txt ;;
 *) fail "venv.sh: no part named $part" ;;
 esac

@@ -13,6 +13,11 @@
 
 #define DEVICES_MAX 64
 
+/* The oldest driver: what loads this build's cubins; the entry points below are of CUDA 12.0. */
+#ifndef ATTN_CUDA_MAJOR
+#define ATTN_CUDA_MAJOR 12
+#endif
+
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 static struct attn_cuda_driver driver;
 static char failure[256]; /* empty: the driver is there */
@@ -55,7 +60,9 @@ static void open_driver(void)
 {
     void *library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
     if (!library) {
-        snprintf(failure, sizeof failure, "no NVIDIA driver: libcuda.so.1 cannot be opened");
+        snprintf(failure, sizeof failure,
+                 "no NVIDIA driver: libcuda.so.1 cannot be opened (needs one with CUDA %d.0)",
+                 ATTN_CUDA_MAJOR);
         return;
     }
     const char *missing = NULL;
@@ -65,10 +72,11 @@ static void open_driver(void)
         if (!symbol && !missing) missing = entries[i].symbol;
     }
     if (driver.driver_get_version) driver.driver_get_version(&version);
-    if (missing) {
+    if (missing || version < ATTN_CUDA_MAJOR * 1000) {
         snprintf(failure, sizeof failure,
-                 "the NVIDIA driver is too old: it supports CUDA %d.%d and lacks %s",
-                 version / 1000, version % 1000 / 10, missing);
+                 "the NVIDIA driver is too old: it supports CUDA %d.%d, this build needs %d.0%s%s",
+                 version / 1000, version % 1000 / 10, ATTN_CUDA_MAJOR, missing ? " and " : "",
+                 missing ? missing : "");
         return;
     }
     cu_result result = driver.init(0);
@@ -159,8 +167,10 @@ int attn_gpu_count(char *text, size_t text_bytes)
         if (failure[0])
             snprintf(text, text_bytes, "%s", failure);
         else
-            snprintf(text, text_bytes, "NVIDIA driver with CUDA %d.%d, %d GPU%s", version / 1000,
-                     version % 1000 / 10, count, count == 1 ? "" : "s");
+            snprintf(text, text_bytes,
+                     "NVIDIA driver with CUDA %d.%d (this build needs %d.0), %d GPU%s",
+                     version / 1000, version % 1000 / 10, ATTN_CUDA_MAJOR, count,
+                     count == 1 ? "" : "s");
     }
     return count;
 }
