@@ -18,10 +18,10 @@ export PYTHON TORCH_VERSION JOBS
 VENV := tools/venv.sh
 BUILD := tools/build.sh
 
-.PHONY: help demo test build check asan tsan bench wheel install dev lint fmt abi clean
+.PHONY: help demo test test-gpu build check asan tsan bench bench-gpu wheel install dev lint fmt abi clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: dev ## search Python's documentation; make demo Q="how do I copy a file"
 	@$(VENV) demo
@@ -31,7 +31,12 @@ test: ## everything: C checks, sanitizers, Python, clients, demo, wheels, lint
 	@$(VENV) test
 	@tools/test.sh
 
-build: ## libattn.so and the binding, into build/release
+test-gpu: dev ## on a Hopper GPU: C checks, kernels' helpers, Python tests and clients
+	@$(VENV) test
+	@$(BUILD) release attn_check
+	@tools/test_gpu.sh
+
+build: ## libattn.so and the binding, into build/release (CUDA=pip: nvcc's work by Python packages)
 	@$(VENV) build
 	@$(BUILD) release
 
@@ -53,6 +58,9 @@ tsan: ## the C program under the thread sanitizer: one OpenMP thread, many calle
 bench: dev ## the figures: a table, one row a shape (ARGS="--rows decode", ARGS=--write)
 	@$(VENV) demo
 	@.venv/bin/python bench/cpu_mha_fwd.py $(ARGS)
+
+bench-gpu: dev ## a Hopper GPU's figures (ARGS="--rows d128 --peer fa3=PATH")
+	@ATTN_LIB=build/release/libattn.so .venv/bin/python bench/gpu_mha_fwd.py $(ARGS)
 
 wheel: ## the wheels, into dist/
 	@$(VENV) build

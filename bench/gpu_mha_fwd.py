@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: MIT
 """mha_fwd on a GPU beside an 8192^3 bf16 torch.matmul and torch's cuDNN attention, in one run.
 
-    python bench/gpu_mha_fwd.py [--rows SUBSTRING] [--no-peer]
+    python bench/gpu_mha_fwd.py [--rows SUBSTRING,..] [--no-cudnn] [--peer NAME=PATH]..
+
+A peer is a package with a `flash_attn_interface` that lies in the folder PATH, the official one for
+example.  It is timed in a process of its own, row by row in turn with ours.
 
 A row is the median of triton's do_bench (L2 flushed between calls), the GEMM and ours in three
 turns 0.1 s apart, the middle one taken; then `sustained`: 0.2 s of calls back to back.  TFLOP/s
@@ -9,16 +12,15 @@ count visible work only: 2 (d_qk + d_v) a visible score and head.
 """
 
 import argparse
+import os
 import pathlib
 import random
+import subprocess
 import sys
 import time
 
 import torch
 from triton.testing import do_bench
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "tests/unit_cuda"))
-from attn_abi import Call  # noqa: E402
 
 TOKENS = 16384
 
@@ -173,6 +175,64 @@ def cudnn(q, k, v, causal):
     return call
 
 
+class Peer:
+    """A process that times the rows it is asked for with the flash_attn_interface of a folder."""
+
+    def __init__(self, name, folder, ms):
+        self.name = name
+        path = os.pathsep.join([str(pathlib.Path(folder).resolve()), os.environ.get("PYTHONPATH", "")])
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--serve", "--ms", str(ms)],
+            env={**os.environ, "PYTHONPATH": path},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def median_ms(self, row):
+        """None where the package does not take the row."""
+        print(row, file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline().strip()
+        return float(answer) if answer not in ("", "none") else None
+
+
+def interface_call(a):
+    """A row's arguments as a call of flash_attn_interface; raises where it has no such argument."""
+    import flash_attn_interface as fa
+
+    more = {"causal": bool(a["causal"])}
+    for name in ("softcap", "attention_chunk", "sinks"):
+        if name in a:
+            more[name] = a[name]
+    if "window_left" in a:
+        more["window_size"] = (a["window_left"], 0)
+    q, k, v = a["q"], a["k"], a["v"]
+    if "seqused_q" in a:
+        raise TypeError("seqused_q: only rows of packed tensors have it")
+    if "cu_seqlens_q" in a:
+        ragged = [a[n] for n in ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")]
+        return lambda: fa.flash_attn_varlen_func(q, k, v, *ragged, **more)
+    if "page_table" in a:
+        more.update(page_table=a["page_table"], cache_seqlens=a["seqused_k"])
+        return lambda: fa.flash_attn_with_kvcache(q, k, v, **more)
+    return lambda: fa.flash_attn_func(q, k, v, **more)
+
+
+def serve(ms):
+    """A peer's process: the name of a row comes in, its median goes out."""
+    torch.manual_seed(0)
+    rows = (row for group in (dense_rows, feature_rows) for row in group())
+    for line in sys.stdin:
+        name, a, _, _ = next(row for row in rows if row[0] == line.strip())
+        try:
+            call = interface_call(a)
+            call()
+            answer = median_ms(call, ms)
+        except (RuntimeError, TypeError, ValueError, AssertionError):
+            answer = "none"
+        print(answer, flush=True)
+
+
 def host_us(call, n=200):
     torch.cuda.synchronize()
     start = time.perf_counter()
@@ -186,9 +246,18 @@ def host_us(call, n=200):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--rows", default="")
-    parser.add_argument("--no-peer", action="store_true")
+    parser.add_argument("--no-cudnn", action="store_true")
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PATH")
     parser.add_argument("--ms", type=int, default=120)
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.serve:
+        serve(args.ms)
+        return
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "tests/unit_cuda"))
+    from attn_abi import Call
+
+    peers = [Peer(*peer.split("=", 1), args.ms) for peer in args.peer]
     torch.manual_seed(0)
     x, y = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
 
@@ -202,7 +271,11 @@ def main():
         f"{torch.cuda.get_device_name()}; 8192^3 bf16 matmul {gemm_flop / median_ms(gemm):.0f} "
         f"TFLOP/s, sustained {long:.0f}; `GEMM` is timed again beside each row"
     )
-    print(f"{'row':26} {'TFLOP/s':>8} {'GEMM':>5} {'share':>6} {'sustained':>10} {'cuDNN':>7}  kernel")
+    names = "".join(f" {peer.name:>7}" for peer in peers)
+    print(
+        f"{'row':26} {'TFLOP/s':>8} {'GEMM':>5} {'share':>6} {'sustained':>10} {'cuDNN':>7}{names}  kernel"
+        f"\n(cuDNN{names}: our rate over theirs)"
+    )
     for rows in (dense_rows, feature_rows):
         for name, a, flop, peer in rows():
             if not any(part in name for part in args.rows.split(",")):
@@ -213,14 +286,19 @@ def main():
             gemm_ms, our_ms = (sorted(column)[1] for column in zip(*turns))
             burst, ours = gemm_flop / gemm_ms, flop / our_ms / 1e9
             steady = flop / sustained_ms(call.run) / 1e9
-            other = cudnn(*peer) if peer and not args.no_peer else None
-            ratio = f"{ours * median_ms(other, args.ms) * 1e9 / flop:7.2f}" if other else f"{'':7}"
+            other = cudnn(*peer) if peer and not args.no_cudnn else None
+            theirs = [median_ms(other, args.ms) if other else None]
+            theirs += [p.median_ms(name) for p in peers]
+            ratio = " ".join(f"{ms / our_ms:7.2f}" if ms else f"{'':7}" for ms in theirs)
             print(
                 f"{name:26} {ours:8.0f} {burst:5.0f} {ours / burst:6.3f} "
                 f"{steady:5.0f} {steady / long:.2f} "
                 f"{ratio}  {call.kernel} c{call.plan.tile[1]} g{call.plan.tile[2]}",
                 flush=True,
             )
+    for peer in peers:
+        peer.process.stdin.close()
+        peer.process.wait()
     q, k, v = tensors(1, 64, 1, 1, 128, 128)
     print(
         f"host: {host_us(Call(**outputs({'q': q, 'k': k, 'v': v}))):.1f} us a call of the C ABI "
