@@ -356,9 +356,9 @@ static void fill_sequence(struct check_random *r, struct mha_case *c, int64_t b)
     }
 }
 
-/* Cached keys that no row of their sequence sees are as good as absent: poison, too. */
-static void poison_hidden(struct mha_case *c)
+void mha_case_hide(struct mha_case *c, float value)
 {
+    c->hidden = true;
     if (c->shared) return;
     for (int64_t b = 0; b < c->b; ++b) {
         const struct mha_seq *s = &c->seq[b];
@@ -366,8 +366,10 @@ static void poison_hidden(struct mha_case *c)
             bool seen = false;
             for (int64_t i = 0; i < s->q_len && !seen; ++i) seen = mha_visible(c, b, i, j);
             for (int64_t h = 0; h < c->h_k && !seen; ++h) {
-                check_fill_nan(c->dtype, mha_cache_at(c, ARG_k, b, s->pad + j, h), c->d_qk);
-                check_fill_nan(c->dtype, mha_cache_at(c, ARG_v, b, s->pad + j, h), c->d_v);
+                char *k = mha_cache_at(c, ARG_k, b, s->pad + j, h);
+                char *v = mha_cache_at(c, ARG_v, b, s->pad + j, h);
+                for (int64_t e = 0; e < c->d_qk; ++e) attn_store(c->dtype, k, e, value);
+                for (int64_t e = 0; e < c->d_v; ++e) attn_store(c->dtype, v, e, value);
             }
         }
     }
@@ -440,7 +442,7 @@ static void make_pathology(struct check_random *r, struct mha_case *c)
             if (!c->shared && x % 2 == 0)
                 check_fill_normal(r, c->dtype, mha_cache_at(c, ARG_v, b, x, 0), c->d_v,
                                   tiny[c->dtype]);
-        if (!c->shared) poison_hidden(c);
+        if (!c->shared) mha_case_hide(c, NAN); /* as good as absent: poison, too */
     }
     float bad = (float[]){INFINITY, -INFINITY, NAN}[random_range(r, 0, 2)];
     if (c->pathology == 4) attn_store(c->dtype, mha_q_at(c, ARG_q, b, i, h), at, bad);
@@ -502,7 +504,7 @@ void mha_case_make(struct check_random *r, enum attn_dtype dtype, unsigned featu
     mha_tensor_make(r, c, ARG_lse, value_type(ATTN_F32), packed_q ? 2 : 3, lse + packed_q,
                     with(c, WITH_strided));
     for (int64_t b = 0; b < c->b; ++b) fill_sequence(r, c, b);
-    if (random_percent(r, 50)) poison_hidden(c);
+    if (random_percent(r, 50)) mha_case_hide(c, NAN); /* as good as absent: poison, too */
     make_pathology(r, c);
 
     const struct check_buffer *k = &c->tensor[ARG_k].buffer, *v = &c->tensor[ARG_v].buffer;

@@ -82,6 +82,7 @@ struct mha_case {
     int64_t ro, r;
     bool shared; /* sequences may share cache rows or pages */
     int pathology;
+    bool hidden; /* keys that no row sees are NaN */
     struct mha_seq seq[CASE_BATCH];
     int64_t live_rows;
     struct mha_tensor tensor[MHA_ARGUMENT_COUNT];
@@ -111,6 +112,9 @@ int64_t mha_keys(const struct mha_case *c, int64_t b);
 /* A tensor of the case: rank, extents and (strided) strides with gaps and another order. */
 void mha_tensor_make(struct check_random *r, struct mha_case *c, int argument, DLDataType type,
                      int ndim, const int64_t *shape, bool strided);
+
+/* Gives cached keys that no row of their sequence sees this value, unless sequences share rows. */
+void mha_case_hide(struct mha_case *c, float value);
 
 /* Caches, out and lse as they were made; accumulators of so many splits (1: none). */
 void mha_case_restore(struct mha_case *c);

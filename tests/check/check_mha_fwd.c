@@ -1,28 +1,35 @@
 /* SPDX-License-Identifier: MIT
  *
- * mha_fwd as a whole, on every rung: each feature alone, then random combinations, against the
- * oracle of check_oracle.c.  Some cases run again with other thread counts, and again with every
- * query row but a few made NaN; the bits must not change.
+ * mha_fwd as a whole, on every rung and on a Hopper GPU where there is one: each feature alone, then
+ * random combinations, against the oracle of check_oracle.c.  Some cases run again with other thread
+ * counts (on a GPU: as they are), and again with every query row but a few made NaN; the bits must
+ * not change.
  */
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
 
 #include "check_run.h"
+#include "cuda/module.h"
 
-#define RUNGS_MAX 6 /* those of check_rungs, and the reference */
+#define RUNNERS_MAX 32 /* the reference, those of check_rungs, and a dtype's kernels for the GPU */
 
 struct runner {
     const char *name;
     const struct attn_cpu_kernels *table;
+    const struct attn_cuda_kernel *kernel; /* NULL: a CPU */
 };
 
-static int runners(struct runner list[RUNGS_MAX])
+static int runners(struct runner list[RUNNERS_MAX], enum attn_dtype dtype)
 {
     const struct check_rung *rungs;
     int n = check_rungs(&rungs), count = 0;
-    list[count++] = (struct runner){"ref", NULL};
-    for (int i = 0; i < n; ++i) list[count++] = (struct runner){rungs[i].name, &rungs[i].table};
+    list[count++] = (struct runner){"ref", NULL, NULL};
+    for (int i = 0; i < n; ++i)
+        list[count++] = (struct runner){rungs[i].name, &rungs[i].table, NULL};
+    for (int i = 0; check_gpu() && i < attn_mha_fwd_kernel_count; ++i)
+        if (attn_mha_fwd_kernels[i].dtype == (int)dtype && count < RUNNERS_MAX)
+            list[count++] = (struct runner){"sm90", NULL, &attn_mha_fwd_kernels[i]};
     return count;
 }
 
@@ -32,7 +39,7 @@ static void check_threads_bits(struct check_test *test, struct mha_run *run, con
 {
     static const int threads[] = {1, 2, 3, 16};
     struct mha_bits bits = mha_bits_take(run->c);
-    for (size_t i = 0; i < sizeof threads / sizeof *threads; ++i) {
+    for (size_t i = 0; i < (run->gpu ? 1 : sizeof threads / sizeof *threads); ++i) {
         check_pool_release(mark);
         mha_case_restore(run->c);
         run->threads = threads[i];
@@ -79,11 +86,17 @@ static void check_one(struct check_test *test, struct check_random r, const stru
 {
     char text[512], why[400];
     struct mha_run run = {.c = c, .table = runner->table, .threads = 1};
+    run.gpu = runner->kernel != NULL;
+    if (run.gpu) run.kernel = (int)(runner->kernel - attn_mha_fwd_kernels);
     size_t mark = check_pool_mark(); /* before the workspace and accumulators of a run */
     mha_case_text(c, text);
     mha_case_restore(c);
     test->cases += 1;
     if (!check_guarded(test, mha_run_case, &run)) return;
+    if (run.gpu && (run.status == ATTN_E_NOT_BUILT || run.status == ATTN_E_SHAPE)) {
+        test->cases -= 1; /* other head dims, features not built, rows that start off 16 bytes */
+        return;
+    }
     if (run.status) {
         check_fail(test, "%s: status %d: %s", text, (int)run.status, attn_last_error());
         return;
@@ -97,7 +110,8 @@ static void check_one(struct check_test *test, struct check_random r, const stru
         check_fail(test, "%s: %s splits %d: %s", text, run.plan.kernel, run.plan.splits, why);
         return;
     }
-    if (check_options.broken || !thorough || !run.table || !run.table->mha_fwd[c->dtype]) return;
+    if (check_options.broken || !thorough) return;
+    if (!run.gpu && (!run.table || !run.table->mha_fwd[c->dtype])) return;
     check_threads_bits(test, &run, text, mark);
     check_pool_release(mark);
     if (c->live_rows > 1 && !(c->features & WITH_pathological))
@@ -115,11 +129,14 @@ static unsigned random_features(struct check_random *r)
 /* `features` of every case, or -1: drawn for each. */
 static void check_features(enum attn_dtype dtype, const char *name, int features, int rounds)
 {
-    struct runner list[RUNGS_MAX];
-    struct check_test tests[RUNGS_MAX];
-    int n = runners(list), open = 0;
-    for (int i = 0; i < n; ++i)
-        open += check_open(&tests[i], "mha_fwd", list[i].name, attn_dtype_name(dtype), "%s", name);
+    struct runner list[RUNNERS_MAX];
+    struct check_test tests[RUNNERS_MAX];
+    int n = runners(list, dtype), open = 0;
+    for (int i = 0; i < n; ++i) {
+        const char *tile = list[i].kernel ? strstr(list[i].kernel->name, "_d") : "";
+        open += check_open(&tests[i], "mha_fwd", list[i].name, attn_dtype_name(dtype), "%s%s", name,
+                           tile);
+    }
     for (int64_t i = 0; i < rounds && open; ++i) {
         if (check_options.only_case >= 0 && check_options.only_case != i) continue;
         struct check_random r = check_case_random(&tests[0], i);
@@ -129,7 +146,7 @@ static void check_features(enum attn_dtype dtype, const char *name, int features
         mha_case_make(&r, dtype, features < 0 ? random_features(&r) : (unsigned)features, &c);
         mha_case_answer(&c, &answer);
         for (int k = 0; k < n; ++k) {
-            bool kernels = list[k].table && list[k].table->mha_fwd[dtype];
+            bool kernels = list[k].kernel || (list[k].table && list[k].table->mha_fwd[dtype]);
             int64_t every = kernels         ? 1
                             : list[k].table ? 8
                                             : 2; /* the slow reference, less often */

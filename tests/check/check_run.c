@@ -31,6 +31,10 @@ void mha_run_case(void *context)
     struct attn_mha_fwd_problem p;
     run->complaint = NULL;
     c->args.threads = run->threads;
+    if (run->gpu) {
+        mha_run_on_gpu(run);
+        return;
+    }
     if (!run->table) {
         run->status = attn_mha_fwd_ref(&c->args);
         return;

@@ -10,7 +10,9 @@
 
 struct mha_run {
     struct mha_case *c;
-    const struct attn_cpu_kernels *table; /* NULL: attn_mha_fwd_ref */
+    const struct attn_cpu_kernels *table; /* NULL: attn_mha_fwd_ref, or the GPU */
+    bool gpu;
+    int kernel; /* on a GPU: the line of mha_fwd.def to run, whatever the plan prefers */
     int threads;
     attn_status status;
     struct attn_mha_fwd_plan plan;
@@ -20,6 +22,10 @@ struct mha_run {
 
 /* A struct mha_run, for check_guarded; the tensors must be as mha_case_restore leaves them. */
 void mha_run_case(void *run);
+
+/* Whether there is a Hopper GPU; the same as mha_run_case on it. */
+bool check_gpu(void);
+void mha_run_on_gpu(struct mha_run *run);
 
 attn_status mha_plan_with(const struct attn_cpu_kernels *table,
                           const struct attn_mha_fwd_args *args, struct attn_mha_fwd_plan *plan);

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Clients of flash_attn_interface as their users run them, on the CPU, with no download.
+"""Clients of flash_attn_interface as their users run them, on the CPU and (test_gpu.py) on a Hopper
+GPU, with no download.
 
-transformers offers `flash_attention_3` on CUDA only, so the tests set it on a model's config after
+transformers offers `flash_attention_3` on CUDA only, so the tests on the CPU set it on a model's config after
 construction.  Everything behind that gate runs as it is: the import of `flash_attn_interface`, the
 reading of its signatures, the choice between the dense, packed and cache functions.
 """
@@ -23,6 +24,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 FUNCTIONS = ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import flash_attn_interface as fa
 import pytest
 import reference
 import torch
-from cases import DTYPES, FP8, SENTINEL, Case, entries, verify
+from cases import DTYPES, FP8, SENTINEL, Case, entries, refused, verify
 
 INF = float("inf")
 ALL = list(DTYPES)
@@ -131,6 +131,9 @@ def test_returns_dense(dtype, device):
     q, k, v = (
         torch.randn(2, s, h, d).to(kind).to(device) for s, h, d in ((5, 4, 64), (9, 2, 64), (9, 2, 64))
     )
+    if dtype == "fp8" and device == "cuda":
+        refused("fp8", lambda: fa.flash_attn_func(q, k, v))
+        return
     out = fa.flash_attn_func(q, k, v)
     assert isinstance(out, torch.Tensor)
     assert out.shape == (2, 5, 4, 64)
@@ -399,6 +402,9 @@ def test_rows_without_a_visible_key(dtype, device):
     """Causal with more queries than keys: the first rows see nothing: out 0, lse -inf."""
     kind = DTYPES[dtype]
     q, k = torch.randn(2, 9, 2, 32).to(kind).to(device), torch.randn(2, 4, 2, 32).to(kind).to(device)
+    if dtype == "fp8" and device == "cuda":
+        refused("fp8", lambda: fa.flash_attn_func(q, k, k))
+        return
     out, lse = fa.flash_attn_func(q, k, k, causal=True, return_attn_probs=True)
     assert (out[:, :5] == 0).all() and (lse[:, :, :5] == -INF).all()
     assert torch.isfinite(lse[:, :, 5:]).all() and (out[:, 5:].float().abs().sum(-1) > 0).all()
@@ -418,6 +424,9 @@ def test_empty_sequence_in_a_batch(splits, device):
 def test_no_key_storage_at_all(dtype, device):
     kind = DTYPES[dtype]
     q, k = torch.randn(2, 5, 2, 32).to(kind).to(device), torch.randn(2, 0, 2, 32).to(kind).to(device)
+    if dtype == "fp8" and device == "cuda":
+        refused("fp8", lambda: fa.flash_attn_func(q, k, k))
+        return
     out, lse = fa.flash_attn_func(q, k, k, return_attn_probs=True)
     assert (out == 0).all() and (lse == INF).all()
     cu_q, cu_k = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, 5, 10], [0, 0, 0]))

@@ -5,7 +5,7 @@ import flash_attn_interface as fa
 import pytest
 import reference
 import torch
-from cases import DTYPES, FP8, SENTINEL, Case, build, entries, run, verify
+from cases import DTYPES, FP8, SENTINEL, Case, build, entries, refused, run, verify
 
 ALL = list(DTYPES)
 fwd = torch.ops.flash_attn_3.fwd
@@ -105,6 +105,9 @@ def int32(*x):
 def test_returns(dtype, device):
     k, v = (x.to(device) for x in caches(dtype=DTYPES[dtype]))
     q = torch.randn(2, 3, 4, 32).to(DTYPES[dtype]).to(device)
+    if dtype == "fp8" and device == "cuda":
+        refused("fp8", lambda: kvcache(q, k, v))
+        return
     out = kvcache(q, k, v)
     assert isinstance(out, torch.Tensor) and out.shape == q.shape
     assert out.dtype == (torch.bfloat16 if DTYPES[dtype] == FP8 else q.dtype)
