@@ -229,9 +229,10 @@ static attn_status check_fwd_states(const struct attn_kda_fwd_args *a, problem_t
                "checkpoint_every: expected 0 without checkpoint_states, got %lld",
                (long long)a->checkpoint_every);
     if (!a->checkpoint_states) return ATTN_OK;
-    ATTN_CHECK(a->checkpoint_every > 0 && a->checkpoint_every % CHECKPOINT_UNIT == 0, ATTN_E_VALUE,
-               "checkpoint_every: expected a positive multiple of %d, got %lld", CHECKPOINT_UNIT,
-               (long long)a->checkpoint_every);
+    ATTN_CHECK(a->checkpoint_every > 0 && a->checkpoint_every <= ATTN_EXTENT_MAX &&
+                   a->checkpoint_every % CHECKPOINT_UNIT == 0,
+               ATTN_E_VALUE, "checkpoint_every: expected a multiple of %d in [%d, 2^31), got %lld",
+               CHECKPOINT_UNIT, CHECKPOINT_UNIT, (long long)a->checkpoint_every);
     p->checkpoint_every = a->checkpoint_every;
     ATTN_TRY(check_states(a->checkpoint_states, "checkpoint_states", -1, p, &p->checkpoint));
     ATTN_TRY(check_distinct(a->checkpoint_states, "checkpoint_states"));
@@ -388,6 +389,7 @@ attn_status attn_kda_fwd_run(const struct attn_kda_fwd_args *args,
         attn_log("%s b %lld t %lld n %lld h %lld d %lld workspace %lld", plan->kernel,
                  (long long)p.b, (long long)p.t, (long long)p.n, (long long)p.h, (long long)p.d,
                  (long long)plan->workspace_bytes);
+    if (p.t == 0 && !p.final.data) return ATTN_OK; /* nothing to write, however many heads */
     return attn_backend_for(p.device.device_type)
         ->kda_fwd_run(&p, plan, workspace, workspace_bytes, stream);
 }
