@@ -28,6 +28,8 @@ extern const struct attn_mla_finish_kernel attn_mla_finish_avx2;
 extern const struct attn_mla_finish_kernel attn_mla_finish_avx512;
 extern const struct attn_kda_fwd_kernel attn_kda_fwd_avx2[ATTN_DTYPES];
 extern const struct attn_kda_fwd_kernel attn_kda_fwd_avx512[ATTN_DTYPES];
+extern const struct attn_kda_fwd_kernel attn_kda_fwd_bf16_avx512bf16;
+extern const struct attn_kda_fwd_kernel attn_kda_fwd_bf16_amx;
 extern const struct attn_kda_step_kernel attn_kda_step_avx2[ATTN_DTYPES];
 extern const struct attn_kda_step_kernel attn_kda_step_avx512[ATTN_DTYPES];
 

@@ -8,7 +8,7 @@
  *
  * tile_load_once (TILELOADDT1) leaves the lines where they are, in L2, and so keeps L1 for operands
  * that are used again.  The _row forms make all 16 rows one line of memory, by a stride of 0; to
- * store, all rows have to be equal.
+ * store, all rows have to be equal.  The _at forms take rows `row` bytes apart.
  *
  * Tile numbers are literals.  gcc 12's tile load has no memory clobber, so a store of an operand
  * may sink below the load that wants it: put tile_fence() between them.
@@ -50,6 +50,8 @@ static const struct tile_config tile_config_full = {
 #define tile_load_row(t, p) _tile_loadd(t, p, 0)
 #define tile_store_row(t, p) _tile_stored(t, p, 0)
 #define tile_store(t, p) _tile_stored(t, p, TILE_ROW_BYTES)
+#define tile_load_at(t, p, row) _tile_loadd(t, p, row)
+#define tile_store_at(t, p, row) _tile_stored(t, p, row)
 #define tile_dpbf16(c, a, b) _tile_dpbf16ps(c, a, b)
 #endif
 

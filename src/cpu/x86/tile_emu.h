@@ -62,6 +62,18 @@ static inline void tile_store_row(int t, void *p)
 
 static inline void tile_store(int t, void *p) { memcpy(p, tile_emu(t), TILE_BYTES); }
 
+static inline void tile_load_at(int t, const void *p, int64_t row)
+{
+    for (int i = 0; i < 16; i++)
+        memcpy(tile_emu(t) + i * TILE_ROW_BYTES, (const char *)p + i * row, TILE_ROW_BYTES);
+}
+
+static inline void tile_store_at(int t, void *p, int64_t row)
+{
+    for (int i = 0; i < 16; i++)
+        memcpy((char *)p + i * row, tile_emu(t) + i * TILE_ROW_BYTES, TILE_ROW_BYTES);
+}
+
 static inline float tile_emu_flush(float x)
 {
     return fabsf(x) < 0x1p-126f ? copysignf(0.0f, x) : x;

@@ -1,0 +1,363 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * kda_fwd for bf16 inputs with bf16 operands and fp32 sums: the body of the AVX-512-BF16 and AMX
+ * rungs, which differ in one function, the product of operands in tiles:
+ *
+ *   kda_product(c, add, a, a_next, b, steps):   C[32][32] = (add ? C : 0) + A[32][32 steps] B[32 steps][32]
+ *     A: tiles of 16 rows x 32 bf16; row tile m, step p at a + m a_next + p KB
+ *     B: tiles of 16 pairs of rows x 16 columns x 2 bf16; step p, column tile n at b + (2 p + n) KB
+ *     C: fp32, row after row of 32
+ *
+ * The math is kda_fwd_vec.h's.  What is rounded to bf16: kd, qd, kr, the factors of N and M, T, M, X,
+ * U, and S as an operand; S itself stays fp32.
+ *
+ *   operand          rows x columns          made by
+ *   kd qd    A       token x channel         packing even and odd channels of a token: its own order
+ *   kr       A       place of K x token      16 x 16 transposes of token pairs
+ *   T M      A       token x token           packing rows
+ *   k D_m/D  B       channel x token         16 x 16 transposes of channel pairs
+ *   S        B       channel x value         packing the rows of an even and an odd channel
+ *   X U      B       token x value           packing the rows of two tokens
+ *
+ * scan, one chunk of one slice; products and vector work that do not wait for each other alternate:
+ *   products | kd S   qd S            T X            M U   kr0   kr1   kr2   kr3
+ *   vectors  |               X = V -       pack U                S0    S1    S2    S3    out
+ */
+#ifndef ATTN_CPU_X86_KDA_FWD_TILE_H
+#define ATTN_CPU_X86_KDA_FWD_TILE_H
+
+#include "cpu/x86/kda_chunk_vec.h"
+
+enum { KDA_TILE = 1024, KDA_LINE = 64, KDA_STEP_CHANNELS = 32 };
+
+typedef float kda_block[32][32] __attribute__((aligned(64)));
+
+/* A record: kd (negated) and qd [2][d / 32] tiles, kr [d / 16], T and M [2], D [d] floats. */
+struct kda_record {
+    char *kd, *qd, *kr, *t, *m;
+    float *decay;
+};
+
+static struct kda_record kda_record(const char *at, int32_t d)
+{
+    struct kda_record r = {.kd = (char *)(uintptr_t)at};
+    r.qd = r.kd + d / 16 * KDA_TILE;
+    r.kr = r.qd + d / 16 * KDA_TILE;
+    r.t = r.kr + d / 16 * KDA_TILE;
+    r.m = r.t + 2 * KDA_TILE;
+    r.decay = (float *)(void *)(r.m + 2 * KDA_TILE);
+    return r;
+}
+
+static int64_t kda_record_bytes(int64_t d) { return (3 * d / 16 + 4) * KDA_TILE + 4 * d; }
+
+struct kda_prepare_scratch {
+    struct kda_gates g;
+    char k[8 * KDA_TILE] __attribute__((aligned(64)));  /* A: k_i D_i / D_m */
+    char q[8 * KDA_TILE] __attribute__((aligned(64)));  /* A: q_i D_i / D_m */
+    char ki[8 * KDA_TILE] __attribute__((aligned(64))); /* B: k_j D_m / D_j */
+    kda_block n, m, t;
+    float k_apart[KDA_CHUNK][KDA_WIDTH] __attribute__((aligned(64))); /* k and q, when apart */
+    float q_apart[KDA_CHUNK][KDA_WIDTH] __attribute__((aligned(64)));
+};
+
+struct kda_scan_scratch {
+    char s[8 * KDA_TILE] __attribute__((aligned(64))); /* B: the slice of the state */
+    char x[2 * KDA_TILE] __attribute__((aligned(64))); /* B */
+    char u[2 * KDA_TILE] __attribute__((aligned(64))); /* B */
+    kda_block c, out, next[2];
+};
+
+static int64_t kda_scratch_bytes(int64_t d)
+{
+    (void)d;
+    return sizeof(struct kda_prepare_scratch) > sizeof(struct kda_scan_scratch)
+               ? sizeof(struct kda_prepare_scratch)
+               : sizeof(struct kda_scan_scratch);
+}
+
+/* Lane i: low[i] and high[i] as bf16, ties away from zero.  NaN stays NaN but for one whose payload
+ * is all ones; kda_tidy removes those. */
+VEC_INLINE __m512i kda_pack(vec low, vec high)
+{
+    const __m512i half = _mm512_set1_epi32(0x8000);
+    __m512i l = _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(low), half), 16);
+    __m512i h = _mm512_add_epi32(_mm512_castps_si512(high), half);
+    return _mm512_mask_blend_epi16(0xaaaaaaaau, l, h);
+}
+
+/* ---- prepare --------------------------------------------------------------------------------- */
+
+/* 32 channels of a chunk, even and odd: k and q normalised, zeros past the last token. */
+struct kda_columns {
+    vec k[KDA_CHUNK][2], q[KDA_CHUNK][2];
+};
+
+static void kda_load_columns(const struct attn_kda_tokens *x, const struct kda_gates *g, int32_t c,
+                             struct kda_columns *to)
+{
+    for (int32_t i = 0; i < x->rows; ++i) {
+        vec k = vec_set1(g->k[i]), q = vec_set1(g->q[i]);
+        vec_load_pair(ATTN_BF16, x->k + i * x->k_row + 2 * c, &to->k[i][0], &to->k[i][1]);
+        vec_load_pair(ATTN_BF16, x->q + i * x->q_row + 2 * c, &to->q[i][0], &to->q[i][1]);
+        VEC_UNROLL
+        for (int j = 0; j < 2; ++j) {
+            to->k[i][j] = vec_mul(to->k[i][j], k);
+            to->q[i][j] = vec_mul(to->q[i][j], q);
+        }
+    }
+    for (int32_t i = x->rows; i < KDA_CHUNK; ++i)
+        for (int j = 0; j < 2; ++j) to->k[i][j] = to->q[i][j] = vec_zero();
+}
+
+/* Line of token i and step c / 32 in a [2][d / 32] array of A tiles. */
+VEC_INLINE char *kda_line(char *tiles, int32_t d, int32_t i, int32_t c)
+{
+    return tiles + (i / 16 * (d / 32) + c / 32) * KDA_TILE + i % 16 * KDA_LINE;
+}
+
+/* Writes 16 lines of 16 dwords transposed. */
+VEC_INLINE void kda_put_transposed(char *tile, const __m512i x[16])
+{
+    vec r[16];
+    VEC_UNROLL
+    for (int i = 0; i < 16; ++i) r[i] = _mm512_castsi512_ps(x[i]);
+    vec_transpose(r);
+    VEC_UNROLL
+    for (int i = 0; i < 16; ++i) _mm512_store_ps(tile + i * KDA_LINE, r[i]);
+}
+
+/* kd, qd, kr and D of 32 channels. */
+static void kda_state_factors(const struct kda_columns *x, const struct kda_gates *g, int32_t c,
+                              int32_t d, const struct kda_record *to)
+{
+    vec f0 = vec_set1(1.0f), f1 = f0;
+    for (int32_t i = 0; i < KDA_CHUNK; ++i) {
+        f0 = vec_mul(f0, vec_load(&g->decay[i][c]));
+        f1 = vec_mul(f1, vec_load(&g->decay[i][c + 16]));
+        __m512i kd = kda_pack(vec_mul(x->k[i][0], f0), vec_mul(x->k[i][1], f1));
+        __m512i qd = kda_pack(vec_mul(x->q[i][0], f0), vec_mul(x->q[i][1], f1));
+        kd = _mm512_xor_si512(kd, _mm512_set1_epi32((int)0x80008000u));
+        _mm512_store_si512(kda_line(to->kd, d, i, c), kd);
+        _mm512_store_si512(kda_line(to->qd, d, i, c), qd);
+    }
+    vec_store(to->decay + c, f0);
+    vec_store(to->decay + c + 16, f1);
+
+    __m512i even[16], odd[16];
+    f0 = f1 = vec_set1(1.0f);
+    for (int32_t i = KDA_CHUNK - 2; i >= 0; i -= 2) {
+        vec late0 = vec_mul(x->k[i + 1][0], f0), late1 = vec_mul(x->k[i + 1][1], f1);
+        f0 = vec_mul(f0, vec_load(&g->decay[i + 1][c]));
+        f1 = vec_mul(f1, vec_load(&g->decay[i + 1][c + 16]));
+        even[i / 2] = kda_pack(vec_mul(x->k[i][0], f0), late0);
+        odd[i / 2] = kda_pack(vec_mul(x->k[i][1], f1), late1);
+        f0 = vec_mul(f0, vec_load(&g->decay[i][c]));
+        f1 = vec_mul(f1, vec_load(&g->decay[i][c + 16]));
+    }
+    kda_put_transposed(to->kr + c / 16 * KDA_TILE, even);
+    kda_put_transposed(to->kr + (c / 16 + 1) * KDA_TILE, odd);
+}
+
+/* 1 / x to 2^-14: for what is rounded to bf16. */
+VEC_INLINE vec kda_recip(vec x) { return _mm512_rcp14_ps(x); }
+
+/* Token i's lines of the factors of N and M: k and q times `f`, k times `back`. */
+VEC_INLINE __m512i kda_pair_lines(const struct kda_columns *x, int32_t i, int32_t c, int32_t d,
+                                  const vec f[2], const vec back[2], struct kda_prepare_scratch *s)
+{
+    __m512i k = kda_pack(vec_mul(x->k[i][0], f[0]), vec_mul(x->k[i][1], f[1]));
+    __m512i q = kda_pack(vec_mul(x->q[i][0], f[0]), vec_mul(x->q[i][1], f[1]));
+    _mm512_store_si512(kda_line(s->k, d, i, c), k);
+    _mm512_store_si512(kda_line(s->q, d, i, c), q);
+    return kda_pack(vec_mul(x->k[i][0], back[0]), vec_mul(x->k[i][1], back[1]));
+}
+
+static void kda_pair_factors(const struct kda_columns *x, int32_t c, int32_t d,
+                             struct kda_prepare_scratch *s)
+{
+    __m512i ki[16];
+    vec p[2] = {vec_set1(1.0f), vec_set1(1.0f)}, inverse[2]; /* p: D_m / D_i, then D_i / D_m */
+    for (int32_t i = KDA_MIDDLE; i >= 0; --i) {
+        VEC_UNROLL
+        for (int j = 0; j < 2; ++j) inverse[j] = kda_recip(p[j]);
+        ki[i] = kda_pair_lines(x, i, c, d, inverse, p, s);
+        VEC_UNROLL
+        for (int j = 0; j < 2; ++j) p[j] = vec_mul(p[j], vec_load(&s->g.decay[i][c + 16 * j]));
+    }
+    kda_put_transposed(s->ki + c / 16 * KDA_TILE, ki);
+    p[0] = p[1] = vec_set1(1.0f);
+    for (int32_t i = KDA_MIDDLE + 1; i < KDA_CHUNK; ++i) {
+        VEC_UNROLL
+        for (int j = 0; j < 2; ++j) {
+            p[j] = vec_mul(p[j], vec_load(&s->g.decay[i][c + 16 * j]));
+            inverse[j] = kda_recip(p[j]);
+        }
+        ki[i - 16] = kda_pair_lines(x, i, c, d, p, inverse, s);
+    }
+    kda_put_transposed(s->ki + (c / 16 + 1) * KDA_TILE, ki);
+}
+
+/* The triangle up to the diagonal, as two A tiles; what lies above it becomes 0. */
+static void kda_put_rows(char *tiles, kda_block x)
+{
+    for (int i = 0; i < KDA_CHUNK; ++i) {
+        uint32_t lower = ~0u >> (31 - i);
+        vec a = _mm512_maskz_load_ps((__mmask16)lower, x[i]);
+        vec b = _mm512_maskz_load_ps((__mmask16)(lower >> 16), x[i] + 16);
+        __m512i line = (__m512i)_mm512_cvtne2ps_pbh(b, a);
+        _mm512_store_si512(tiles + i * KDA_LINE, line);
+    }
+}
+
+static void kda_prepare(const struct attn_kda_tokens *x, char *record, char *scratch)
+{
+    struct kda_prepare_scratch *s = (struct kda_prepare_scratch *)(void *)scratch;
+    const struct kda_record to = kda_record(record, x->d);
+    struct kda_columns columns;
+    kda_gates(ATTN_BF16, x, &s->g);
+    for (int32_t i = x->rows; i < KDA_CHUNK; ++i)
+        for (int32_t c = 0; c < x->d; c += 16) vec_store(&s->g.decay[i][c], vec_set1(1.0f));
+    for (int32_t c = 0; c < x->d; c += KDA_STEP_CHANNELS) {
+        kda_load_columns(x, &s->g, c, &columns);
+        kda_state_factors(&columns, &s->g, c, x->d, &to);
+        if (!s->g.apart) {
+            kda_pair_factors(&columns, c, x->d, s);
+            continue;
+        }
+        for (int32_t i = 0; i < KDA_CHUNK; ++i) {
+            for (int j = 0; j < 2; ++j) {
+                vec_store(&s->k_apart[i][c + 16 * j], columns.k[i][j]);
+                vec_store(&s->q_apart[i][c + 16 * j], columns.q[i][j]);
+            }
+        }
+    }
+    if (s->g.apart) {
+        kda_apart(&s->g, s->k_apart[0], s->q_apart[0], KDA_CHUNK, x->d, s->n[0], s->m[0]);
+    } else {
+        kda_begin();
+        kda_product(s->n, false, s->k, x->d / 32 * KDA_TILE, s->ki, x->d / 32);
+        kda_product(s->m, false, s->q, x->d / 32 * KDA_TILE, s->ki, x->d / 32);
+        kda_end();
+    }
+    kda_inverse(s->n[0], s->g.b, x->rows, s->t[0]);
+    kda_put_rows(to.t, s->t);
+    kda_put_rows(to.m, s->m);
+}
+
+/* ---- scan ------------------------------------------------------------------------------------ */
+
+/* The B operand of 32 channels of the state, places c ... */
+VEC_INLINE void kda_pack_state(const float *state, int32_t c, char *to)
+{
+    const float *even = state + c * KDA_SLICE, *odd = even + 16 * KDA_SLICE;
+    for (int i = 0; i < 16; ++i)
+        for (int n = 0; n < 2; ++n)
+            _mm512_store_si512(to + n * KDA_TILE + i * KDA_LINE,
+                               kda_pack(vec_load(even + i * KDA_SLICE + 16 * n),
+                                        vec_load(odd + i * KDA_SLICE + 16 * n)));
+}
+
+/* X = V + (-kd S), packed. */
+VEC_INLINE void kda_pack_x(const struct attn_kda_scan *s, const struct attn_kda_part *p,
+                           kda_block c, char *to)
+{
+    const char *v = p->v + 2 * s->v0;
+    for (int i = 0; i < KDA_CHUNK; i += 2) {
+        vec x[2][2];
+        VEC_UNROLL
+        for (int j = 0; j < 2; ++j) {
+            VEC_UNROLL
+            for (int n = 0; n < 2; ++n) {
+                vec y = i + j < p->rows ? vec_load_bf16(v + (i + j) * s->v_row + 32 * n)
+                                        : vec_zero();
+                x[j][n] = vec_add(y, vec_load(c[i + j] + 16 * n));
+            }
+        }
+        for (int n = 0; n < 2; ++n)
+            _mm512_store_si512(to + n * KDA_TILE + i / 2 * KDA_LINE, kda_pack(x[0][n], x[1][n]));
+    }
+}
+
+VEC_INLINE void kda_pack_u(kda_block u, char *to)
+{
+    for (int i = 0; i < KDA_CHUNK; i += 2)
+        for (int n = 0; n < 2; ++n)
+            _mm512_store_si512(to + n * KDA_TILE + i / 2 * KDA_LINE,
+                               kda_pack(vec_load(u[i] + 16 * n), vec_load(u[i + 1] + 16 * n)));
+}
+
+/* S = D S + kr^T U for the 32 channels at places c ..., and the operand for the next chunk. */
+VEC_INLINE void kda_update(float *state, const float *decay, kda_block add, int32_t c, char *to)
+{
+    for (int i = 0; i < 16; ++i) {
+        vec even = vec_set1(decay[c + i]), odd = vec_set1(decay[c + 16 + i]);
+        VEC_UNROLL
+        for (int n = 0; n < 2; ++n) {
+            float *e = state + (c + i) * KDA_SLICE + 16 * n, *o = e + 16 * KDA_SLICE;
+            vec a = vec_fma(vec_load(e), even, vec_load(add[i] + 16 * n));
+            vec b = vec_fma(vec_load(o), odd, vec_load(add[16 + i] + 16 * n));
+            vec_store(e, a);
+            vec_store(o, b);
+            _mm512_store_si512(to + n * KDA_TILE + i * KDA_LINE, kda_pack(a, b));
+        }
+    }
+}
+
+VEC_INLINE void kda_put_out(const struct attn_kda_scan *s, const struct attn_kda_part *p,
+                            kda_block out)
+{
+    char *to = p->out + 2 * s->v0;
+    for (int i = 0; i < p->rows; ++i)
+        _mm512_storeu_si512(to + i * s->out_row,
+                            (__m512i)_mm512_cvtne2ps_pbh(vec_load(out[i] + 16), vec_load(out[i])));
+}
+
+static void kda_scan_part(const struct attn_kda_scan *s, const struct attn_kda_part *p,
+                          struct kda_scan_scratch *w)
+{
+    const struct kda_record r = kda_record(p->record, s->d);
+    int64_t rows = s->d / 32 * KDA_TILE, steps = s->d / 32;
+    kda_product(w->c, false, r.kd, rows, w->s, steps);
+    kda_product(w->out, false, r.qd, rows, w->s, steps);
+    kda_pack_x(s, p, w->c, w->x);
+    kda_product(w->c, false, r.t, KDA_TILE, w->x, 1);
+    kda_pack_u(w->c, w->u);
+    kda_product(w->out, true, r.m, KDA_TILE, w->u, 1);
+    kda_product(w->next[0], false, r.kr, KDA_TILE, w->u, 1);
+    for (int64_t i = 0; i < steps; ++i) {
+        if (i + 1 < steps)
+            kda_product(w->next[(i + 1) % 2], false, r.kr + (i + 1) * 2 * KDA_TILE, KDA_TILE, w->u,
+                        1);
+        kda_update(s->state, r.decay, w->next[i % 2], (int32_t)i * 32, w->s + i * 2 * KDA_TILE);
+    }
+    kda_put_out(s, p, w->out);
+}
+
+/* NaNs as arithmetic makes them: kda_pack would round one with all bits set to zero. */
+static void kda_tidy(const struct attn_kda_scan *s)
+{
+    for (int64_t i = 0; i < s->d * KDA_SLICE; i += 16) {
+        vec x = vec_load(s->state + i);
+        __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+        if (nan) vec_store(s->state + i, _mm512_mask_mov_ps(x, nan, vec_set1(NAN)));
+    }
+}
+
+static void kda_scan(const struct attn_kda_scan *s, char *scratch)
+{
+    struct kda_scan_scratch *w = (struct kda_scan_scratch *)(void *)scratch;
+    kda_read_state(ATTN_BF16, s);
+    if (s->first && s->initial) kda_tidy(s);
+    for (int32_t c = 0; s->count && c < s->d; c += 32)
+        kda_pack_state(s->state, c, w->s + c / 16 * KDA_TILE);
+    kda_begin();
+    for (int32_t i = 0; i < s->count; ++i) {
+        kda_scan_part(s, &s->parts[i], w);
+        kda_write_state(ATTN_BF16, s, s->checkpoint_dtype, s->parts[i].checkpoint);
+    }
+    kda_end();
+    kda_write_state(ATTN_BF16, s, s->state_dtype, s->final);
+}
+
+#endif
