@@ -6,7 +6,7 @@ Shapes, dtypes and values are checked by libattn; here only what it does not see
 
 import libattn
 import torch
-from libattn import DtypeError, NotBuiltError, ShapeError, mla, musa
+from libattn import DeviceError, DtypeError, NotBuiltError, ShapeError, mla, musa
 from torch.autograd.graph import increment_version
 
 from . import _schedule
@@ -27,18 +27,24 @@ def direct(q):
 
 
 def on_musa(q, name="q"):
-    """Whether q lies on MUSA; TypeError when it lies nowhere."""
+    """Whether q lies on MUSA; TypeError when it is no tensor, DeviceError when nothing here serves it."""
     try:
-        return q.device.type == "musa"
+        device = q.device.type
     except AttributeError:
         raise DtypeError(f"{name}: expected a tensor, got {type(q).__name__}") from None
+    if device not in ("cpu", "cuda", "musa"):
+        raise DeviceError(f"{name}: expected a tensor on a CPU, CUDA or MUSA device, got {device}")
+    return device == "musa"
 
 
-def check_rank(name, x, rank):
+def check_rank(name, x, rank, device=None):
+    """A tensor of that many dimensions, and on q's device where that is given."""
     if not isinstance(x, _Tensor):
         raise DtypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     if x.dim() != rank:
         raise ShapeError(f"{name}: expected {rank} dimensions, got shape {tuple(x.shape)}")
+    if device is not None and x.device != device:
+        raise DeviceError(f"{name}: expected on q's device {device}, got {x.device}")
 
 
 def three_axes(name, indices):

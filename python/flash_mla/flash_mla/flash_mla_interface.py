@@ -169,7 +169,7 @@ def flash_mla_with_kvcache(
             descale_q is not None or descale_k is not None,
         )
     _eager.check_rank("q", q, 4)
-    _eager.check_rank("k_cache", k_cache, 4)
+    _eager.check_rank("k_cache", k_cache, 4, q.device)
     if sparse:
         indices = _eager.three_axes("indices", indices)
         if extra_indices_in_kvcache is not None:
@@ -292,8 +292,9 @@ def flash_mla_sparse_fwd(q, kv, indices, sm_scale, d_v=512, attn_sink=None, topk
     """
     if not _eager.direct(q) and _eager.on_musa(q):
         return _eager.prefill_by_mate(q, kv, indices, sm_scale, d_v, attn_sink, topk_length, out)
-    if isinstance(q, _Tensor) and q.dim() == 3 and q.shape[0] == 0:
-        _eager.check_rank("kv", kv, 3)
+    _eager.check_rank("q", q, 3)
+    _eager.check_rank("kv", kv, 3, q.device)
+    if q.shape[0] == 0:
         if q.shape[-1] != kv.shape[-1]:
             raise ShapeError(f"kv: expected rows of q's {q.shape[-1]} values, got {kv.shape[-1]}")
         empty = q.new_empty((0, q.shape[1]), dtype=torch.float32)
