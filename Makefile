@@ -18,7 +18,7 @@ export PYTHON TORCH_VERSION JOBS
 VENV := tools/venv.sh
 BUILD := tools/build.sh
 
-.PHONY: help demo test test-gpu build check asan tsan bench bench-gpu wheel install dev lint fmt abi clean
+.PHONY: help demo demo-mla test test-gpu build check asan tsan bench bench-gpu wheel install dev lint fmt abi clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -26,6 +26,10 @@ help: ## this list
 demo: dev ## search Python's documentation; make demo Q="how do I copy a file"
 	@$(VENV) demo
 	@.venv/bin/python demo/search.py $(if $(Q),"$(Q)")
+
+demo-mla: dev ## a small model of DeepSeek's shape over a paged latent cache (ARGS="--tokens 99")
+	@$(VENV) demo
+	@.venv/bin/python demo/mla.py $(ARGS)
 
 test: ## everything: C checks, sanitizers, Python, clients, demo, wheels, lint
 	@$(VENV) test

@@ -22,7 +22,7 @@ abi() { python tools/abi.py build/release && python tools/isa.py build/release; 
 check() { build/release/attn_check; }
 asan() { tools/build.sh asan attn_check && build/asan/attn_check; }
 tsan() { tools/build.sh tsan attn_check && OMP_NUM_THREADS=1 OMP_THREAD_LIMIT=1 build/tsan/attn_check; }
-demo() { python demo/search.py; }
+demo() { python demo/search.py && python demo/mla.py; }
 python_tests() { python -m pytest tests; }
 
 stage build build

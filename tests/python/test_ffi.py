@@ -307,9 +307,24 @@ def test_report():
     assert lines["libattn"].startswith(libattn.__version__)
     assert lines["CPU rung"].split()[0] in ("c", "avx2", "avx512", "avx512bf16", "amx")
     assert "flash_attn_3 3" in lines["flash_attn_interface"]
+    assert lines["flash_mla"].startswith("flash_mla 1")
     assert lines.keys() >= {"GPUs", "kernels", "MATE", "OpenMP", "tvm_ffi", "flash_mla", "flash_kda"}
     capped = python("-m", "libattn", ATTN_CPU="c").stdout
     assert "c (ATTN_CPU=c)" in capped
+
+
+def test_report_into_a_closed_pipe():
+    """`python -m libattn | head -1`: no traceback."""
+    command = f"{sys.executable} -m libattn | head -1"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert done.stdout.startswith("libattn ") and done.stderr == ""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        done = subprocess.run(
+            [sys.executable, "-m", "libattn"], stdout=closed, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 1 and done.stderr == ""
 
 
 def test_report_without_the_library(tmp_path):

@@ -36,6 +36,15 @@ zeros, state = torch.zeros(2), torch.zeros(1, 2, 64, 64)
 out = torch.full_like(v, torch.nan)
 flash_kda.fwd(q, k, v, g, q[..., 0], 0.125, out, zeros, torch.zeros(2, 64), -5.0, final_state=state)
 assert out.isfinite().all() and state.isfinite().all() and state.any()
+
+import flash_mla, flash_mla.cache, flash_mla.kernels.triton_flash_mla, flash_mla.layer
+import flash_mla.ops.interface
+q, k = torch.randn(1, 1, 4, 576), torch.randn(2, 64, 1, 576)
+table, lens = torch.tensor([[1, 0]]).int(), torch.tensor([100]).int()
+out, lse = flash_mla.flash_mla_with_kvcache(q, k, table, lens, 512, *flash_mla.get_mla_metadata(), 0.1)
+rows = torch.cat((k[1], k[0]))[:100, 0]
+want = (q[0, 0] @ rows.T * 0.1).softmax(-1) @ rows[:, :512]
+torch.testing.assert_close(out[0, 0], want, atol=1e-5, rtol=1e-5)
 print(tvm_ffi.__version__)
 """
 
@@ -84,6 +93,7 @@ def test_the_other_wheels_are_pure_and_want_this_libattn(wheels):
 OWNED = {
     "flash_attn_3": {"flash_attn_interface.py", "flash_attn_config.py", "flash_attn_3"},
     "flash_kda": {"flash_kda", "flash_kda_C.py"},
+    "flash_mla": {"flash_mla"},
 }
 
 
@@ -93,8 +103,9 @@ def test_each_package_owns_its_names_and_no_others(name, wheels):
     assert tops == OWNED[name]
 
 
-def test_flash_attn_3_has_the_official_major_version(wheels):
+def test_packages_have_the_official_major_versions(wheels):
     assert wheels["flash_attn_3"].name.startswith("flash_attn_3-3.")
+    assert wheels["flash_mla"].name.startswith("flash_mla-1.")
 
 
 def test_licence_and_notices_are_in_each_wheel(wheels):
@@ -150,7 +161,9 @@ def test_attention_in_a_fresh_environment(fresh, wanted):
     flags = ["-std=gnu11", "-Wall", "-Wextra", "-Werror", "-fsyntax-only"]
     build_tree.run("cc", *flags, *includes, *(ROOT / "src/ffi").glob("*.c"))
     report = isolated(fresh, "-m", "libattn")
-    assert VERSION in report and "flash_attn_interface" in report
+    assert VERSION in report
+    for name in OWNED:
+        assert re.search(rf"^\S+ +{name} \d", report, re.MULTILINE), report
 
 
 def test_without_the_openmp_run_time_the_import_says_so(fresh, tmp_path):

@@ -149,5 +149,16 @@ def main() -> int:
     return 0 if core is not None and all(right for _, right in reports.values()) else 1
 
 
+def run() -> int:
+    """main(), quiet where the reader of its output has seen enough (`python -m libattn | head`)."""
+    try:
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        status = 1
+    return status
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())
