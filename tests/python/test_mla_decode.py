@@ -58,6 +58,14 @@ def test_lengths(device, lengths, h_q):
     check(device, dense(generator(*lengths, h_q), lengths, 1, h_q))
 
 
+@pytest.mark.parametrize(("b", "h_q", "length"), [(64, 4, 300), (3, 128, 9000), (1, 16, 32768)])
+def test_larger_problems(device, b, h_q, length):
+    """Lengths spread around a mean, as upstream draws them."""
+    gen = generator(b, length)
+    lengths = (torch.randn(b, generator=gen) * length / 2 + length).clamp(1, 2 * length).int().tolist()
+    check(device, dense(gen, lengths, cases.pick(gen, [1, 2]), h_q), causal=True)
+
+
 def test_many_sequences_half_of_them_empty(device):
     gen = generator(128)
     lengths = [0 if i % 2 else int(torch.randint(1, 150, (), generator=gen)) for i in range(128)]

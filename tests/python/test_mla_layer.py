@@ -2,6 +2,8 @@
 """The steps of flash_mla.layer one by one; tests/clients/test_deepseek.py has whole models."""
 
 import math
+import re
+from pathlib import Path
 
 import mla_cases as cases
 import pytest
@@ -115,6 +117,18 @@ def test_yarn_keeps_fast_pairs_and_slows_the_others():
     assert (ratio[1:] >= ratio[:-1] * 0.999).all()
 
 
+@pytest.mark.parametrize("new", [9, 1])
+def test_the_gradient_is_refused_and_not_lost(new):
+    attention = layer.LatentAttention(64, 2, None, d_nope=16, d_v=16)
+    store = layer.PagedLatentCache(1, 4, dtype=torch.float32)
+    step = store.step({0: new})
+    x = torch.randn(new, 64)
+    tables = layer.rope_tables(step.positions, *layer.rope_frequencies(64))
+    out = x + attention(x, *tables, store[0], step)
+    with pytest.raises(NotImplementedError, match="gradients of attention"):
+        out.sum().backward()
+
+
 # ---- pages -------------------------------------------------------------------------------------------
 
 
@@ -140,3 +154,13 @@ def test_a_step_that_does_not_fit_changes_nothing(tokens):
     with pytest.raises(ArgumentError, match="tokens: expected"):
         store.step(tokens)
     assert not store.pages and not store.lengths and len(store.free) == 6
+
+
+def test_the_readme_runs():
+    text = (Path(__file__).resolve().parents[2] / "python" / "flash_mla" / "README.md").read_text()
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(block, names)
+    assert names["out"].shape == (2, 1, 16, 512) and names["out"].isfinite().all()
+    assert names["y"].shape == (2, 256) and names["y"].isfinite().all()
+    assert names["rows"].shape == (1, 576) and names["rows"].any()

@@ -87,6 +87,16 @@ def test_decode_shapes(device, d, h_q, part):
     decode(device, decode_case(gen, d, h_q, b, s_q, part), d**-0.55)
 
 
+@pytest.mark.parametrize(
+    ("b", "s_q", "h_q", "part"),
+    [(74, 1, 4, (512, 64, 69)), (321, 1, 2, (2046, 64, 576)), (9, 2, 5, (1024, 16384, 64))],
+    ids=str,
+)
+@pytest.mark.parametrize("d", [576, 512])
+def test_decode_of_many_sequences_and_many_keys(device, d, b, s_q, h_q, part):
+    decode(device, decode_case(generator(d, b), d, h_q, b, s_q, part, None, ("own",), sink=True))
+
+
 @pytest.mark.parametrize("lengths", EVERY_LENGTH, ids=str)
 @pytest.mark.parametrize("extra", [(512, 64, 2), (576, 192, 64)], ids=str)
 @pytest.mark.parametrize("d", [576, 512])

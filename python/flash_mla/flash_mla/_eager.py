@@ -60,11 +60,12 @@ def default_scale(q):
 
 def plain(x):
     """x with its sign written out and without its gradient; what is no tensor is left for libattn."""
-    if not isinstance(x, _Tensor):
-        return x
-    if x.requires_grad:
-        x = x.detach()
-    return x.resolve_neg() if x.is_neg() else x
+    if isinstance(x, _Tensor):
+        if x.requires_grad:
+            x = x.detach()
+        if x.is_neg():
+            x = x.resolve_neg()
+    return x
 
 
 def written(out):
@@ -93,8 +94,10 @@ def remember(meta, q, k_cache, causal, is_fp8_kvcache, indices, extra_k_cache, e
         meta.config = _schedule.FlashMLASchedMeta.Config(b, s_q, h_q, page, h_k, *rest)
         return
     assert meta.config is not None, "tile_scheduler_metadata: initialised, but has no config"
-    for name, value in zip(meta.config.__dataclass_fields__, config):
-        first = getattr(meta.config, name)
+    first_config = vars(meta.config)
+    if tuple(first_config.values()) == config:
+        return
+    for (name, first), value in zip(first_config.items(), config):
         assert first == value, (
             f"tile_scheduler_metadata: first used with {name} {first}, now with {value}: make a new one "
             "with get_mla_metadata() for calls of another kind"

@@ -11,7 +11,7 @@ import operator
 from dataclasses import dataclass
 
 import torch
-from libattn import DtypeError, ShapeError
+from libattn import DeviceError, DtypeError, ShapeError
 
 BLOCK = 64  # tokens
 FIXED = 5  # what one piece costs beside its blocks, in blocks
@@ -165,18 +165,18 @@ def check_lengths(cache_seqlens):
 
 
 def check_tensors(tile_scheduler_metadata, num_splits, b, device):
-    """Given scheduler tensors: int32, (parts, 8) and (b + 1,), on the call's device."""
-    for name, x, shape, fits in (
-        ("tile_scheduler_metadata", tile_scheduler_metadata, "(parts, 8)", lambda s: s[1:] == (COLUMNS,)),
-        ("num_splits", num_splits, f"({b + 1},)", lambda s: s == (b + 1,)),
+    """Given scheduler tensors: int32, (parts, 8) and (b + 1,), contiguous, on the call's device."""
+    for name, x, wish, rank, extent in (
+        ("tile_scheduler_metadata", tile_scheduler_metadata, "(parts, 8)", 2, COLUMNS),
+        ("num_splits", num_splits, f"({b + 1},)", 1, b + 1),
     ):
         if not isinstance(x, torch.Tensor):
             raise DtypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-        if x.dtype != torch.int32:
+        if x.dtype is not torch.int32:
             raise DtypeError(f"{name}: expected dtype torch.int32, got {x.dtype}")
-        if not fits(tuple(x.shape)) or not x.is_contiguous():
+        if x.dim() != rank or x.shape[-1] != extent or not x.is_contiguous():
             raise ShapeError(
-                f"{name}: expected a contiguous {shape}, got {tuple(x.shape)} with strides {x.stride()}"
+                f"{name}: expected a contiguous {wish}, got {tuple(x.shape)} with strides {x.stride()}"
             )
-        if x.device.type != device.type:
-            raise ShapeError(f"{name}: expected on {device}, got {x.device}")
+        if x.device != device:
+            raise DeviceError(f"{name}: expected on q's device {device}, got {x.device}")

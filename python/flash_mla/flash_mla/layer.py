@@ -23,7 +23,7 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-from libattn import ArgumentError, ShapeError, mha
+from libattn import ArgumentError, NotBuiltError, ShapeError, mha
 from torch import nn
 
 from .flash_mla_interface import FlashMLASchedMeta, flash_mla_with_kvcache
@@ -258,6 +258,18 @@ def attend_expanded(q_nope, q_rope, rows, w_uk, w_uv, step, scale):
     return out
 
 
+class WithoutGradient(torch.autograd.Function):
+    """Passes the attention's result on, and refuses the gradient that it would lose."""
+
+    @staticmethod
+    def forward(ctx, out, q):
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx, dout):
+        raise NotBuiltError("flash_mla.layer: gradients of attention are not in this version of libattn")
+
+
 class LatentAttention(nn.Module):
     """Multi-head latent attention; parameters are named as in DeepSeek's checkpoints.
 
@@ -341,4 +353,6 @@ class LatentAttention(nn.Module):
             if step.new != step.total:
                 rows = cached_rows(k_cache, step)
             out = attend_expanded(*q, rows, *w, step, self.scale)
+        if torch.is_grad_enabled() and q[0].requires_grad:
+            out = WithoutGradient.apply(out, q[0])
         return self.o_proj(out.flatten(1))
