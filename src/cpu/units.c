@@ -16,7 +16,7 @@
 
 #include "cpu/threads.h"
 
-#define SPINS 2000 /* looks before a waiting thread gives way */
+#define SPINS 200 /* looks before a waiting thread gives way */
 
 /* A wave: units [begin, end). */
 struct wave {
@@ -25,6 +25,14 @@ struct wave {
     int threads;
     bool owned; /* slots belong to threads, else to units */
 };
+
+static void wait_a_little(int *looks)
+{
+    if (++*looks < SPINS)
+        _mm_pause();
+    else
+        sched_yield();
+}
 
 /* Helps with unit u until nothing of it is left to take. */
 static void work_on(const struct wave *w, int64_t u, int thread)
@@ -36,10 +44,7 @@ static void work_on(const struct wave *w, int64_t u, int thread)
         all->prepare(all->context, u, unit->slot, part);
         atomic_fetch_add(&unit->ready, 1);
     }
-    for (int n = 0; atomic_load(&unit->ready) < unit->parts; n++) {
-        _mm_pause();
-        if (n > SPINS) sched_yield();
-    }
+    for (int looks = 0; atomic_load(&unit->ready) < unit->parts;) wait_a_little(&looks);
     while ((task = atomic_fetch_add(&unit->task, 1)) < unit->tasks)
         all->compute(all->context, u, unit->slot, task, thread);
 }
@@ -81,7 +86,8 @@ static void work(void *context, int64_t task, int thread)
         int64_t u = w->begin + (first + i) % n;
         struct attn_unit *unit = &w->units->unit[u];
         if (atomic_load(&unit->task) >= unit->tasks) continue;
-        while (w->owned && atomic_load(&unit->begun) < 2) _mm_pause(); /* its slot is not known yet */
+        int looks = 0; /* until its slot is known */
+        while (w->owned && atomic_load(&unit->begun) < 2) wait_a_little(&looks);
         work_on(w, u, thread);
     }
 }

@@ -38,4 +38,6 @@ void attn_cpu_init_x86(struct attn_cpu_kernels *t, unsigned have)
     if (!(have & ATTN_CPU_AMX)) return;
     t->mha_fwd[ATTN_BF16] = &attn_mha_fwd_bf16_amx;
     t->kda_fwd[ATTN_BF16] = &attn_kda_fwd_bf16_amx;
+    t->mha_fwd[ATTN_F16] = &attn_mha_fwd_fp16_amx;
+    t->mha_fwd[ATTN_F8] = &attn_mha_fwd_fp8_amx;
 }
