@@ -796,9 +796,10 @@ static inline __m512i round_out(__m512i low, __m512i high)
 {
     __m512 x = _mm512_castsi512_ps(low), y = _mm512_castsi512_ps(high);
     if (PLANES == 1) return (__m512i)_mm512_cvtne2ps_pbh(y, x);
-    const int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-    return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtps_ph(x, nearest)),
-                              _mm512_cvtps_ph(y, nearest), 1);
+#define NEAREST (_MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
+    __m256i first = _mm512_cvtps_ph(x, NEAREST), second = _mm512_cvtps_ph(y, NEAREST);
+#undef NEAREST
+    return _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
 }
 
 /* out and lse of one tile of queries. */
