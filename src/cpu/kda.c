@@ -162,7 +162,6 @@ static struct attn_kda_tokens tokens_at(const problem_t *p, const struct attn_kd
         .bias = p->dt_bias ? p->dt_bias + h * p->dt_bias_head : NULL,
         .slope = slope(p, h),
         .lower_bound = (float)p->lower_bound,
-        .scale = (float)p->scale,
         .gate_activated = p->gate_activated,
         .beta_activated = p->beta_activated,
     };
@@ -214,6 +213,7 @@ static void scan(const struct call *c, int64_t i, const struct attn_kda_seq *s, 
         .parts = parts,
         .v_row = bytes * p->v.row,
         .out_row = bytes * p->out.row,
+        .scale = (float)p->scale,
         .first = begin == 0,
         .initial = state && p->initial.data ? attn_kda_state(&p->initial, s->slot, h, 0, p->d)
                                             : NULL,
@@ -376,6 +376,7 @@ static void step_task(void *context, int64_t task, int thread)
         .state = attn_kda_state(&p->initial, s.slot, h, v0, p->d),
         .v_row = bytes * p->v.row,
         .out_row = bytes * p->out.row,
+        .scale = (float)p->scale,
         .state_dtype = p->initial.dtype,
     };
     c->kernel->run(&x);

@@ -132,7 +132,7 @@ struct attn_kda_tokens {
     const char *q, *k, *g, *beta; /* q, k, g: d elements a token; beta: one */
     int64_t q_row, k_row, g_row, beta_row;
     const float *bias;                   /* [d], or NULL */
-    float slope, lower_bound, scale;     /* slope: exp(A_log) */
+    float slope, lower_bound;            /* slope: exp(A_log) */
     bool gate_activated, beta_activated; /* gate_activated: g is the log-decay */
 };
 
@@ -150,6 +150,7 @@ struct attn_kda_scan {
     int32_t count;
     const struct attn_kda_part *parts;
     int64_t v_row, out_row;
+    float scale;         /* of out */
     float *state;        /* d * slice floats, 64-byte aligned: the slice between two scans */
     bool first;          /* the state starts here: from `initial` [V, K], or zeros */
     const char *initial; /* NULL: zeros */
@@ -176,6 +177,7 @@ struct attn_kda_step_task {
     const char *v;
     char *out, *state; /* state: rows of d */
     int64_t v_row, out_row;
+    float scale; /* of out */
     enum attn_dtype state_dtype;
 };
 

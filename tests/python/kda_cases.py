@@ -2,8 +2,9 @@
 """Problems for flash_kda, drawn and judged: tensors of one call, the call, and its acceptance.
 
 A result passes when its RMS error, as a share of the RMS of the fp64 recurrence, is within the limit of
-its dtype or 1.1 times that of plain low-precision torch; in every window of 64 tokens within twice that,
-because a large state that decays early would hide what comes after it.
+its dtype or 1.1 times that of plain low-precision torch; in every window of up to 64 tokens within twice
+that, or twice what plain torch has in the window, where outputs of few tokens cancel.  The windows are
+there because a large state that decays early would hide what comes after it.
 """
 
 from dataclasses import dataclass
@@ -143,9 +144,10 @@ def check(problem, out, states=None, low=None):
     for n, (begin, end) in enumerate(problem.sequences):
         for i in range(begin, end, WINDOW):
             window = slice(i, min(i + WINDOW, end))
+            most = 2 * max(bound, limit(dtype, low[window], want[window]))
             found = rms_ratio(got[window], want[window])
-            assert found <= 2 * bound, (
-                f"out of sequence {n}, tokens {i - begin} on: RMS ratio {found:.2e}, limit {2 * bound:.2e}"
+            assert found <= most, (
+                f"out of sequence {n}, tokens {i - begin} on: RMS ratio {found:.2e}, limit {most:.2e}"
             )
     assert (got[~inside] == SENTINEL).all(), "out: tokens of no sequence were written"
     if states is not None:

@@ -167,6 +167,7 @@ EXTREMES = {
     "large q and k": lambda p: (p.q.mul_(3e3), p.k.mul_(3e3)),
     "large values": lambda p: p.v.mul_(1e4),
     "scale 0": set_("scale", 0.0),
+    "steep and at 0": lambda p: (p.A_log.fill_(100), p.g.zero_(), p.dt_bias.zero_()),
 }
 
 
@@ -186,6 +187,24 @@ def test_extremes_of_other_dtypes(name, dtype):
     problem = draw((1, 100, 1), 128, dtype=dtype, state="fp32")
     EXTREMES[name](problem)
     run_and_check(problem)
+
+
+@pytest.mark.parametrize("gate", ["fastest decay", "decay by turns"])
+@pytest.mark.parametrize("scale", [1e20, -1e8, 1e-20])
+def test_scales(scale, gate, device):
+    """The scale does not meet the range of a chunk's decays."""
+    problem = draw((1, 70, 2), 64, state="fp32", device=device)
+    EXTREMES[gate](problem)
+    problem.scale = scale
+    run_and_check(problem)
+
+
+def test_a_scale_below_the_least_float():
+    out, _ = draw((1, 70, 2), 64, dtype="fp32").run()
+    problem = draw((1, 70, 2), 64, dtype="fp32")
+    problem.scale = 1e-41
+    tiny, _ = problem.run()
+    assert out.any() and tiny.isfinite().all() and tiny.abs().max() < 1e-38
 
 
 def test_long(device):

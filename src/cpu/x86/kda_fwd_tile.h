@@ -177,7 +177,8 @@ static void kda_pair_factors(const struct kda_columns *x, int32_t c, int32_t d,
                              struct kda_prepare_scratch *s)
 {
     __m512i ki[16];
-    vec p[2] = {vec_set1(1.0f), vec_set1(1.0f)}, inverse[2]; /* p: D_m / D_i, then D_i / D_m */
+    vec p[2], inverse[2]; /* p: D_m / D_i / lift, then D_i / D_m * lift */
+    p[0] = p[1] = vec_set1(1 / KDA_LIFT);
     for (int32_t i = KDA_MIDDLE; i >= 0; --i) {
         VEC_UNROLL
         for (int j = 0; j < 2; ++j) inverse[j] = kda_recip(p[j]);
@@ -186,7 +187,7 @@ static void kda_pair_factors(const struct kda_columns *x, int32_t c, int32_t d,
         for (int j = 0; j < 2; ++j) p[j] = vec_mul(p[j], vec_load(&s->g.decay[i][c + 16 * j]));
     }
     kda_put_transposed(s->ki + c / 16 * KDA_TILE, ki);
-    p[0] = p[1] = vec_set1(1.0f);
+    p[0] = p[1] = vec_set1(KDA_LIFT);
     for (int32_t i = KDA_MIDDLE + 1; i < KDA_CHUNK; ++i) {
         VEC_UNROLL
         for (int j = 0; j < 2; ++j) {
@@ -308,9 +309,11 @@ VEC_INLINE void kda_put_out(const struct attn_kda_scan *s, const struct attn_kda
                             kda_block out)
 {
     char *to = p->out + 2 * s->v0;
-    for (int i = 0; i < p->rows; ++i)
-        _mm512_storeu_si512(to + i * s->out_row,
-                            (__m512i)_mm512_cvtne2ps_pbh(vec_load(out[i] + 16), vec_load(out[i])));
+    vec scale = vec_set1(s->scale);
+    for (int i = 0; i < p->rows; ++i) {
+        vec low = vec_mul(scale, vec_load(out[i])), high = vec_mul(scale, vec_load(out[i] + 16));
+        _mm512_storeu_si512(to + i * s->out_row, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    }
 }
 
 static void kda_scan_part(const struct attn_kda_scan *s, const struct attn_kda_part *p,

@@ -2,13 +2,13 @@
  *
  * kda_fwd in fp32 vectors, for every input type: the body of the AVX2 and AVX-512 rungs.
  *
- * A chunk of C = 32 tokens of one head (names of kda_gate_vec.h; k and q normalised, q scaled):
+ * A chunk of C = 32 tokens of one head (names of kda_gate_vec.h; k and q normalised):
  *   kd_i = k_i D_i   qd_i = q_i D_i   kr_i = k_i D / D_i
  *   N_ij = k_i . (k_j D_i / D_j)  j < i     M_ij = q_i . (k_j D_i / D_j)  j <= i
  *   T = (I + diag(b) N)^-1 diag(b)
  * and with S0 the state before it, [K, V] as it is held here:
  *   X = V - kd S0    U = T X    O = qd S0 + M U    S1 = diag(D) S0 + kr^T U
- * prepare computes all that has no S in it, scan the second line for a slice of V.
+ * prepare computes all that has no S in it, scan the second line for a slice of V.  O is scaled last.
  *
  * D_i / D_j is split at the middle token m into (D_i / D_m) (D_m / D_j), so that N and M are matrix
  * products.  Away from m one factor is a product of decays, the other its reciprocal; what lies
@@ -150,16 +150,16 @@ VEC_INLINE void kda_state_factors(const struct kda_column *x, const struct kda_g
 VEC_INLINE void kda_pair_factors(const struct kda_column *x, const struct kda_gates *g, int32_t c,
                                  int32_t rows, struct kda_prepare_scratch *s)
 {
-    vec f = vec_set1(1.0f), ki[KDA_CHUNK];
-    for (int32_t i = KDA_MIDDLE; i >= 0; --i) { /* f = D_m / D_i */
+    vec f = vec_set1(1 / KDA_LIFT), ki[KDA_CHUNK];
+    for (int32_t i = KDA_MIDDLE; i >= 0; --i) { /* f = D_m / D_i / lift */
         vec back = vec_recip(f);
         vec_store(&s->k[i][c], vec_mul(x->k[i], back));
         vec_store(&s->q[i][c], vec_mul(x->q[i], back));
         ki[i] = vec_mul(x->k[i], f);
         if (i < rows) f = vec_mul(f, vec_load(&g->decay[i][c]));
     }
-    f = vec_set1(1.0f);
-    for (int32_t i = KDA_MIDDLE + 1; i < KDA_CHUNK; ++i) { /* f = D_i / D_m */
+    f = vec_set1(KDA_LIFT);
+    for (int32_t i = KDA_MIDDLE + 1; i < KDA_CHUNK; ++i) { /* f = D_i / D_m * lift */
         if (i < rows) f = vec_mul(f, vec_load(&g->decay[i][c]));
         vec_store(&s->k[i][c], vec_mul(x->k[i], f));
         vec_store(&s->q[i][c], vec_mul(x->q[i], f));
@@ -239,7 +239,7 @@ VEC_INLINE void kda_scan_part(enum attn_dtype t, const struct attn_kda_scan *s,
 {
     const struct kda_record r = kda_record(p->record, s->d);
     int64_t bytes = attn_dtype_bytes(t);
-    vec sum[KDA_ROWS][2];
+    vec scale = vec_set1(s->scale), sum[KDA_ROWS][2];
     for (int32_t i = 0; i < p->rows; i += KDA_ROWS) {
         for (int j = 0; j < KDA_ROWS; ++j) {
             const char *v = p->v + (i + j) * s->v_row + s->v0 * bytes;
@@ -259,8 +259,8 @@ VEC_INLINE void kda_scan_part(enum attn_dtype t, const struct attn_kda_scan *s,
         kda_multiply(sum, r.m + i * KDA_CHUNK, KDA_CHUNK, w->u[0], KDA_SLICE, i + KDA_ROWS);
         for (int j = 0; j < KDA_ROWS && i + j < p->rows; ++j) {
             char *out = p->out + (i + j) * s->out_row + s->v0 * bytes;
-            vec_store_elem(t, out, sum[j][0]);
-            vec_store_elem(t, out + VEC_LANES * bytes, sum[j][1]);
+            vec_store_elem(t, out, vec_mul(scale, sum[j][0]));
+            vec_store_elem(t, out + VEC_LANES * bytes, vec_mul(scale, sum[j][1]));
         }
     }
     for (int32_t c = 0; c < s->d; c += KDA_ROWS) {

@@ -27,10 +27,13 @@ enum {
 /* Products of decays from the middle beyond this are left to kda_apart.  lower_bound -5 gives at
  * most exp(5 * 16) = 2^115.5. */
 #define KDA_RANGE 0x1p118f
+/* A row's k_i and q_i meet D_i / D_m, 2^108 down to 2^-115.5, a column's k_j its reciprocal: times this
+ * and divided by it both stay as far above the least floats. */
+#define KDA_LIFT 0x1p4f
 
 struct kda_gates {
     float decay[KDA_CHUNK][KDA_WIDTH] __attribute__((aligned(64))); /* a, by place */
-    float q[KDA_CHUNK] __attribute__((aligned(64))); /* scale / |q|; 0 past the last token */
+    float q[KDA_CHUNK] __attribute__((aligned(64))); /* 1 / |q|; 0 past the last token */
     float k[KDA_CHUNK] __attribute__((aligned(64))); /* 1 / |k|; likewise */
     float b[KDA_CHUNK] __attribute__((aligned(64)));
     bool apart; /* the chunk's decays span more than KDA_RANGE from its middle */
@@ -49,9 +52,9 @@ VEC_INLINE vec kda_logistic(vec y)
     return vec_recip(vec_add(e, vec_set1(1.0f)));
 }
 
-/* factor / sqrt(sum of squares + epsilon) of every row. */
+/* 1 / sqrt(sum of squares + epsilon) of every row. */
 VEC_INLINE void kda_norms(enum attn_dtype t, const char *x, int64_t row, int32_t rows, int32_t d,
-                          float factor, float *to)
+                          float *to)
 {
     for (int32_t r0 = 0; r0 < KDA_CHUNK; r0 += VEC_LANES) {
         vec sums[VEC_LANES];
@@ -67,7 +70,7 @@ VEC_INLINE void kda_norms(enum attn_dtype t, const char *x, int64_t row, int32_t
             sums[i] = vec_add(even, odd);
         }
         vec root = vec_sqrt(vec_add(vec_sums(sums), vec_set1(KDA_EPSILON)));
-        vec_store(to + r0, vec_div(vec_set1(factor), root));
+        vec_store(to + r0, vec_div(vec_set1(1.0f), root));
     }
     for (int32_t i = rows; i < KDA_CHUNK; ++i) to[i] = 0;
 }
@@ -110,8 +113,8 @@ VEC_INLINE void kda_gates(enum attn_dtype t, const struct attn_kda_tokens *x, st
 {
     int64_t bytes = attn_dtype_bytes(t);
     float bias[KDA_WIDTH] __attribute__((aligned(64)));
-    kda_norms(t, x->q, x->q_row, x->rows, x->d, x->scale, g->q);
-    kda_norms(t, x->k, x->k_row, x->rows, x->d, 1.0f, g->k);
+    kda_norms(t, x->q, x->q_row, x->rows, x->d, g->q);
+    kda_norms(t, x->k, x->k_row, x->rows, x->d, g->k);
     kda_betas(t, x, g->b);
 
     for (int32_t c = 0; c < x->d; ++c) bias[kda_place(t, c)] = x->bias ? x->bias[c] : 0;

@@ -3,7 +3,7 @@
  * kda_step in fp32 vectors: the body of the AVX2 and AVX-512 rungs.
  *
  * A state row s (one value index v, K wide) meets token after token:
- *   u = b (v - s (a k))    out = s (a q) + u (k q)    s <- s a + u k        a, k, q: the token's
+ *   u = b (v - s (a k))    out = scale (s (a q) + u (k q))    s <- s a + u k    a, k, q: the token's
  * so both sums come from the state before the token, in one sweep.  VEC_LANES rows at a time are read
  * into L1, taken through all tokens and written back by the last one: memory is read and written once.
  */
@@ -77,7 +77,8 @@ VEC_INLINE void kda_step_rows(enum attn_dtype t, enum attn_dtype memory,
         vec v = vec_load_elem(t, s->v + i * s->v_row + v0 * attn_dtype_bytes(t));
         vec u = vec_mul(vec_set1(x->b), vec_sub(v, vec_sums(seen)));
         vec o = vec_fma(u, vec_set1(x->kq), vec_sums(out));
-        vec_store_elem(t, s->out + i * s->out_row + v0 * attn_dtype_bytes(t), o);
+        vec_store_elem(t, s->out + i * s->out_row + v0 * attn_dtype_bytes(t),
+                       vec_mul(vec_set1(s->scale), o));
 
         float us[VEC_LANES] __attribute__((aligned(64)));
         vec_store(us, u);
