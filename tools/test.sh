@@ -21,6 +21,7 @@ build() { tools/build.sh release all attn_check; }
 abi() { python tools/abi.py build/release && python tools/isa.py build/release; }
 check() { build/release/attn_check; }
 asan() { tools/build.sh asan attn_check && build/asan/attn_check; }
+emu() { tools/build.sh emu attn_check && build/emu/attn_check --isa amx --quick; }
 tsan() { tools/build.sh tsan attn_check && OMP_NUM_THREADS=1 OMP_THREAD_LIMIT=1 build/tsan/attn_check; }
 demo() { python demo/search.py && python demo/mla.py; }
 python_tests() { python -m pytest tests; }
@@ -29,6 +30,7 @@ stage build build
 stage abi abi
 stage check check
 stage asan asan
+stage emu emu
 stage tsan tsan
 stage lint tools/lint.sh
 stage install tools/dev.sh

@@ -3,8 +3,11 @@
  * What this CPU can do, what ATTN_CPU allows of it, and the kernel table that follows.
  *
  * A rung counts only when the operating system saves its registers (XCR0), and AMX only when the
- * kernel gave permission.  ATTN_CPU is c, avx2, avx512 or amx: the highest rung to use; another word is
- * ignored, and said so at ATTN_LOG=1.
+ * kernel gave permission.  ATTN_CPU is c, avx2, avx512, avx512bf16 or amx: the highest rung to use;
+ * another word is ignored, and said so at ATTN_LOG=1.
+ *
+ * On Intel's CPUs VDPBF16PS has half the rate of fp32 multiply-adds, so there the rung avx512bf16 is
+ * taken only if ATTN_CPU names it.
  */
 #include <cpuid.h>
 #include <pthread.h>
@@ -23,13 +26,14 @@ static const struct rung {
     {"c", 0},
     {"avx2", ATTN_CPU_AVX2},
     {"avx512", ATTN_CPU_AVX512},
+    {"avx512bf16", ATTN_CPU_AVX512BF16},
     {"amx", ATTN_CPU_AMX},
 };
 #define RUNGS (sizeof rungs / sizeof *rungs)
 
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 static struct attn_cpu_kernels table;
-static unsigned have;
+static unsigned have, can;
 static char features[256];
 
 static uint64_t xcr0(void)
@@ -39,8 +43,8 @@ static uint64_t xcr0(void)
     return ((uint64_t)high << 32) | low;
 }
 
-/* The features of the machine, whatever ATTN_CPU says. */
-static unsigned probe(char *text, size_t bytes)
+/* The features of the machine, whatever ATTN_CPU says; *slow: those that cost more than they give. */
+static unsigned probe(char *text, size_t bytes, unsigned *slow)
 {
     unsigned a, b, c, d, b7 = 0, c7 = 0, d7 = 0, a71 = 0, found = 0;
     char vendor[13] = {0}, brand[49] = {0};
@@ -64,6 +68,8 @@ static unsigned probe(char *text, size_t bytes)
     if ((found & ATTN_CPU_AVX2) && zmm && (b7 & avx512) == avx512) found |= ATTN_CPU_AVX512;
     bool bf16 = a71 & (1u << 5);
     bool vbmi = c7 & (1u << 1);
+    if ((found & ATTN_CPU_AVX512) && bf16) found |= ATTN_CPU_AVX512BF16;
+    *slow = strcmp(vendor, "GenuineIntel") == 0 ? ATTN_CPU_AVX512BF16 : 0;
     if ((found & ATTN_CPU_AVX512) && bf16 && vbmi && attn_amx_usable()) found |= ATTN_CPU_AMX;
     snprintf(text, bytes, "%s, %s:%s%s%s%s", vendor, brand[0] ? brand : "unnamed",
              found & ATTN_CPU_AVX2 ? " avx2 fma f16c" : "",
@@ -74,7 +80,7 @@ static unsigned probe(char *text, size_t bytes)
 
 static void make_table(void)
 {
-    unsigned found = probe(features, sizeof features), allowed = ~0u;
+    unsigned slow = 0, found = probe(features, sizeof features, &slow), allowed = ~0u;
     const char *cap = getenv("ATTN_CPU");
     if (cap) {
         unsigned mask = 0;
@@ -83,11 +89,13 @@ static void make_table(void)
             mask |= rungs[i].bit;
             if (strcmp(cap, rungs[i].name) != 0) continue;
             allowed = mask;
+            slow &= ~rungs[i].bit; /* asked for by its name */
             known = true;
         }
         if (!known && attn_log_on()) attn_log("ATTN_CPU=%s names no rung and is ignored", cap);
     }
-    have = found & allowed;
+    can = found & allowed;
+    have = can & ~slow;
     attn_cpu_init_x86(&table, have);
 }
 
@@ -101,6 +109,12 @@ unsigned attn_cpu_have(void)
 {
     pthread_once(&once, make_table);
     return have;
+}
+
+unsigned attn_cpu_can(void)
+{
+    pthread_once(&once, make_table);
+    return can;
 }
 
 const char *attn_cpu_features(void)

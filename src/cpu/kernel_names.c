@@ -24,7 +24,8 @@ const char *attn_cpu_kernel_name(int index)
     static const unsigned rungs[] = {
         ATTN_CPU_AVX2,
         ATTN_CPU_AVX2 | ATTN_CPU_AVX512,
-        ATTN_CPU_AVX2 | ATTN_CPU_AVX512 | ATTN_CPU_AMX,
+        ATTN_CPU_AVX2 | ATTN_CPU_AVX512 | ATTN_CPU_AVX512BF16,
+        ATTN_CPU_AVX2 | ATTN_CPU_AVX512 | ATTN_CPU_AVX512BF16 | ATTN_CPU_AMX,
     };
     struct attn_cpu_kernels table, below = {0};
     for (size_t r = 0; r < sizeof rungs / sizeof *rungs; ++r) {

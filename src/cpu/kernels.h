@@ -201,9 +201,10 @@ struct attn_cpu_kernels {
 
 /* Rungs, each implies those below it. */
 enum {
-    ATTN_CPU_AVX2 = 1,   /* AVX2, FMA, F16C */
-    ATTN_CPU_AVX512 = 2, /* F, BW, VL, DQ */
-    ATTN_CPU_AMX = 8,    /* AMX-TILE, AMX-BF16, and the kernel's permission */
+    ATTN_CPU_AVX2 = 1,       /* AVX2, FMA, F16C */
+    ATTN_CPU_AVX512 = 2,     /* F, BW, VL, DQ */
+    ATTN_CPU_AVX512BF16 = 4, /* bf16 dot products, at a rate that pays */
+    ATTN_CPU_AMX = 8,        /* AMX-TILE, AMX-BF16, and the kernel's permission */
 };
 
 /* Fills the table, rung by rung, for the features in `have`; entries no rung fills stay NULL and
@@ -213,6 +214,9 @@ void attn_cpu_init_x86(struct attn_cpu_kernels *table, unsigned have);
 /* The process's table, made once from the machine's features and ATTN_CPU. */
 const struct attn_cpu_kernels *attn_cpu_kernels(void);
 unsigned attn_cpu_have(void);
+
+/* All that ATTN_CPU allows and the machine can run, though slowly: what the tests go through. */
+unsigned attn_cpu_can(void);
 
 /* Name `index` of the kernels compiled in, those above the rung in use too; NULL past the last. */
 const char *attn_cpu_kernel_name(int index);

@@ -167,12 +167,15 @@ int check_rungs(const struct check_rung **rungs)
     static const struct {
         const char *name;
         unsigned adds;
-    } ladder[] = {{"avx2", ATTN_CPU_AVX2}, {"avx512", ATTN_CPU_AVX512}, {"amx", ATTN_CPU_AMX}};
-    static struct check_rung made[4];
+    } ladder[] = {{"avx2", ATTN_CPU_AVX2},
+                  {"avx512", ATTN_CPU_AVX512},
+                  {"avx512bf16", ATTN_CPU_AVX512BF16},
+                  {"amx", ATTN_CPU_AMX}};
+    static struct check_rung made[5];
     static int count;
     if (count == 0) {
         made[count++].name = "c";
-        unsigned have = attn_cpu_have(), mask = 0;
+        unsigned have = attn_cpu_can(), mask = 0;
         for (size_t i = 0; i < sizeof ladder / sizeof *ladder; ++i) {
             if (!(have & ladder[i].adds)) continue;
             mask |= ladder[i].adds;

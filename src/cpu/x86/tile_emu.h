@@ -4,16 +4,14 @@
  *
  * A use without configuration, a reserved tile number or a configuration that is not the full one
  * traps, and tile_end() fills the file with NaN, so a kernel that works here keeps the rules that
- * the hardware enforces.  Products are summed pair by pair in fp32, denormals flushed, as TDPBF16PS
- * does.
+ * the hardware enforces.  Products are summed pair by pair in fp32; that denormals are flushed, as
+ * TDPBF16PS does, rests on the MXCSR that kernels run in.
  */
 #ifndef ATTN_CPU_X86_TILE_EMU_H
 #define ATTN_CPU_X86_TILE_EMU_H
 
 #include <stdbool.h>
 #include <string.h>
-
-#include "core/dtype.h"
 
 static _Thread_local struct {
     bool configured;
@@ -74,25 +72,22 @@ static inline void tile_store_at(int t, void *p, int64_t row)
         memcpy((char *)p + i * row, tile_emu(t) + i * TILE_ROW_BYTES, TILE_ROW_BYTES);
 }
 
-static inline float tile_emu_flush(float x)
-{
-    return fabsf(x) < 0x1p-126f ? copysignf(0.0f, x) : x;
-}
-
 static inline void tile_dpbf16(int c, int a, int b)
 {
-    float *C = (float *)tile_emu(c);
-    const uint16_t *A = (const uint16_t *)tile_emu(a), *B = (const uint16_t *)tile_emu(b);
+    const __m512i odd = _mm512_set1_epi32(-0x10000);
     for (int m = 0; m < 16; m++) {
-        for (int n = 0; n < 16; n++) {
-            float sum = C[m * 16 + n];
-            for (int k = 0; k < 32; k++) {
-                float x = tile_emu_flush(attn_bf16_to_float(A[m * 32 + k]));
-                float y = tile_emu_flush(attn_bf16_to_float(B[k / 2 * 32 + n * 2 + k % 2]));
-                sum = tile_emu_flush(fmaf(x, y, sum));
-            }
-            C[m * 16 + n] = sum;
+        __m512 sum = _mm512_load_ps(tile_emu(c) + m * TILE_ROW_BYTES);
+        for (int p = 0; p < 16; p++) {
+            uint32_t x;
+            memcpy(&x, tile_emu(a) + m * TILE_ROW_BYTES + 4 * p, 4);
+            __m512i y = _mm512_load_si512(tile_emu(b) + p * TILE_ROW_BYTES);
+            __m512i x_odd = _mm512_set1_epi32((int32_t)(x & 0xffff0000u));
+            sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_set1_epi32((int32_t)(x << 16))),
+                                  _mm512_castsi512_ps(_mm512_slli_epi32(y, 16)), sum);
+            sum = _mm512_fmadd_ps(_mm512_castsi512_ps(x_odd),
+                                  _mm512_castsi512_ps(_mm512_and_si512(y, odd)), sum);
         }
+        _mm512_store_ps(tile_emu(c) + m * TILE_ROW_BYTES, sum);
     }
 }
 
