@@ -3,12 +3,14 @@
 
     make bench                          every line of bench/shapes/cpu_mha_fwd.txt
     make bench ARGS="--rows decode"     lines that hold a text
-    make bench ARGS=--write             also writes bench/results/<machine>.json
+    make bench ARGS=--write             also writes bench/results/<machine>.json and its roofline, .svg
     make bench ARGS=--quick             a few calls of one small row a kind: does it run?
 
 Ours and the peer take turns, so that a machine that slows down slows both; times are the best, the
 median and the half distance of the quartiles, and rates and ratios are those of the medians.  FLOPs
-count visible scores only, bytes count q, k, v and out once.
+count visible scores only, bytes count q, k, v and out once.  Rows with a window, softcap or fp8, which
+SDPA does not have, stand beside our own causal bf16 row of the same sizes.  Decode goes round as many
+caches as make ROTATE_BYTES, more than a last-level cache holds.
 
 The ceiling is measured in the same run by bench/ceiling.c: of all threads together the multiply-adds
 in registers that the dtype could use (bf16: the best of tiles, bf16 dot products and fp32; fp16: fp32,
@@ -20,6 +22,7 @@ bench/smallest.c.
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import os
@@ -34,10 +37,17 @@ import libattn
 import torch
 import torch.nn.functional as F
 from flash_attn_interface import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from roofline import plot
 
 HERE = Path(__file__).resolve().parent
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp8": torch.float8_e4m3fn,
+}
 SECONDS = 1.5  # for each of the two, a row
+ROTATE_BYTES = 1.1e9
 LEAST_CALLS = 5
 SDPA = F.scaled_dot_product_attention
 
@@ -109,7 +119,7 @@ def ceiling(dtype: torch.dtype, memory: bool) -> tuple[str, float]:
     if "fma_fp32" not in rates:
         return "torch matmul", matmul_rate(dtype)
     usable = {"fma_fp32": rates["fma_fp32"]}
-    if dtype == torch.bfloat16:
+    if dtype in (torch.bfloat16, torch.float8_e4m3fn):
         usable |= {name: rates[name] for name in ("dp_bf16", "amx_bf16") if name in rates}
     if dtype == torch.float16 and "amx_bf16" in rates:
         usable["amx_bf16 / 3"] = rates["amx_bf16"] / 3
@@ -134,38 +144,46 @@ def random_tensors(dtype, *shapes):
     return [torch.randn(*shape).to(dtype) for shape in shapes]
 
 
-def visible(s_q: int, s_k: int, causal: bool) -> int:
+def visible(s_q: int, s_k: int, causal: bool, window: int = 0) -> int:
     """Scores that the mask leaves of one head and sequence, s_q <= s_k."""
-    return s_q * s_k - (s_q * (s_q - 1) // 2 if causal else 0)
+    hidden = max(s_q - window - 1, 0) if window else 0  # rows that see `window` keys before their own
+    return s_q * s_k - (s_q * (s_q - 1) // 2 if causal else 0) - hidden * (hidden + 1) // 2
 
 
-def dense(b, s_q, s_k, h_q, h_k, d, dtype, causal):
+def dense(b, s_q, s_k, h_q, h_k, d, dtype, causal, window=0, softcap=0):
     q, k, v = random_tensors(dtype, (b, s_q, h_q, d), (b, s_k, h_k, d), (b, s_k, h_k, d))
     plan = libattn.mha_fwd_plan(q, k, v, d**-0.5, causal=bool(causal))
-    qt, kt, vt = (x.transpose(1, 2).contiguous() for x in (q, k, v))
-    return {
+    options = {"causal": bool(causal), "window_size": (window, 0) if window else (-1, -1), "softcap": softcap}
+    row = {
         "kernel": plan.kernel,
-        "ours": lambda: flash_attn_func(q, k, v, causal=bool(causal)),
-        "peer": lambda: SDPA(qt, kt, vt, is_causal=bool(causal), enable_gqa=h_q != h_k),
-        "flops": 4 * b * h_q * d * visible(s_q, s_k, causal),
+        "ours": lambda: flash_attn_func(q, k, v, **options),
+        "flops": 4 * b * h_q * d * visible(s_q, s_k, causal, window),
         "bytes": q.element_size() * d * b * 2 * (s_q * h_q + s_k * h_k),
     }
+    if window or softcap or dtype == DTYPES["fp8"]:
+        plain = [x.to(torch.bfloat16) for x in (q, k, v)]
+        return {**row, "peer": lambda: flash_attn_func(*plain, causal=True), "peer_name": "causal bf16"}
+    qt, kt, vt = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+    return {**row, "peer": lambda: SDPA(qt, kt, vt, is_causal=bool(causal), enable_gqa=h_q != h_k)}
 
 
 def decode(b, s_k, h_q, h_k, d, dtype, page=0):
     q, k, v = random_tensors(dtype, (b, 1, h_q, d), (b, s_k, h_k, d), (b, s_k, h_k, d))
     lengths = torch.full((b,), s_k, dtype=torch.int32)
     qt, kt, vt = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+    copies = math.ceil(ROTATE_BYTES / (2 * k.nbytes))
     table = None
     if page:
         pages = b * s_k // page
         table = torch.randperm(pages, generator=torch.Generator().manual_seed(0)).int().view(b, -1)
         k, v = k.view(pages, page, h_k, d), v.view(pages, page, h_k, d)
+    caches = itertools.cycle([(k, v)] + [(k.clone(), v.clone()) for _ in range(copies - 1)])
+    peers = itertools.cycle([(kt, vt)] + [(kt.clone(), vt.clone()) for _ in range(copies - 1)])
     plan = libattn.mha_fwd_plan(q, k, v, d**-0.5, num_splits=0, seqused_k=lengths, page_table=table)
     return {
         "kernel": plan.kernel,
-        "ours": lambda: flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, page_table=table),
-        "peer": lambda: SDPA(qt, kt, vt, enable_gqa=True),
+        "ours": lambda: flash_attn_with_kvcache(q, *next(caches), cache_seqlens=lengths, page_table=table),
+        "peer": lambda: SDPA(qt, *next(peers), enable_gqa=True),
         "flops": 4 * b * h_q * d * s_k,
         "bytes": q.element_size() * d * b * 2 * (h_q + s_k * h_k),
         "memory": True,
@@ -244,7 +262,7 @@ def measure(kind: str, sizes: dict) -> dict:
         "ceiling": bound,
         "share": share,
         "overhead_seconds": kernel_seconds and min(ours) - kernel_seconds,
-        "peer": "torch SDPA",
+        "peer": row.get("peer_name", "torch SDPA"),
         "peer_seconds": theirs,
         "peer_best": min(peer),
         "peer_spread": spread(peer),
@@ -268,6 +286,7 @@ def as_line(row: dict) -> str:
         f" {in_units(row['seconds'])}"
         f" ±{row['spread'] / row['seconds']:4.0%} {row['flops_per_second'] / 1e9:8.1f}"
         f" {row['bytes_per_second'] / 1e9:7.2f} {share} {in_units(row['peer_seconds'])} {row['ratio']:6.2f}"
+        f"{'' if row['peer'] == 'torch SDPA' else ' of ' + row['peer']}"
         f"{extra}"
     )
 
@@ -288,11 +307,11 @@ def shapes(wanted: str):
 
 def quick_shapes():
     """One row of each kind and dtype, small."""
+    sizes = {"b": 1, "s_q": 128, "s_k": 128, "h_q": 4, "h_k": 2, "d": 64, "causal": 1}
     for dtype in DTYPES:
-        yield (
-            "dense",
-            {"b": 1, "s_q": 128, "s_k": 128, "h_q": 4, "h_k": 2, "d": 64, "dtype": dtype, "causal": 1},
-        )
+        yield "dense", {**sizes, "dtype": dtype}
+    yield "dense", {**sizes, "dtype": "bf16", "window": 20}
+    yield "dense", {**sizes, "dtype": "bf16", "softcap": 15}
     yield "decode", {"b": 1, "s_k": 1024, "h_q": 4, "h_k": 2, "d": 64, "dtype": "bf16"}
     yield "decode", {"b": 1, "s_k": 1024, "h_q": 4, "h_k": 2, "d": 64, "dtype": "bf16", "page": 16}
     yield "ragged", {"b": 3, "s": 100, "h_q": 4, "h_k": 2, "d": 64, "dtype": "bf16", "causal": 1}
@@ -306,18 +325,21 @@ def main():
     parser.add_argument("--quick", action="store_true", help="a few calls of small rows: a smoke test")
     args = parser.parse_args()
     if args.quick:
-        global SECONDS
-        SECONDS = 0.01
+        global SECONDS, ROTATE_BYTES
+        SECONDS, ROTATE_BYTES = 0.01, 1e6
 
     print(f"{machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
           f"libattn {libattn.__version__}, {time.strftime('%Y-%m-%d')}")  # fmt: skip
     print(f"{'':<7} {'shape':<44} {'dtype':<5} {'kernel':<32} {'best':>11} {'median':>11} {'':6}"
-          f"{'GFLOP/s':>8} {'GB/s':>7} {'share':>5} {'torch SDPA':>11} {'ratio':>6}")  # fmt: skip
+          f"{'GFLOP/s':>8} {'GB/s':>7} {'share':>5} {'peer':>11} {'ratio':>6}")  # fmt: skip
     rows = []
     for kind, sizes in quick_shapes() if args.quick else shapes(args.rows):
         rows.append(measure(kind, sizes))
         print(as_line(rows[-1]), flush=True)
-    worst = min((row["ratio"] for row in rows if row["kind"] != "call"), default=math.nan)
+    worst = min(
+        (row["ratio"] for row in rows if row["kind"] != "call" and row["peer"] == "torch SDPA"),
+        default=math.nan,
+    )
     print(f"least ratio {worst:.2f}; share is of", end=" ")
     print(*(f"{name} {rate / 1e9:.0f} G/s" for name, rate in ceilings().items()), sep=", ")
     if args.write:
@@ -333,7 +355,9 @@ def main():
             "ceilings": ceilings(),
         }
         path.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
-        print(f"written: {path.relative_to(HERE.parent)}")
+        picture = path.with_suffix(".svg")
+        picture.write_text(plot(f"mha_fwd, {machine()}, {torch.get_num_threads()} threads", ceilings(), rows))
+        print(f"written: {path.relative_to(HERE.parent)}, {picture.name}")
 
 
 if __name__ == "__main__":
