@@ -35,7 +35,11 @@ void attn_cpu_init_x86(struct attn_cpu_kernels *t, unsigned have)
         t->kda_step[i] = &attn_kda_step_avx512[i];
     }
 
-    if (have & ATTN_CPU_AVX512BF16) t->kda_fwd[ATTN_BF16] = &attn_kda_fwd_bf16_avx512bf16;
+    if (have & ATTN_CPU_AVX512BF16) {
+        t->mha_fwd[ATTN_BF16] = t->mha_fwd_short[ATTN_BF16] = &attn_mha_fwd_bf16_avx512bf16;
+        t->mha_fwd[ATTN_F8] = t->mha_fwd_short[ATTN_F8] = &attn_mha_fwd_fp8_avx512bf16;
+        t->kda_fwd[ATTN_BF16] = &attn_kda_fwd_bf16_avx512bf16;
+    }
 
     if (!(have & ATTN_CPU_AMX)) return;
     t->mha_fwd[ATTN_BF16] = &attn_mha_fwd_bf16_amx;
