@@ -1,0 +1,179 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * The instructions only the KDA kernels use: ldmatrix, stmatrix, mma.sync, narrow wgmma, packed bf16.
+ */
+#pragma once
+#include "wgmma.cuh"
+
+/* Four 8x8 blocks of 16-bit elements; lane 8 j + r gives the address of row r of block j, and gets
+ * elements 2 c, 2 c + 1 of row g of each.  PTX ISA: ldmatrix */
+ATTN_DEVICE void ldmatrix_x4(uint32_t (&r)[4], uint32_t address)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+/* The same, each block transposed.  PTX ISA: ldmatrix */
+ATTN_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t address)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+/* The way back.  PTX ISA: stmatrix */
+ATTN_DEVICE void stmatrix_x4_trans(uint32_t address, const uint32_t (&r)[4])
+{
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                     address),
+                 "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+                 : "memory");
+}
+
+/* D[16][8] += A[16][16] . B[8][16]^T by one warp: d[i] is row g + 8 (i / 2), column 2 c + i % 2.
+ * PTX ISA: mma.m16n8k16 */
+ATTN_DEVICE void mma_m16n8k16_bf16(float *d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
+{
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+/* Two products, each rounded once.  PTX ISA: mul.bf16x2 */
+ATTN_DEVICE uint32_t mul_bf16x2(uint32_t x, uint32_t y)
+{
+    uint32_t z;
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
+    return z;
+}
+
+/* 1 / x, relative error 2^-23.  PTX ISA: rcp */
+ATTN_DEVICE float rcp_approx(float x)
+{
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+/* 1 / sqrt x, relative error 2^-22.  PTX ISA: rsqrt */
+ATTN_DEVICE float rsqrt_approx(float x)
+{
+    float y;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+/* ---- shared memory by address: the compiler keeps one register and immediates ---------------- */
+
+ATTN_DEVICE uint32_t shared_load_32(uint32_t address)
+{
+    uint32_t x;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
+    return x;
+}
+
+ATTN_DEVICE uint2 shared_load_64(uint32_t address)
+{
+    uint2 x;
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(address) : "memory");
+    return x;
+}
+
+ATTN_DEVICE float2 shared_load_2f(uint32_t address)
+{
+    float2 x;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+                 : "=f"(x.x), "=f"(x.y)
+                 : "r"(address)
+                 : "memory");
+    return x;
+}
+
+ATTN_DEVICE float4 shared_load_4f(uint32_t address)
+{
+    float4 x;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                 : "r"(address)
+                 : "memory");
+    return x;
+}
+
+ATTN_DEVICE uint4 shared_load_128(uint32_t address)
+{
+    uint4 x;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "r"(address)
+                 : "memory");
+    return x;
+}
+
+ATTN_DEVICE void shared_store_32(uint32_t address, uint32_t x)
+{
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
+}
+
+ATTN_DEVICE void shared_store_f(uint32_t address, float x)
+{
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory");
+}
+
+ATTN_DEVICE void shared_store_64(uint32_t address, uint32_t x, uint32_t y)
+{
+    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(address), "r"(x), "r"(y) : "memory");
+}
+
+ATTN_DEVICE void shared_store_2f(uint32_t address, float x, float y)
+{
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");
+}
+
+ATTN_DEVICE void shared_store_128(uint32_t address, uint32_t x, uint32_t y, uint32_t z, uint32_t w)
+{
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x), "r"(y), "r"(z),
+                 "r"(w)
+                 : "memory");
+}
+
+/* Threads of one warpgroup.  PTX ISA: bar.sync */
+ATTN_DEVICE void warpgroup_barrier(uint32_t id)
+{
+    asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory");
+}
+
+/* ---- narrow products of the recurrence ------------------------------------------------------- */
+
+/* A 16x16 operand, K-major, not swizzled: blocks of 8 rows x 16 bytes, 128 bytes each, the next
+ * eight columns 128 bytes on, the next eight rows 256.  PTX ISA: matrix descriptor format */
+ATTN_DEVICE uint64_t wgmma_descriptor_16x16(uint32_t address)
+{
+    uint32_t low = ((address & 0x3ffff) >> 4) | 8u << 16;
+    uint64_t descriptor;
+    asm volatile("mov.b64 %0, {%1, %2};" : "=l"(descriptor) : "r"(low), "n"(0x10));
+    return descriptor;
+}
+
+/* D[64][N] = A . B^T (+ D), A in registers, B K-major.  PTX ISA: wgmma.mma_async */
+ATTN_DEVICE void wgmma_rs_n16(float (&d)[8], const uint32_t *a, uint64_t b_desc, int accumulate)
+{
+    asm volatile("{ .reg .pred keep; setp.ne.b32 keep, %13, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7}, {%8, %9, %10, %11}, %12, keep, 1, 1, 0; }"
+                 : D8(d, 0)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_desc), "r"(accumulate));
+}
+
+ATTN_DEVICE void wgmma_rs_n32(float (&d)[16], const uint32_t *a, uint64_t b_desc, int accumulate)
+{
+    asm volatile("{ .reg .pred keep; setp.ne.b32 keep, %21, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+                 "{%16, %17, %18, %19}, %20, keep, 1, 1, 0; }"
+                 : D16(d, 0)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_desc), "r"(accumulate));
+}
