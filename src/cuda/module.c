@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "core/dtype.h"
+#include "cuda/kernels/kda_fwd_params.h"
 #include "cuda/kernels/mha_fwd_params.h"
 
 #ifdef ATTN_CUBIN_DIR
@@ -30,6 +31,7 @@
             ".incbin \"" ATTN_CUBIN_DIR "/" name ".cubin\"\n"                                      \
             ".previous\n");
 #define ATTN_PLAIN_KERNEL(op, arch) INCBIN_TEXT("attn_" #op "_" #arch, cubin_##op##_##arch)
+#include "cuda/kernels/kda_fwd.def"
 #include "cuda/kernels/mha_fwd.def"
 #include "cuda/kernels/plain.def"
 #undef ATTN_KERNEL
@@ -42,13 +44,22 @@
      .d_v = dv,                                                                                    \
      .rows = rows_,                                                                                \
      .keys = keys_,                                                                                \
-     .shared_bytes = ATTN_MHA_FWD_SMEM(dqk, dv, rows_, keys_),                                     \
+     .shared_bytes = SMEM(dqk, dv, rows_, keys_),                                                  \
      .cubin = CUBIN(op, arch, dtype_, dqk, dv, rows_, keys_),                                      \
      .lock = PTHREAD_MUTEX_INITIALIZER},
+#define SMEM ATTN_MHA_FWD_SMEM
 struct attn_cuda_kernel attn_mha_fwd_kernels[] = {
 #include "cuda/kernels/mha_fwd.def"
 };
+#undef SMEM
 const int attn_mha_fwd_kernel_count = sizeof attn_mha_fwd_kernels / sizeof *attn_mha_fwd_kernels;
+
+#define SMEM(dqk, dv, rows, keys) ATTN_KDA_FWD_SMEM(dqk, rows)
+struct attn_cuda_kernel attn_kda_fwd_kernels[] = {
+#include "cuda/kernels/kda_fwd.def"
+};
+#undef SMEM
+const int attn_kda_fwd_kernel_count = sizeof attn_kda_fwd_kernels / sizeof *attn_kda_fwd_kernels;
 
 #define ATTN_PLAIN_KERNEL(op, arch)                                                                \
     {.name = "attn_" #op "_" #arch,                                                                \
@@ -63,6 +74,8 @@ const int attn_plain_kernel_count = sizeof attn_plain_kernels / sizeof *attn_pla
 
 struct attn_cuda_kernel attn_mha_fwd_kernels[1];
 const int attn_mha_fwd_kernel_count = 0;
+struct attn_cuda_kernel attn_kda_fwd_kernels[1];
+const int attn_kda_fwd_kernel_count = 0;
 struct attn_cuda_kernel attn_plain_kernels[1];
 const int attn_plain_kernel_count = 0;
 

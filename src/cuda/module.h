@@ -28,6 +28,8 @@ struct attn_cuda_kernel {
 /* The kernels of this build; 0 of them when it was made without nvcc. */
 extern struct attn_cuda_kernel attn_mha_fwd_kernels[];
 extern const int attn_mha_fwd_kernel_count;
+extern struct attn_cuda_kernel attn_kda_fwd_kernels[]; /* rows: value rows, keys: tokens */
+extern const int attn_kda_fwd_kernel_count;
 extern struct attn_cuda_kernel attn_plain_kernels[];
 extern const int attn_plain_kernel_count;
 

@@ -21,7 +21,7 @@
  * consumer warpgroup has 64 rows of S as wgmma accumulators, which packed are the left operand.
  *
  * Pipeline, one persistent block an SM; every arrow is a ring in shared memory:
- *     loader (1 warp)      items; q k g of chunk n --> producers,  v of chunk n --> consumers
+ *     scheduler, loader    items; q k g of chunk n --> producers,  v of chunk n --> consumers
  *     producers (2, 3 WGs) chunk n by warpgroup n mod 2 or 3: kd qd kr A M 2^G_16 r s --> consumers
  *     consumers (1, 2 WGs) | [P; O]^T = S [kd; qd]^T, S 2^G beside it | R | U^T = R^T A^T | O += U^T M^T, S += U^T kr |
  */
@@ -35,12 +35,16 @@
 
 /* What everyone must know of one (sequence, head). */
 struct kda_item {
-    int64_t state_in, state_out, checkpoint; /* element offsets; -1: none */
-    int32_t batch, start;                    /* first token, in row `batch` */
-    int32_t length;                          /* -1: no more items */
-    int32_t head, value;                     /* first value row */
-    float slope;                             /* -exp(a_log) log2 e */
-    float bias[128];                         /* slope dt_bias */
+    int64_t state_in, state_out; /* element offsets; -1: none */
+    int64_t checkpoint;          /* of this head in a checkpoint */
+    int64_t saved;               /* checkpoints before this sequence's */
+    int64_t beta;                /* element of the first token's logit */
+    int32_t batch, start;        /* first token, in row `batch` */
+    int32_t length;              /* -1: no more items */
+    int32_t first;               /* its first chunk, counted over the block's items */
+    int32_t head, value;         /* first value row */
+    float slope;                 /* -exp(a_log) log2 e */
+    float bias[128];             /* slope dt_bias */
 };
 
 /* What the recurrence takes of one chunk. */
@@ -58,11 +62,12 @@ template <int D, int VB> struct kda_fwd_smem {
     static constexpr int PRODUCERS = ATTN_KDA_PRODUCERS(VB), CONSUMERS = ATTN_KDA_CONSUMERS(VB);
     static constexpr int RAW = ATTN_KDA_RAW_STAGES, VALUES = ATTN_KDA_VALUE_STAGES;
     static constexpr int FACTORS = ATTN_KDA_FACTOR_STAGES, ITEMS = ATTN_KDA_ITEM_STAGES;
-    static constexpr int THREADS = 128 * (PRODUCERS + CONSUMERS) + 32;
+    static constexpr int THREADS = ATTN_KDA_FWD_THREADS(VB);
 
-    /* All 17 warps start with 120 registers a thread; the loader, a warp alone, keeps them. */
-    static constexpr int PRODUCER_REGISTERS = VB == 128 ? 96 : 104;
-    static constexpr int CONSUMER_REGISTERS = VB == 128 ? 144 : 168;
+    /* The block's pool is what its five warpgroups start with, 96 registers a thread. */
+    static constexpr int LOADER_REGISTERS = VB == 128 ? 32 : 40;
+    static constexpr int PRODUCER_REGISTERS = VB == 128 ? 80 : 96;
+    static constexpr int CONSUMER_REGISTERS = VB == 128 ? 144 : 152;
 
     static constexpr int TILE_BYTES = 32 * D, VALUE_BYTES = 32 * VB;
 
@@ -125,8 +130,10 @@ ATTN_DEVICE int64_t checkpoints_before(const attn_kda_fwd_params &p, int sequenc
 {
     if (!p.cu_seqlens) return (int64_t)sequence * (p.t / p.every);
     int64_t sum = 0;
+#pragma unroll 1
     for (int i = threadIdx.x % 32; i < sequence; i += 32)
         sum += sequence_length(p, i) / p.every;
+#pragma unroll 1
     for (int step = 16; step; step /= 2)
         sum += __shfl_xor_sync(0xffffffff, sum, step);
     return sum;
@@ -134,69 +141,85 @@ ATTN_DEVICE int64_t checkpoints_before(const attn_kda_fwd_params &p, int sequenc
 
 /* Fills in item number `number`: split, then head, then sequence.  One warp. */
 template <int D, int VB>
-ATTN_DEVICE void describe(const attn_kda_fwd_params &p, int number, kda_item &item)
+ATTN_DEVICE void describe(const attn_kda_fwd_params &p, int number, int first, kda_item &item)
 {
-    int lane = threadIdx.x % 32;
     int split = number % p.splits, head = number / p.splits % p.h;
     int sequence = number / p.splits / p.h;
     if (p.order) sequence = p.order[sequence];
-    int64_t row = p.state_index ? p.state_index[sequence] : sequence;
-    if (row >= p.slots) row = -1;
+    item.saved = p.checkpoints ? checkpoints_before(p, sequence) : 0;
     float slope = -LOG2E * (p.a_log ? ex2_approx(fminf(p.a_log[head] * LOG2E, 60.0f)) : 1.0f);
-    for (int c = lane; c < D; c += 32)
-        item.bias[c] = p.dt_bias ? slope * p.dt_bias[head * D + c] : 0.0f;
-    int64_t saved = p.checkpoints ? checkpoints_before(p, sequence) : 0;
-    if (lane) return;
-    int64_t dense = (int64_t)split * VB * D;
-    item.batch = p.cu_seqlens ? 0 : sequence;
-    item.start = p.cu_seqlens ? (int)sequence_end(p, sequence) : 0;
+    item.slope = slope;
+#pragma unroll 1
+    for (int c = threadIdx.x % 32; c < D; c += 32)
+        item.bias[c] = p.dt_bias ? slope * p.dt_bias[head * p.dt_bias_h + c] : 0.0f;
+
+    int batch = p.cu_seqlens ? 0 : sequence, start = 0;
+    if (p.cu_seqlens) start = (int)sequence_end(p, sequence);
+    item.batch = batch;
+    item.start = start;
     item.length = sequence_length(p, sequence);
+    item.first = first;
     item.head = head;
     item.value = split * VB;
-    item.slope = slope;
-    item.state_in = p.state_in && row >= 0 ? row * p.in_n + head * p.in_h + dense : -1;
-    item.state_out = p.state_out && row >= 0 ? row * p.out_n + head * p.out_state_h + dense : -1;
-    item.checkpoint = p.checkpoints ? saved * p.checkpoint_n + head * p.checkpoint_h + dense : -1;
+    item.beta = batch * p.beta_b + start * p.beta_t + head * p.beta_h;
+    int64_t dense = (int64_t)split * VB * D;
+    int row = p.state_index ? p.state_index[sequence] : sequence;
+    bool kept = row >= 0 && row < p.slots;
+    item.state_in = p.state_in && kept ? row * p.in_n + head * p.in_h + dense : -1;
+    item.state_out = p.state_out && kept ? row * p.out_n + head * p.out_state_h + dense : -1;
+    item.checkpoint = head * p.checkpoint_h + dense;
 }
 
+/* Fills the ring of items: dealt in turn, or drawn where sequences have lengths of their own. */
 template <int D, int VB>
-ATTN_DEVICE void load(const attn_kda_fwd_params &p, const attn_kda_fwd_maps &maps,
-                      kda_fwd_smem<D, VB> &sm)
+ATTN_DEVICE void schedule(const attn_kda_fwd_params &p, kda_fwd_smem<D, VB> &sm)
 {
     typedef kda_fwd_smem<D, VB> smem;
-    int lane = threadIdx.x % 32, items = p.n * p.h * p.splits, n = 0;
-    for (int turn = 0, number = blockIdx.x;; turn++) {
+    int lane = threadIdx.x % 32;
+    for (int turn = 0;; turn++) {
+        int number = blockIdx.x + turn * gridDim.x;
         if (p.ticket) {
             if (lane == 0) number = atomicAdd(p.ticket, 1);
             number = __shfl_sync(0xffffffff, number, 0);
         }
+        bool last = number >= p.n * p.h * p.splits;
         kda_item &item = sm.item[turn % smem::ITEMS];
         wait_empty<smem::ITEMS>(sm.item_empty, turn);
-        bool last = number >= items;
-        if (!last) describe<D, VB>(p, number, item);
+        const kda_item &before = sm.item[(turn + smem::ITEMS - 1) % smem::ITEMS];
+        if (!last) describe<D, VB>(p, number, turn ? before.first + (before.length + 15) / 16 : 0, item);
         else if (lane == 0) item.length = -1;
         arrive<smem::ITEMS>(sm.item_full, turn);
         if (last) return;
-        if (lane == 0) {
-            int start = item.start, head = item.head, batch = item.batch, length = item.length;
-            int panel = item.value / 64;
-            for (int at = 0; at < length; at += 16, n++) {
-                uint32_t full = shared_address(sm.raw_full + n % smem::RAW);
-                uint32_t raw = shared_address(sm.raw[n % smem::RAW]);
-                wait_empty<smem::RAW>(sm.raw_empty, n);
-                mbarrier_arrive_expect_tx(full, 3 * smem::TILE_BYTES);
-                tma_load_5d(raw + 2 * smem::TILE_BYTES, &maps.g, full, 0, start + at, 0, head, batch);
-                tma_load_5d(raw + smem::TILE_BYTES, &maps.k, full, 0, start + at, 0, head, batch);
-                tma_load_5d(raw, &maps.q, full, 0, start + at, 0, head, batch);
-                full = shared_address(sm.v_full + n % smem::VALUES);
-                wait_empty<smem::VALUES>(sm.v_empty, n);
-                mbarrier_arrive_expect_tx(full, smem::VALUE_BYTES);
-                tma_load_5d(shared_address(sm.v[n % smem::VALUES]), &maps.v, full, 0, start + at,
-                            panel, head, batch);
-            }
+    }
+}
+
+/* Every chunk of every item: g, k, q, and v behind them.  One lane. */
+template <int D, int VB>
+ATTN_DEVICE void load(const attn_kda_fwd_maps &maps, kda_fwd_smem<D, VB> &sm)
+{
+    typedef kda_fwd_smem<D, VB> smem;
+    for (int turn = 0, n = 0;; turn++) {
+        wait_full<smem::ITEMS>(sm.item_full, turn);
+        const volatile kda_item &item = sm.item[turn % smem::ITEMS];
+        int left = item.length, token = item.start;
+        if (left < 0) return;
+#pragma unroll 1
+        for (; left > 0; left -= 16, token += 16, n++) {
+            uint32_t full = shared_address(sm.raw_full + n % smem::RAW);
+            uint32_t raw = shared_address(sm.raw[n % smem::RAW]);
+            wait_empty<smem::RAW>(sm.raw_empty, n);
+            mbarrier_arrive_expect_tx(full, 3 * smem::TILE_BYTES);
+            int head = item.head, batch = item.batch;
+            tma_load_5d(raw + 2 * smem::TILE_BYTES, &maps.g, full, 0, token, 0, head, batch);
+            tma_load_5d(raw + smem::TILE_BYTES, &maps.k, full, 0, token, 0, head, batch);
+            tma_load_5d(raw, &maps.q, full, 0, token, 0, head, batch);
+            full = shared_address(sm.v_full + n % smem::VALUES);
+            wait_empty<smem::VALUES>(sm.v_empty, n);
+            mbarrier_arrive_expect_tx(full, smem::VALUE_BYTES);
+            tma_load_5d(shared_address(sm.v[n % smem::VALUES]), &maps.v, full, 0, token,
+                        item.value / 64, head, batch);
         }
-        n = __shfl_sync(0xffffffff, n, 0);
-        number += gridDim.x;
+        mbarrier_arrive(shared_address(sm.item_empty + turn % smem::ITEMS));
     }
 }
 
@@ -258,12 +281,6 @@ ATTN_DEVICE void inverse_norms(uint32_t tile, uint32_t to, float scale, int rows
     }
 }
 
-/* Gates, decays and the four factors of a chunk: channels of this thread for its four tokens. */
-template <int D> struct kda_gate {
-    static constexpr int CHANNELS = D / 32, PAIRS = CHANNELS / 2;
-    float slope, bias[CHANNELS];
-};
-
 template <int PAIRS> ATTN_DEVICE void load_pairs(uint32_t (&r)[PAIRS], uint32_t address)
 {
     if constexpr (PAIRS == 2) {
@@ -283,11 +300,12 @@ template <int PAIRS> ATTN_DEVICE void store_pairs(uint32_t address, const uint32
         shared_store_32(address, r[0]);
 }
 
+/* Gates, decays and the four factors of a chunk: channels of this thread for its four tokens. */
 template <int D>
-ATTN_DEVICE void prepare_factors(const kda_gate<D> &gate, float bound, int rows, uint32_t raw,
+ATTN_DEVICE void prepare_factors(const kda_item &item, float bound, int rows, uint32_t raw,
                                  kda_factor<D> &factor)
 {
-    constexpr int CHANNELS = kda_gate<D>::CHANNELS, PAIRS = kda_gate<D>::PAIRS;
+    constexpr int CHANNELS = D / 32, PAIRS = CHANNELS / 2;
     constexpr int TILE_BYTES = 32 * D;
     uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, group = lane / 8;
     uint32_t channel = warp * (D / 4) + lane % 8 * CHANNELS, in_row = channel * 2 % 128;
@@ -298,24 +316,33 @@ ATTN_DEVICE void prepare_factors(const kda_gate<D> &gate, float bound, int rows,
     uint32_t kr = kd + (uint32_t)sizeof factor.kd_qd;
 #define AT(base, i) (((base) ^ (i) * 16) + (i) * 128)
 
+    float bias[CHANNELS], slope = item.slope;
+#pragma unroll
+    for (int c = 0; c < CHANNELS; c += 2) {
+        float2 pair = shared_load_2f(shared_address(item.bias + channel + c));
+        bias[c] = pair.x;
+        bias[c + 1] = pair.y;
+    }
     float step[4][CHANNELS]; /* gamma, then 2^gamma */
-    uint32_t k[4][PAIRS];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         uint32_t g[PAIRS];
         load_pairs(g, AT(from, i) + 2 * TILE_BYTES);
-        load_pairs(k[i], AT(from, i) + TILE_BYTES);
 #pragma unroll
         for (int c = 0; c < CHANNELS; c++) {
             float x = __uint_as_float(c % 2 ? g[c / 2] & 0xffff0000u : g[c / 2] << 16);
-            float e = ex2_approx(fmaf(x, gate.slope, gate.bias[c]));
+            float e = ex2_approx(fmaf(x, slope, bias[c]));
             step[i][c] = bound * rcp_approx(1.0f + e);
         }
     }
+    uint32_t k[4][PAIRS];
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        load_pairs(k[i], AT(from, i) + TILE_BYTES);
     if (rows < 16) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            bool outside = (int)group * 4 + i >= rows;
+            bool outside = i >= rows - 4 * (int)group;
 #pragma unroll
             for (int c = 0; c < CHANNELS; c++)
                 if (outside) step[i][c] = 0, k[i][c / 2] = 0;
@@ -380,12 +407,13 @@ ATTN_DEVICE void prepare_factors(const kda_gate<D> &gate, float bound, int rows,
 
 /* A from kd, ki, r and the logits of beta: L, then the rows of A, a lane each.  One warp. */
 template <int D>
-ATTN_DEVICE void prepare_inverse(kda_factor<D> &factor, float beta, int rows)
+ATTN_DEVICE void prepare_inverse(kda_factor<D> &factor, float beta, bool activated, int rows)
 {
     uint32_t lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
     uint32_t l = shared_address(factor.l), r = shared_address(factor.r);
     float d[8], x[16];
-    beta = (int)lane < rows ? rcp_approx(1.0f + ex2_approx(-LOG2E * beta)) : 0.0f;
+    if (!activated) beta = rcp_approx(1.0f + ex2_approx(-LOG2E * beta));
+    if ((int)lane >= rows) beta = 0;
     if (lane < 16) factor.b[lane] = beta;
     product_16x16<D, 4096, 4096>(d, shared_address(factor.kd_qd), shared_address(factor.kr_ki) + 2048);
 #pragma unroll
@@ -457,44 +485,36 @@ template <int D, int VB>
 ATTN_DEVICE void produce(const attn_kda_fwd_params &p, kda_fwd_smem<D, VB> &sm, int group)
 {
     typedef kda_fwd_smem<D, VB> smem;
-    constexpr int CHANNELS = kda_gate<D>::CHANNELS;
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-    int duty = warp + group; /* moves on with every chunk, so that the schedulers share the work */
-    for (int turn = 0, n = 0;; turn++) {
+    int lane = threadIdx.x % 32, now = group; /* the next chunk */
+    for (int turn = 0;; turn++) {
         wait_full<smem::ITEMS>(sm.item_full, turn);
         const kda_item &item = sm.item[turn % smem::ITEMS];
-        kda_gate<D> gate;
-        int length = item.length;
-        if (length < 0) return;
-        gate.slope = item.slope;
-#pragma unroll
-        for (int c = 0; c < CHANNELS; c++)
-            gate.bias[c] = item.bias[warp * (D / 4) + lane % 8 * CHANNELS + c];
-        const uint16_t *beta = (const uint16_t *)p.beta + item.batch * p.beta_b +
-                               (item.start + lane) * p.beta_t + item.head * p.beta_h;
-        arrive<smem::ITEMS>(sm.item_empty, turn);
-        int chunks = (length + 15) / 16;
-        for (int chunk = (group + smem::PRODUCERS - n % smem::PRODUCERS) % smem::PRODUCERS;
-             chunk < chunks; chunk += smem::PRODUCERS, duty++) {
-            int now = n + chunk, rows = length - 16 * chunk;
+        if (item.length < 0) return;
+#pragma unroll 1
+        for (; 16 * (now - item.first) < item.length; now += smem::PRODUCERS) {
+            int done = 16 * (now - item.first), rows = item.length - done;
+            /* Moves from warp to warp, so that the schedulers share the work. */
+            int duty = (threadIdx.x / 32 + now) % 4;
             kda_factor<D> &factor = *(kda_factor<D> *)sm.factor[now % smem::FACTORS];
             uint32_t raw = shared_address(sm.raw[now % smem::RAW]);
             uint32_t logit = 0;
-            if (duty % 4 == 0 && lane < 16 && lane < rows) logit = beta[16 * chunk * p.beta_t];
+            if (duty == 0 && lane < 16 && lane < rows)
+                logit = ((const uint16_t *)p.beta)[item.beta + (done + lane) * p.beta_t];
             wait_empty<smem::FACTORS>(sm.factor_empty, now);
             wait_full<smem::RAW>(sm.raw_full, now);
-            if (duty % 4 == 2)
+            if (duty == 2)
                 inverse_norms<D>(raw + smem::TILE_BYTES, shared_address(factor.r), 1.0f, rows);
-            if (duty % 4 == 3) inverse_norms<D>(raw, shared_address(factor.s), p.scale, rows);
-            prepare_factors<D>(gate, p.bound, rows, raw, factor);
+            if (duty == 3) inverse_norms<D>(raw, shared_address(factor.s), p.scale, rows);
+            prepare_factors<D>(item, p.bound, rows, raw, factor);
             arrive<smem::RAW>(sm.raw_empty, now);
             warpgroup_barrier(1 + group);
-            if (duty % 4 == 0) prepare_inverse<D>(factor, __uint_as_float(logit << 16), rows);
-            if (duty % 4 == 1) prepare_scores<D>(factor);
+            if (duty == 0)
+                prepare_inverse<D>(factor, __uint_as_float(logit << 16), p.beta_activated, rows);
+            if (duty == 1) prepare_scores<D>(factor);
             fence_proxy_async_shared();
             arrive<smem::FACTORS>(sm.factor_full, now);
         }
-        n += chunks;
+        arrive<smem::ITEMS>(sm.item_empty, turn);
     }
 }
 
@@ -676,10 +696,10 @@ ATTN_DEVICE void consume(const attn_kda_fwd_params &p, kda_fwd_smem<D, VB> &sm, 
             __syncwarp();
             if (p.checkpoints && left >= 16) {
                 int done = item.length - left + 16;
-                if (done % p.every == 0)
+                int64_t row = item.saved + done / p.every - 1;
+                if (done % p.every == 0 && row < p.checkpoint_rows)
                     store_state<D>(state, p.checkpoints,
-                                   item.checkpoint + (done / p.every - 1) * p.checkpoint_n +
-                                       group * 64 * D,
+                                   item.checkpoint + row * p.checkpoint_n + group * 64 * D,
                                    p.checkpoint_is_bf16);
             }
         }
@@ -715,7 +735,8 @@ ATTN_DEVICE void kda_fwd_body(const attn_kda_fwd_params &p, const attn_kda_fwd_m
         }
         for (int i = 0; i < smem::ITEMS; i++) {
             mbarrier_init(shared_address(sm.item_full + i), 1);
-            mbarrier_init(shared_address(sm.item_empty + i), 4 * (smem::PRODUCERS + smem::CONSUMERS));
+            mbarrier_init(shared_address(sm.item_empty + i),
+                          4 * (smem::PRODUCERS + smem::CONSUMERS) + 1);
         }
         fence_mbarrier_init();
         prefetch_tensormap(&maps.q);
@@ -732,7 +753,10 @@ ATTN_DEVICE void kda_fwd_body(const attn_kda_fwd_params &p, const attn_kda_fwd_m
         setmaxnreg_inc<smem::CONSUMER_REGISTERS>();
         consume<D, VB>(p, sm, group - smem::PRODUCERS);
     } else {
-        load<D, VB>(p, maps, sm);
+        setmaxnreg_dec<smem::LOADER_REGISTERS>();
+        int warp = __shfl_sync(0xffffffff, (int)threadIdx.x % 128 / 32, 0);
+        if (warp == 0) schedule<D, VB>(p, sm);
+        if (warp == 1 && elect_one()) load<D, VB>(maps, sm);
     }
 }
 

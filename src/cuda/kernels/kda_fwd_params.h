@@ -34,6 +34,8 @@ struct attn_kda_fwd_params {
     int64_t in_n, in_h;          /* rows of a state's head are dense */
     int64_t out_n, out_state_h;
     int64_t checkpoint_n, checkpoint_h;
+    int64_t checkpoint_rows;     /* states there is room for */
+    int64_t dt_bias_h;
     int64_t slots;               /* rows of the states: an index past them counts as negative */
 
     int32_t n, h, t;             /* sequences, heads, tokens of a batch row */
@@ -41,6 +43,7 @@ struct attn_kda_fwd_params {
     int32_t every;               /* tokens between checkpoints, a multiple of 16 */
     int32_t cu_is_64;
     int32_t state_is_bf16, checkpoint_is_bf16;
+    int32_t beta_activated, reserved;
     float scale;                 /* of q */
     float bound;                 /* lower bound of the log-decay, times log2 e */
 };
@@ -58,6 +61,8 @@ struct attn_kda_fwd_params {
 #define ATTN_KDA_PRODUCERS(vb) ((vb) == 128 ? 2 : 3)
 #define ATTN_KDA_CONSUMERS(vb) ((vb) / 64)
 
+#define ATTN_KDA_FWD_THREADS(vb) (128 * (1 + ATTN_KDA_PRODUCERS(vb) + ATTN_KDA_CONSUMERS(vb)))
+
 #define ATTN_KDA_FWD_SMEM(d, vb)                                                                   \
     (ATTN_KDA_FACTOR_STAGES * ATTN_KDA_FACTOR_BYTES(d) + ATTN_KDA_RAW_STAGES * 96 * (d) +          \
      ATTN_KDA_VALUE_STAGES * 32 * (vb) + (vb) * 32 + ATTN_KDA_ITEM_STAGES * ATTN_KDA_ITEM_BYTES +  \
@@ -65,9 +70,9 @@ struct attn_kda_fwd_params {
 
 #ifdef __cplusplus
 static_assert(sizeof(struct attn_kda_fwd_maps) == 512, "four tensor maps");
-static_assert(sizeof(struct attn_kda_fwd_params) == 232, "the host's and the kernel's layout");
+static_assert(sizeof(struct attn_kda_fwd_params) == 256, "the host's and the kernel's layout");
 #else
 _Static_assert(sizeof(struct attn_kda_fwd_maps) == 512, "four tensor maps");
-_Static_assert(sizeof(struct attn_kda_fwd_params) == 232, "the host's and the kernel's layout");
+_Static_assert(sizeof(struct attn_kda_fwd_params) == 256, "the host's and the kernel's layout");
 #endif
 #endif

@@ -1,0 +1,73 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * Which kernel runs a kda problem and on how many blocks: integers in, integers out.
+ */
+#include <string.h>
+
+#include "cuda/kda_cuda.h"
+
+/* Time of a chunk in a block of 128 value rows and in one of 64, in one unit (measured). */
+#define CHUNK_128 9
+#define CHUNK_64 6
+
+#define TICKET_BYTES 64
+
+static int64_t rounds(int64_t items, int64_t blocks) { return (items + blocks - 1) / blocks; }
+
+void attn_kda_cuda_choose(const struct attn_kda_problem *p, int multiprocessors,
+                          struct attn_kda_cuda_plan *plan)
+{
+    int64_t pairs = p->n * p->h, blocks = multiprocessors;
+    memset(plan, 0, sizeof *plan);
+    plan->rows = 64;
+    if (p->d == 128 &&
+        rounds(pairs, blocks) * CHUNK_128 <= rounds(2 * pairs, blocks) * CHUNK_64)
+        plan->rows = 128;
+    plan->splits = (int32_t)(p->d / plan->rows);
+    int64_t items = pairs * plan->splits;
+    plan->grid = (int32_t)(items < blocks ? items : blocks);
+    plan->ordered = p->cu_seqlens && p->n > 1 && items > blocks;
+    if (plan->ordered) plan->workspace_bytes = TICKET_BYTES + (p->n * 4 + 63) / 64 * 64;
+}
+
+/* The copy engine wants 16-byte rows; the states are read in pairs of elements or more. */
+static attn_status check_rows(const struct attn_rows *r, const struct attn_kda_problem *p,
+                              const char *name)
+{
+    bool steps = (p->b <= 1 || r->batch % 8 == 0) && (p->t <= 1 || r->row % 8 == 0) &&
+                 (p->h <= 1 || r->head % 8 == 0);
+    ATTN_CHECK(steps && (uintptr_t)r->data % 16 == 0, ATTN_E_NOT_BUILT,
+               "%s: on a GPU rows on multiples of 16 bytes are built, got others", name);
+    return ATTN_OK;
+}
+
+static attn_status check_states(const struct attn_states *s, const struct attn_kda_problem *p,
+                                const char *name)
+{
+    if (!s->data) return ATTN_OK;
+    uintptr_t unit = s->dtype == ATTN_F32 ? 16 : 8;
+    bool steps = (p->h <= 1 || s->head % 4 == 0) && s->slot % 4 == 0;
+    ATTN_CHECK(steps && (uintptr_t)s->data % unit == 0, ATTN_E_NOT_BUILT,
+               "%s: on a GPU heads on multiples of four elements are built, got others", name);
+    return ATTN_OK;
+}
+
+attn_status attn_kda_cuda_check(const struct attn_kda_problem *p)
+{
+    ATTN_CHECK(p->dtype == ATTN_BF16, ATTN_E_NOT_BUILT, "q: on a GPU bf16 is built, got %s",
+               attn_dtype_name(p->dtype));
+    ATTN_CHECK(p->n * p->h * (p->d / 64) <= INT32_MAX, ATTN_E_NOT_BUILT,
+               "q: on a GPU fewer than 2^30 pairs of sequence and head are built, got %lld",
+               (long long)(p->n * p->h));
+    /* The bound keeps powers over a chunk inside bf16; activated gates may be anything. */
+    ATTN_CHECK(p->step || !p->gate_activated, ATTN_E_NOT_BUILT,
+               "gate_activated: for kda_fwd on a GPU not built yet");
+    ATTN_TRY(check_rows(&p->q, p, "q"));
+    ATTN_TRY(check_rows(&p->k, p, "k"));
+    ATTN_TRY(check_rows(&p->v, p, "v"));
+    ATTN_TRY(check_rows(&p->g, p, "g"));
+    if (p->out.data) ATTN_TRY(check_rows(&p->out, p, "out"));
+    ATTN_TRY(check_states(&p->initial, p, p->step ? "state" : "initial_state"));
+    ATTN_TRY(check_states(&p->final, p, "final_state"));
+    return check_states(&p->checkpoint, p, "checkpoint_states");
+}

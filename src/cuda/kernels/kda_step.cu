@@ -1,0 +1,176 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * kda_step: a few tokens of Kimi Delta Attention on states that change in place.
+ *
+ * Math, per sequence, head and token, all in fp32, S [v, k] the state:
+ *     S <- S 2^gamma      u = b (v - S k^)      S <- S + u k^T      out = scale S q^
+ * with k^ = k / sqrt(|k|^2 + 1e-6), q^ likewise, gamma and b as in kda_fwd.cu.  Both products take
+ * the decayed state: S_new q^ = S q^ + u (k^ . q^).
+ *
+ * Layout.  A state row of D channels is D / 4 lanes of four channels.  A block has 64 rows of one
+ * (sequence, head), a warp eight of them, held in registers over the tokens:
+ *     grid = [n h D / 64], 8 warps; row = slice 64 + warp 8 + i (128 / D) + lane / (D / 4)
+ * Every warp makes gate, norms and decay of all channels anew, which is little beside the state.
+ */
+#include "kda_step_params.h"
+#include "kda_ptx.cuh"
+
+#define LOG2E 1.4426950408889634f
+#define EPSILON 1e-6f
+
+ATTN_DEVICE uint16_t *row_at(const attn_kda_rows &r, int64_t batch, int64_t token, int head)
+{
+    return (uint16_t *)r.data + batch * r.b + token * r.t + head * r.h;
+}
+
+ATTN_DEVICE float bf16_float(uint32_t bits)
+{
+    return __uint_as_float(bits << 16);
+}
+
+ATTN_DEVICE void load_four(float (&x)[4], const uint16_t *from)
+{
+    uint2 bits = *(const uint2 *)from;
+    x[0] = bf16_float(bits.x);
+    x[1] = __uint_as_float(bits.x & 0xffff0000u);
+    x[2] = bf16_float(bits.y);
+    x[3] = __uint_as_float(bits.y & 0xffff0000u);
+}
+
+ATTN_DEVICE float dot_four(const float (&x)[4], const float (&y)[4])
+{
+    return fmaf(x[3], y[3], fmaf(x[2], y[2], fmaf(x[1], y[1], x[0] * y[0])));
+}
+
+/* The sum over the LANES lanes of a row, in all of them. */
+template <int LANES> ATTN_DEVICE float row_sum(float x)
+{
+#pragma unroll
+    for (int step = LANES / 2; step; step /= 2)
+        x += __shfl_xor_sync(0xffffffff, x, step);
+    return x;
+}
+
+/* Sums of R values over the LANES lanes of a row, halving values and lanes: lane `at` gets that of
+ * value at / (LANES / R). */
+template <int LANES, int R> ATTN_DEVICE float row_sums(float (&x)[R], int at)
+{
+    int step = LANES / 2;
+#pragma unroll
+    for (int half = R / 2; half; half /= 2, step /= 2) {
+        bool upper = at & step;
+#pragma unroll
+        for (int i = 0; i < half; i++) {
+            float give = upper ? x[i] : x[i + half];
+            x[i] = (upper ? x[i + half] : x[i]) + __shfl_xor_sync(0xffffffff, give, step);
+        }
+    }
+    float sum = x[0];
+    for (; step; step /= 2)
+        sum += __shfl_xor_sync(0xffffffff, sum, step);
+    return sum;
+}
+
+ATTN_DEVICE int64_t boundary(const attn_kda_step_params &p, int i)
+{
+    int64_t at = p.cu_is_64 ? ((const int64_t *)p.cu_seqlens)[i] : ((const int32_t *)p.cu_seqlens)[i];
+    return at < 0 ? 0 : at > p.t ? p.t : at;
+}
+
+template <int D> ATTN_DEVICE void kda_step_body(const attn_kda_step_params &p)
+{
+    constexpr int LANES = D / 4, ACROSS = 32 / LANES, R = 8 / ACROSS, SLICES = D / 64;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, at = lane % LANES;
+    int slice = blockIdx.x % SLICES, head = blockIdx.x / SLICES % p.h;
+    int sequence = blockIdx.x / SLICES / p.h;
+    int first = slice * 64 + warp * 8; /* rows of this warp: first + i ACROSS + lane / LANES */
+    int64_t begin = p.cu_seqlens ? boundary(p, sequence) : 0;
+    int64_t end = p.cu_seqlens ? boundary(p, sequence + 1) : p.t;
+    int64_t batch = p.cu_seqlens ? 0 : sequence;
+    int64_t slot = p.state_index ? p.state_index[sequence] : sequence;
+    if (slot < 0 || slot >= p.slots) {
+        for (int64_t token = begin; token < end; token++)
+            if (lane < 4)
+                ((uint32_t *)(row_at(p.out, batch, token, head) + first))[lane] = 0;
+        return;
+    }
+    if (begin >= end) return;
+
+    int64_t place = slot * p.state_n + head * p.state_h + (first + lane / LANES) * D + 4 * at;
+    float s[R][4];
+#pragma unroll
+    for (int i = 0; i < R; i++) {
+        if (p.state_is_bf16) {
+            load_four(s[i], (const uint16_t *)p.state + place + i * ACROSS * D);
+        } else {
+            float4 x = *(const float4 *)((const float *)p.state + place + i * ACROSS * D);
+            s[i][0] = x.x, s[i][1] = x.y, s[i][2] = x.z, s[i][3] = x.w;
+        }
+    }
+    float slope = -LOG2E * (p.a_log ? ex2_approx(fminf(p.a_log[head] * LOG2E, 60.0f)) : 1.0f);
+    float bias[4];
+#pragma unroll
+    for (int c = 0; c < 4; c++)
+        bias[c] = p.dt_bias ? slope * p.dt_bias[head * p.dt_bias_h + 4 * at + c] : 0.0f;
+    int own = at / (LANES / R) * ACROSS + lane / LANES; /* the row whose sums this lane gets */
+
+    for (int64_t token = begin; token < end; token++) {
+        float q[4], k[4], g[4];
+        load_four(q, row_at(p.q, batch, token, head) + 4 * at);
+        load_four(k, row_at(p.k, batch, token, head) + 4 * at);
+        load_four(g, row_at(p.g, batch, token, head) + 4 * at);
+        float v = bf16_float(row_at(p.v, batch, token, head)[first + own]);
+        float b = bf16_float(*row_at(p.beta, batch, token, head));
+        if (!p.beta_activated) b = rcp_approx(1.0f + ex2_approx(-LOG2E * b));
+        float over_k = rsqrt_approx(row_sum<LANES>(dot_four(k, k)) + EPSILON);
+        float over_q = p.scale * rsqrt_approx(row_sum<LANES>(dot_four(q, q)) + EPSILON);
+        float both = row_sum<LANES>(dot_four(k, q)) * over_k * over_q;
+        float along_k[R], along_q[R];
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+            float e = ex2_approx(fmaf(g[c], slope, bias[c]));
+            float decay = ex2_approx(p.gate_activated ? g[c] * LOG2E
+                                                      : p.bound * rcp_approx(1.0f + e));
+            k[c] *= over_k;
+            q[c] *= over_q;
+#pragma unroll
+            for (int i = 0; i < R; i++)
+                s[i][c] *= decay;
+        }
+#pragma unroll
+        for (int i = 0; i < R; i++) {
+            along_k[i] = dot_four(s[i], k);
+            along_q[i] = dot_four(s[i], q);
+        }
+        float u = b * (v - row_sums<LANES, R>(along_k, at));
+        float o = fmaf(u, both, row_sums<LANES, R>(along_q, at));
+        if (at % (LANES / R) == 0)
+            row_at(p.out, batch, token, head)[first + own] =
+                (uint16_t)pack_16x2<0>(o, 0.0f);
+#pragma unroll
+        for (int i = 0; i < R; i++) {
+            float from = __shfl_sync(0xffffffff, u, lane / LANES * LANES + i * (LANES / R));
+#pragma unroll
+            for (int c = 0; c < 4; c++)
+                s[i][c] = fmaf(from, k[c], s[i][c]);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < R; i++) {
+        if (p.state_is_bf16)
+            *(uint2 *)((uint16_t *)p.state + place + i * ACROSS * D) =
+                make_uint2(pack_16x2<0>(s[i][0], s[i][1]), pack_16x2<0>(s[i][2], s[i][3]));
+        else
+            *(float4 *)((float *)p.state + place + i * ACROSS * D) =
+                make_float4(s[i][0], s[i][1], s[i][2], s[i][3]);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+    attn_kda_step_sm90(const __grid_constant__ attn_kda_step_params p)
+{
+    if (p.d == 128)
+        kda_step_body<128>(p);
+    else
+        kda_step_body<64>(p);
+}

@@ -1,0 +1,36 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * What the host hands to kda_step: plain C, the same bytes on both sides.  Strides in elements.
+ */
+#ifndef ATTN_KDA_STEP_PARAMS_H
+#define ATTN_KDA_STEP_PARAMS_H
+
+#include <stdint.h>
+
+/* bf16 [b, t, h, d], last stride 1. */
+struct attn_kda_rows {
+    void *data;
+    int64_t b, t, h;
+};
+
+struct attn_kda_step_params {
+    struct attn_kda_rows q, k, v, g, out;
+    struct attn_kda_rows beta;  /* [b, t, h] */
+    const float *a_log;         /* [h]; NULL: slope 1 */
+    const float *dt_bias;       /* [h, d]; NULL: 0 */
+    void *state;                /* [n or slots, h, d_v, d_k], fp32 or bf16, changed in place */
+    const int32_t *state_index; /* [n]; outside 0 .. slots - 1: padding, out becomes 0; NULL: i */
+    const void *cu_seqlens;     /* [n + 1], int32 or int64; NULL: row i of b is sequence i */
+    int64_t state_n, state_h, dt_bias_h, slots;
+    int32_t n, h, t;
+    int32_t cu_is_64, state_is_bf16, d;
+    int32_t gate_activated, beta_activated;
+    float scale, bound; /* of q; lower bound of the log-decay, times log2 e */
+};
+
+#ifdef __cplusplus
+static_assert(sizeof(struct attn_kda_step_params) == 304, "the host's and the kernel's layout");
+#else
+_Static_assert(sizeof(struct attn_kda_step_params) == 304, "the host's and the kernel's layout");
+#endif
+#endif
