@@ -44,7 +44,7 @@ struct kda_item {
     int32_t first;               /* its first chunk, counted over the block's items */
     int32_t head, value;         /* first value row */
     float slope;                 /* -exp(a_log) log2 e */
-    float bias[128];             /* slope dt_bias */
+    alignas(16) float bias[128]; /* slope dt_bias */
 };
 
 /* What the recurrence takes of one chunk. */
@@ -130,8 +130,10 @@ ATTN_DEVICE int64_t checkpoints_before(const attn_kda_fwd_params &p, int sequenc
 {
     if (!p.cu_seqlens) return (int64_t)sequence * (p.t / p.every);
     int64_t sum = 0;
+    int i = threadIdx.x % 32;
+    asm volatile("" : "+r"(i)); /* else four registers of addresses live across the scheduler's loop */
 #pragma unroll 1
-    for (int i = threadIdx.x % 32; i < sequence; i += 32)
+    for (; i < sequence; i += 32)
         sum += sequence_length(p, i) / p.every;
 #pragma unroll 1
     for (int step = 16; step; step /= 2)
@@ -141,7 +143,7 @@ ATTN_DEVICE int64_t checkpoints_before(const attn_kda_fwd_params &p, int sequenc
 
 /* Fills in item number `number`: split, then head, then sequence.  One warp. */
 template <int D, int VB>
-ATTN_DEVICE void describe(const attn_kda_fwd_params &p, int number, int first, kda_item &item)
+ATTN_DEVICE void describe(const attn_kda_fwd_params &p, int number, kda_item &item)
 {
     int split = number % p.splits, head = number / p.splits % p.h;
     int sequence = number / p.splits / p.h;
@@ -158,7 +160,6 @@ ATTN_DEVICE void describe(const attn_kda_fwd_params &p, int number, int first, k
     item.batch = batch;
     item.start = start;
     item.length = sequence_length(p, sequence);
-    item.first = first;
     item.head = head;
     item.value = split * VB;
     item.beta = batch * p.beta_b + start * p.beta_t + head * p.beta_h;
@@ -186,8 +187,9 @@ ATTN_DEVICE void schedule(const attn_kda_fwd_params &p, kda_fwd_smem<D, VB> &sm)
         kda_item &item = sm.item[turn % smem::ITEMS];
         wait_empty<smem::ITEMS>(sm.item_empty, turn);
         const kda_item &before = sm.item[(turn + smem::ITEMS - 1) % smem::ITEMS];
-        if (!last) describe<D, VB>(p, number, turn ? before.first + (before.length + 15) / 16 : 0, item);
-        else if (lane == 0) item.length = -1;
+        item.first = turn ? before.first + (before.length + 15) / 16 : 0;
+        if (!last) describe<D, VB>(p, number, item);
+        else item.length = -1;
         arrive<smem::ITEMS>(sm.item_full, turn);
         if (last) return;
     }
@@ -716,6 +718,7 @@ ATTN_DEVICE void kda_fwd_body(const attn_kda_fwd_params &p, const attn_kda_fwd_m
 {
     typedef kda_fwd_smem<D, VB> smem;
     static_assert(sizeof(smem) <= ATTN_KDA_FWD_SMEM(D, VB), "the host asks for less");
+    static_assert(sizeof(kda_item) <= ATTN_KDA_ITEM_BYTES, "an item fits");
     static_assert(sizeof(kda_factor<D>) <= ATTN_KDA_FACTOR_BYTES(D), "a stage holds a chunk");
     extern __shared__ __align__(1024) uint8_t shared[];
     smem &sm = *(smem *)shared;
@@ -755,8 +758,10 @@ ATTN_DEVICE void kda_fwd_body(const attn_kda_fwd_params &p, const attn_kda_fwd_m
     } else {
         setmaxnreg_dec<smem::LOADER_REGISTERS>();
         int warp = __shfl_sync(0xffffffff, (int)threadIdx.x % 128 / 32, 0);
-        if (warp == 0) schedule<D, VB>(p, sm);
-        if (warp == 1 && elect_one()) load<D, VB>(maps, sm);
+        if (warp == 0)
+            schedule<D, VB>(p, sm);
+        else if (warp == 1 && elect_one())
+            load<D, VB>(maps, sm);
     }
 }
 
