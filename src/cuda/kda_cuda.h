@@ -14,8 +14,15 @@ struct attn_kda_cuda_plan {
     int32_t splits; /* blocks of a (sequence, head): d / rows */
     int32_t grid;
     int32_t ordered; /* 1: sequences longest first, items drawn from a counter */
+    /* The workspace: a counter and the order, if ordered, then dense copies of what the copy engine
+     * cannot address: of q, k, g, v in bits 0 to 3. */
+    int32_t copied;
+    int32_t out_aligned; /* 1: rows of out on multiples of 16 bytes */
+    int64_t copy_bytes;  /* of one */
     int64_t workspace_bytes;
 };
+
+#define ATTN_KDA_TICKET_BYTES 64
 
 void attn_kda_cuda_choose(const struct attn_kda_problem *p, int multiprocessors,
                           struct attn_kda_cuda_plan *plan);

@@ -1,18 +1,20 @@
 /* SPDX-License-Identifier: MIT
  *
- * Runs a checked kda_fwd problem on the current device: for ragged batches the order of their
- * sequences, then the kernel.
+ * Runs a checked kda_fwd problem on the current device: copies of what the copy engine cannot address,
+ * for ragged batches the order of their sequences, then the kernel.
  */
 #include <string.h>
 
 #include "cuda/kda_cuda.h"
 #include "cuda/kernels/kda_fwd_params.h"
 #include "cuda/kernels/kda_order_params.h"
+#include "cuda/kernels/kda_pack_params.h"
 #include "cuda/tma.h"
 
 #define LOG2E 1.4426950408889634
 #define CHUNK 16
-#define TICKET_BYTES 64 /* the workspace: one counter on a line of its own, then the order */
+#define PACK_BLOCK 256
+#define PACK_GRID_MAX 1056 /* eight blocks a multiprocessor */
 
 typedef struct attn_kda_problem problem_t;
 typedef struct attn_kda_cuda_plan plan_t;
@@ -78,7 +80,7 @@ static void fill_params(const problem_t *p, const plan_t *plan, char *workspace,
     out->cu_seqlens = p->cu_seqlens;
     if (plan->ordered) {
         out->ticket = (int32_t *)(void *)workspace;
-        out->order = (const int32_t *)(const void *)(workspace + TICKET_BYTES);
+        out->order = (const int32_t *)(const void *)(workspace + ATTN_KDA_TICKET_BYTES);
     }
     out->beta_b = p->beta_batch;
     out->beta_t = p->beta_row;
@@ -99,6 +101,7 @@ static void fill_params(const problem_t *p, const plan_t *plan, char *workspace,
     out->h = (int32_t)p->h;
     out->t = (int32_t)p->t;
     out->splits = plan->splits;
+    out->out_aligned = plan->out_aligned;
     out->every = (int32_t)(p->checkpoint_every > INT32_MAX ? INT32_MAX : p->checkpoint_every);
     out->cu_is_64 = p->cu_wide;
     out->state_is_bf16 = any->dtype == ATTN_BF16;
@@ -108,26 +111,64 @@ static void fill_params(const problem_t *p, const plan_t *plan, char *workspace,
     out->bound = (float)(p->lower_bound * LOG2E);
 }
 
-static attn_status launch_order(const problem_t *p, const struct attn_kda_fwd_params *fwd,
+static attn_status launch_plain(const char *name, void *params, unsigned grid, unsigned block,
                                 cu_device device, cu_stream stream)
 {
     const struct attn_cuda_driver *cu;
     struct attn_cuda_kernel *kernel;
     cu_kernel handle;
+    ATTN_TRY(attn_cuda_driver(&cu));
+    ATTN_TRY(attn_plain_kernel(name, &kernel));
+    ATTN_TRY(attn_cuda_kernel_load(kernel, device, &handle));
+    struct cu_launch_config config = {.grid = {grid, 1, 1},
+                                      .block = {block, 1, 1},
+                                      .stream = stream};
+    return attn_cuda_status(cu->launch_kernel_ex(&config, handle, (void *[]){params}, NULL), name);
+}
+
+static attn_status launch_order(const struct attn_kda_fwd_params *fwd, cu_device device,
+                                cu_stream stream)
+{
     struct attn_kda_order_params params = {
-        .cu_seqlens = p->cu_seqlens,
+        .cu_seqlens = fwd->cu_seqlens,
         .order = (int32_t *)(uintptr_t)fwd->order,
         .ticket = fwd->ticket,
         .n = fwd->n,
         .t = fwd->t,
         .cu_is_64 = fwd->cu_is_64,
     };
-    ATTN_TRY(attn_cuda_driver(&cu));
-    ATTN_TRY(attn_plain_kernel("attn_kda_order_sm90", &kernel));
-    ATTN_TRY(attn_cuda_kernel_load(kernel, device, &handle));
-    struct cu_launch_config config = {.grid = {1, 1, 1}, .block = {1024, 1, 1}, .stream = stream};
-    void *arguments[] = {&params};
-    return attn_cuda_status(cu->launch_kernel_ex(&config, handle, arguments, NULL), kernel->name);
+    return launch_plain("attn_kda_order_sm90", &params, 1, 1024, device, stream);
+}
+
+/* Dense copies where the plan wants them; *dense is p with these in place. */
+static attn_status launch_copies(const problem_t *p, const plan_t *plan, char *workspace,
+                                 cu_device device, cu_stream stream, problem_t *dense)
+{
+    char *to = workspace + plan->workspace_bytes;
+    *dense = *p;
+    struct attn_rows *rows[4] = {&dense->q, &dense->k, &dense->g, &dense->v};
+    for (int i = 0; i < 4; i++) {
+        if (!(plan->copied >> i & 1)) continue;
+        to -= plan->copy_bytes;
+        struct attn_kda_pack_params params = {
+            .from = (const uint16_t *)(const void *)rows[i]->data,
+            .to = (uint16_t *)(void *)to,
+            .from_b = rows[i]->batch,
+            .from_t = rows[i]->row,
+            .from_h = rows[i]->head,
+            .chunks = p->b * p->t * p->h * p->d / 8,
+            .t = (int32_t)p->t,
+            .h = (int32_t)p->h,
+            .d = (int32_t)p->d,
+        };
+        int64_t blocks = (params.chunks + PACK_BLOCK - 1) / PACK_BLOCK;
+        if (blocks > PACK_GRID_MAX) blocks = PACK_GRID_MAX;
+        if (blocks)
+            ATTN_TRY(launch_plain("attn_kda_pack_sm90", &params, (unsigned)blocks, PACK_BLOCK,
+                                  device, stream));
+        *rows[i] = (struct attn_rows){to, p->t * p->h * p->d, p->h * p->d, p->d};
+    }
+    return ATTN_OK;
 }
 
 static attn_status launch(const problem_t *p, const struct attn_cuda_device *device,
@@ -137,21 +178,23 @@ static attn_status launch(const problem_t *p, const struct attn_cuda_device *dev
     struct attn_cuda_kernel *kernel;
     cu_kernel handle;
     plan_t plan;
+    problem_t dense;
     struct attn_kda_fwd_params params;
     struct attn_kda_fwd_maps maps;
     ATTN_TRY(choose(p, device->multiprocessors, &plan, &kernel));
     ATTN_TRY(attn_cuda_driver(&cu));
     ATTN_TRY(attn_cuda_kernel_load(kernel, device->device, &handle));
     fill_params(p, &plan, workspace, &params);
-    ATTN_TRY(encode(p, &p->q, p->d / 64, "q", &maps.q));
-    ATTN_TRY(encode(p, &p->k, p->d / 64, "k", &maps.k));
-    ATTN_TRY(encode(p, &p->g, p->d / 64, "g", &maps.g));
-    ATTN_TRY(encode(p, &p->v, plan.rows / 64, "v", &maps.v));
-    if (plan.ordered) ATTN_TRY(launch_order(p, &params, device->device, stream));
+    ATTN_TRY(launch_copies(p, &plan, workspace, device->device, stream, &dense));
+    ATTN_TRY(encode(p, &dense.q, p->d / 64, "q", &maps.q));
+    ATTN_TRY(encode(p, &dense.k, p->d / 64, "k", &maps.k));
+    ATTN_TRY(encode(p, &dense.g, p->d / 64, "g", &maps.g));
+    ATTN_TRY(encode(p, &dense.v, plan.rows / 64, "v", &maps.v));
+    if (plan.ordered) ATTN_TRY(launch_order(&params, device->device, stream));
 
     struct cu_launch_config config = {
         .grid = {(unsigned)plan.grid, 1, 1},
-        .block = {ATTN_KDA_FWD_THREADS(plan.rows), 1, 1},
+        .block = {(unsigned)ATTN_KDA_FWD_THREADS(plan.rows), 1, 1},
         .shared_bytes = (unsigned)kernel->shared_bytes,
         .stream = stream,
     };

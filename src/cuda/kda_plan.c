@@ -10,7 +10,12 @@
 #define CHUNK_128 9
 #define CHUNK_64 6
 
-#define TICKET_BYTES 64
+/* Rows on multiples of 16 bytes, which the copy engine wants and vector stores. */
+static bool aligned(const struct attn_rows *r, const struct attn_kda_problem *p)
+{
+    return (p->b <= 1 || r->batch % 8 == 0) && (p->t <= 1 || r->row % 8 == 0) &&
+           (p->h <= 1 || r->head % 8 == 0) && (uintptr_t)r->data % 16 == 0;
+}
 
 static int64_t rounds(int64_t items, int64_t blocks) { return (items + blocks - 1) / blocks; }
 
@@ -20,27 +25,25 @@ void attn_kda_cuda_choose(const struct attn_kda_problem *p, int multiprocessors,
     int64_t pairs = p->n * p->h, blocks = multiprocessors;
     memset(plan, 0, sizeof *plan);
     plan->rows = 64;
-    if (p->d == 128 &&
-        rounds(pairs, blocks) * CHUNK_128 <= rounds(2 * pairs, blocks) * CHUNK_64)
+    if (p->d == 128 && rounds(pairs, blocks) * CHUNK_128 <= rounds(2 * pairs, blocks) * CHUNK_64)
         plan->rows = 128;
     plan->splits = (int32_t)(p->d / plan->rows);
     int64_t items = pairs * plan->splits;
     plan->grid = (int32_t)(items < blocks ? items : blocks);
     plan->ordered = p->cu_seqlens && p->n > 1 && items > blocks;
-    if (plan->ordered) plan->workspace_bytes = TICKET_BYTES + (p->n * 4 + 63) / 64 * 64;
+    if (plan->ordered) plan->workspace_bytes = ATTN_KDA_TICKET_BYTES + (p->n * 4 + 63) / 64 * 64;
+
+    const struct attn_rows *inputs[4] = {&p->q, &p->k, &p->g, &p->v};
+    plan->copy_bytes = (p->b * p->t * p->h * p->d * 2 + 63) / 64 * 64;
+    for (int i = 0; i < 4; i++) {
+        if (aligned(inputs[i], p)) continue;
+        plan->copied |= 1 << i;
+        plan->workspace_bytes += plan->copy_bytes;
+    }
+    plan->out_aligned = aligned(&p->out, p);
 }
 
-/* The copy engine wants 16-byte rows; the states are read in pairs of elements or more. */
-static attn_status check_rows(const struct attn_rows *r, const struct attn_kda_problem *p,
-                              const char *name)
-{
-    bool steps = (p->b <= 1 || r->batch % 8 == 0) && (p->t <= 1 || r->row % 8 == 0) &&
-                 (p->h <= 1 || r->head % 8 == 0);
-    ATTN_CHECK(steps && (uintptr_t)r->data % 16 == 0, ATTN_E_NOT_BUILT,
-               "%s: on a GPU rows on multiples of 16 bytes are built, got others", name);
-    return ATTN_OK;
-}
-
+/* States are read in fours or in pairs of elements. */
 static attn_status check_states(const struct attn_states *s, const struct attn_kda_problem *p,
                                 const char *name)
 {
@@ -62,11 +65,6 @@ attn_status attn_kda_cuda_check(const struct attn_kda_problem *p)
     /* The bound keeps powers over a chunk inside bf16; activated gates may be anything. */
     ATTN_CHECK(p->step || !p->gate_activated, ATTN_E_NOT_BUILT,
                "gate_activated: for kda_fwd on a GPU not built yet");
-    ATTN_TRY(check_rows(&p->q, p, "q"));
-    ATTN_TRY(check_rows(&p->k, p, "k"));
-    ATTN_TRY(check_rows(&p->v, p, "v"));
-    ATTN_TRY(check_rows(&p->g, p, "g"));
-    if (p->out.data) ATTN_TRY(check_rows(&p->out, p, "out"));
     ATTN_TRY(check_states(&p->initial, p, p->step ? "state" : "initial_state"));
     ATTN_TRY(check_states(&p->final, p, "final_state"));
     return check_states(&p->checkpoint, p, "checkpoint_states");

@@ -14,6 +14,12 @@ static struct attn_kda_rows device_rows(const struct attn_rows *r)
     return (struct attn_kda_rows){r->data, r->batch, r->row, r->head};
 }
 
+/* Rows on multiples of 8 bytes, which a lane reads at once. */
+static int aligned(const struct attn_rows *r)
+{
+    return (r->batch | r->row | r->head) % 4 == 0 && (uintptr_t)r->data % 8 == 0;
+}
+
 static attn_status launch(const struct attn_kda_problem *p, cu_device device, cu_stream stream)
 {
     const struct attn_cuda_driver *cu;
@@ -48,6 +54,7 @@ static attn_status launch(const struct attn_kda_problem *p, cu_device device, cu
         .d = (int32_t)p->d,
         .gate_activated = p->gate_activated,
         .beta_activated = p->beta_activated,
+        .aligned = aligned(&p->q) && aligned(&p->k) && aligned(&p->g),
         .scale = (float)p->scale,
         .bound = (float)(p->lower_bound * LOG2E),
     };

@@ -4,10 +4,10 @@
  *
  * Math, per sequence and head, S [v, k] the state in fp32, in chunks of 16 tokens i, j (base-2 logs):
  *     gamma_i = bound / (1 + 2^-(slope (g_i + dt_bias)))      G_i = gamma_1 + .. + gamma_i
- *     kd_i = k_i 2^G_i    qd_i = q_i 2^G_i    ki_j = k_j 2^(-G_j - 40)    kr_j = k_j 2^(G_16 - G_j)
+ *     kd_i = k_i 2^G_i    qd_i = q_i 2^G_i    ki_j = k_j 2^(-G_j - 40)    kr_j = k_j 2^(G_16 - G_j - 40)
  *     r_i = (|k_i|^2 + 1e-6)^-1/2, the norm of a key, s_i that of a query times the scale, b_i = sigmoid(beta_i)
- *     L_ij = b_i r_i <kd_i, ki_j> 2^40 r_j, i > j         A_ij = r_i ((1 + L)^-1)_ij b_j
- *     M_ij = <qd_i, ki_j> 2^40, i >= j
+ *     L_ij = b_i r_i <kd_i, ki_j> 2^40 r_j, i > j         A_ij = 2^40 r_i ((1 + L)^-1)_ij b_j
+ *     M_ij = <qd_i, ki_j>, i >= j
  *     R = v - r (kd S^T)        U = A R        out = s (qd S^T + M U)        S <- S 2^G_16 + U^T kr
  * k and q are never normalised themselves: r and s scale rows of the small products.  The 2^40 keeps
  * ki inside bf16 for long keys under the strongest decay (2^115 over a chunk).  Factors are bf16, the
@@ -60,8 +60,8 @@ template <int D> struct kda_factor {
 
 template <int D, int VB> struct kda_fwd_smem {
     static constexpr int PRODUCERS = ATTN_KDA_PRODUCERS(VB), CONSUMERS = ATTN_KDA_CONSUMERS(VB);
-    static constexpr int RAW = ATTN_KDA_RAW_STAGES, VALUES = ATTN_KDA_VALUE_STAGES;
-    static constexpr int FACTORS = ATTN_KDA_FACTOR_STAGES, ITEMS = ATTN_KDA_ITEM_STAGES;
+    static constexpr uint32_t RAW = ATTN_KDA_RAW_STAGES, VALUES = ATTN_KDA_VALUE_STAGES;
+    static constexpr uint32_t FACTORS = ATTN_KDA_FACTOR_STAGES, ITEMS = ATTN_KDA_ITEM_STAGES;
     static constexpr int THREADS = ATTN_KDA_FWD_THREADS(VB);
 
     /* The block's pool is what its five warpgroups start with, 96 registers a thread. */
@@ -82,22 +82,23 @@ template <int D, int VB> struct kda_fwd_smem {
     uint64_t raw_full[RAW], raw_empty[RAW];
     uint64_t v_full[VALUES], v_empty[VALUES];
     uint64_t factor_full[FACTORS], factor_empty[FACTORS];
+    uint64_t factor_scaled[FACTORS]; /* one a producing warp: kd qd kr ki r are there */
     uint64_t item_full[ITEMS], item_empty[ITEMS];
 };
 
 /* Waits for turn `n` of a ring of STAGES to be full, or to be empty. */
-template <int STAGES> ATTN_DEVICE void wait_full(const uint64_t *bars, int n)
+template <uint32_t STAGES> ATTN_DEVICE void wait_full(const uint64_t *bars, uint32_t n)
 {
     mbarrier_wait_parity(shared_address(bars + n % STAGES), n / STAGES & 1);
 }
 
-template <int STAGES> ATTN_DEVICE void wait_empty(const uint64_t *bars, int n)
+template <uint32_t STAGES> ATTN_DEVICE void wait_empty(const uint64_t *bars, uint32_t n)
 {
     mbarrier_wait_parity(shared_address(bars + n % STAGES), ~(n / STAGES) & 1);
 }
 
 /* One arrival of this warp, after all its lanes came here. */
-template <int STAGES> ATTN_DEVICE void arrive(const uint64_t *bars, int n)
+template <uint32_t STAGES> ATTN_DEVICE void arrive(const uint64_t *bars, uint32_t n)
 {
     __syncwarp();
     if (threadIdx.x % 32 == 0) mbarrier_arrive(shared_address(bars + n % STAGES));
@@ -177,7 +178,7 @@ ATTN_DEVICE void schedule(const attn_kda_fwd_params &p, kda_fwd_smem<D, VB> &sm)
 {
     typedef kda_fwd_smem<D, VB> smem;
     int lane = threadIdx.x % 32;
-    for (int turn = 0;; turn++) {
+    for (uint32_t turn = 0;; turn++) {
         int number = blockIdx.x + turn * gridDim.x;
         if (p.ticket) {
             if (lane == 0) number = atomicAdd(p.ticket, 1);
@@ -200,7 +201,7 @@ template <int D, int VB>
 ATTN_DEVICE void load(const attn_kda_fwd_maps &maps, kda_fwd_smem<D, VB> &sm)
 {
     typedef kda_fwd_smem<D, VB> smem;
-    for (int turn = 0, n = 0;; turn++) {
+    for (uint32_t turn = 0, n = 0;; turn++) {
         wait_full<smem::ITEMS>(sm.item_full, turn);
         const volatile kda_item &item = sm.item[turn % smem::ITEMS];
         int left = item.length, token = item.start;
@@ -247,17 +248,21 @@ template <int D, int X_PANEL, int Y_PANEL>
 ATTN_DEVICE void product_16x16(float (&d)[8], uint32_t x, uint32_t y)
 {
     uint32_t lane_offset = fragment_offset();
+    float odd[8]; /* even and odd k steps apart: chains of half the length */
 #pragma unroll
     for (int i = 0; i < 8; i++)
-        d[i] = 0;
+        d[i] = odd[i] = 0;
 #pragma unroll
     for (int s = 0; s < D / 16; s++) {
         uint32_t a[4], b[4];
         load_fragment<X_PANEL>(a, x, lane_offset, s);
         load_fragment<Y_PANEL>(b, y, lane_offset, s);
-        mma_m16n8k16_bf16(d, a, b[0], b[2]);
-        mma_m16n8k16_bf16(d + 4, a, b[1], b[3]);
+        mma_m16n8k16_bf16(s % 2 ? odd : d, a, b[0], b[2]);
+        mma_m16n8k16_bf16((s % 2 ? odd : d) + 4, a, b[1], b[3]);
     }
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        d[i] += odd[i];
 }
 
 /* scale / |row| of the 16 rows of a raw tile, 0 from row `rows` on: the diagonal of X X^T. */
@@ -337,18 +342,17 @@ ATTN_DEVICE void prepare_factors(const kda_item &item, float bound, int rows, ui
             step[i][c] = bound * rcp_approx(1.0f + e);
         }
     }
-    uint32_t k[4][PAIRS];
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-        load_pairs(k[i], AT(from, i) + TILE_BYTES);
-    if (rows < 16) {
+    if (rows < 16) { /* every thread clears what it will read itself */
+        const uint32_t zero[PAIRS] = {};
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            bool outside = i >= rows - 4 * (int)group;
+            if (i < rows - 4 * (int)group) continue;
+            store_pairs(AT(from, i) + TILE_BYTES, zero);
 #pragma unroll
             for (int c = 0; c < CHANNELS; c++)
-                if (outside) step[i][c] = 0, k[i][c / 2] = 0;
+                step[i][c] = 0;
         }
+        fence_proxy_async_shared(); /* the next load writes there */
     }
 
     float down[CHANNELS], up[CHANNELS], whole[CHANNELS];
@@ -366,39 +370,40 @@ ATTN_DEVICE void prepare_factors(const kda_item &item, float bound, int rows, ui
         for (int i = 0; i < 4; i++)
             step[i][c] = ex2_approx(step[i][c]);
     }
-    uint32_t rest[PAIRS];
 #pragma unroll
     for (int c = 0; c < CHANNELS; c += 2) {
-        rest[c / 2] = pack_16x2<0>(whole[c] * LIFT, whole[c + 1] * LIFT);
         if (group == 0)
             shared_store_2f(shared_address(factor.decay) + decay_offset(channel + c), whole[c],
                             whole[c + 1]);
     }
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        uint32_t q[PAIRS], scaled[PAIRS];
+        uint32_t q[PAIRS], k[PAIRS];
         load_pairs(q, AT(from, i));
+        load_pairs(k, AT(from, i) + TILE_BYTES);
 #pragma unroll
         for (int c = 0; c < CHANNELS; c++)
             down[c] *= step[i][c];
 #pragma unroll
         for (int c = 0; c < PAIRS; c++) {
             uint32_t power = pack_16x2<0>(down[2 * c], down[2 * c + 1]);
-            scaled[c] = mul_bf16x2(k[i][c], power);
+            k[c] = mul_bf16x2(k[c], power);
             q[c] = mul_bf16x2(q[c], power);
         }
-        store_pairs(AT(kd, i), scaled);
+        store_pairs(AT(kd, i), k);
         store_pairs(AT(kd, i) + 2048, q);
     }
 #pragma unroll
     for (int i = 3; i >= 0; i--) {
-        uint32_t rising[PAIRS], scaled[PAIRS];
+        uint32_t k[PAIRS], rising[PAIRS];
+        load_pairs(k, AT(from, i) + TILE_BYTES);
 #pragma unroll
         for (int c = 0; c < PAIRS; c++) {
-            rising[c] = mul_bf16x2(k[i][c], pack_16x2<0>(up[2 * c], up[2 * c + 1]));
-            scaled[c] = mul_bf16x2(rising[c], rest[c]);
+            float x = up[2 * c], y = up[2 * c + 1];
+            rising[c] = mul_bf16x2(k[c], pack_16x2<0>(x, y));
+            k[c] = mul_bf16x2(k[c], pack_16x2<0>(x * whole[2 * c], y * whole[2 * c + 1]));
         }
-        store_pairs(AT(kr, i), scaled);
+        store_pairs(AT(kr, i), k);
         store_pairs(AT(kr, i) + 2048, rising);
 #pragma unroll
         for (int c = 0; c < CHANNELS; c++)
@@ -434,7 +439,7 @@ ATTN_DEVICE void prepare_inverse(kda_factor<D> &factor, float beta, bool activat
     }
     __syncwarp();
     uint32_t row = lane % 16;
-    float own = __uint_as_float(shared_load_32(r + 4 * row));
+    float own = LIFT * __uint_as_float(shared_load_32(r + 4 * row));
 #pragma unroll
     for (int j = 0; j < 16; j++)
         x[j] = j == row ? own : 0.0f;
@@ -475,8 +480,8 @@ template <int D> ATTN_DEVICE void prepare_scores(kda_factor<D> &factor)
 #pragma unroll
         for (int tile = 0; tile < 2; tile++) {
             uint32_t i = g + 8 * half, j = 8 * tile + 2 * c;
-            float first = j <= i ? d[4 * tile + 2 * half] * LIFT : 0.0f;
-            float second = j + 1 <= i ? d[4 * tile + 2 * half + 1] * LIFT : 0.0f;
+            float first = j <= i ? d[4 * tile + 2 * half] : 0.0f;
+            float second = j + 1 <= i ? d[4 * tile + 2 * half + 1] : 0.0f;
             shared_store_32(shared_address(factor.m) + 256 * half + 128 * tile + 4 * lane,
                             pack_16x2<0>(first, second));
         }
@@ -487,16 +492,17 @@ template <int D, int VB>
 ATTN_DEVICE void produce(const attn_kda_fwd_params &p, kda_fwd_smem<D, VB> &sm, int group)
 {
     typedef kda_fwd_smem<D, VB> smem;
-    int lane = threadIdx.x % 32, now = group; /* the next chunk */
-    for (int turn = 0;; turn++) {
+    int lane = threadIdx.x % 32;
+    uint32_t now = group; /* the next chunk */
+    for (uint32_t turn = 0;; turn++) {
         wait_full<smem::ITEMS>(sm.item_full, turn);
         const kda_item &item = sm.item[turn % smem::ITEMS];
         if (item.length < 0) return;
 #pragma unroll 1
-        for (; 16 * (now - item.first) < item.length; now += smem::PRODUCERS) {
-            int done = 16 * (now - item.first), rows = item.length - done;
-            /* Moves from warp to warp, so that the schedulers share the work. */
-            int duty = (threadIdx.x / 32 + now) % 4;
+        for (; 16 * (int)(now - item.first) < item.length; now += smem::PRODUCERS) {
+            int done = 16 * (int)(now - item.first), rows = item.length - done;
+            /* Moves from warp to warp: none waits for the slowest, and the schedulers share. */
+            uint32_t duty = (threadIdx.x / 32 + now / smem::PRODUCERS + 2 * group) % 4;
             kda_factor<D> &factor = *(kda_factor<D> *)sm.factor[now % smem::FACTORS];
             uint32_t raw = shared_address(sm.raw[now % smem::RAW]);
             uint32_t logit = 0;
@@ -509,7 +515,8 @@ ATTN_DEVICE void produce(const attn_kda_fwd_params &p, kda_fwd_smem<D, VB> &sm, 
             if (duty == 3) inverse_norms<D>(raw, shared_address(factor.s), p.scale, rows);
             prepare_factors<D>(item, p.bound, rows, raw, factor);
             arrive<smem::RAW>(sm.raw_empty, now);
-            warpgroup_barrier(1 + group);
+            arrive<smem::FACTORS>(sm.factor_scaled, now);
+            if (duty < 2) wait_full<smem::FACTORS>(sm.factor_scaled, now);
             if (duty == 0)
                 prepare_inverse<D>(factor, __uint_as_float(logit << 16), p.beta_activated, rows);
             if (duty == 1) prepare_scores<D>(factor);
@@ -665,7 +672,7 @@ ATTN_DEVICE void consume(const attn_kda_fwd_params &p, kda_fwd_smem<D, VB> &sm, 
     uint32_t to = stage + to_row * 32 + (lane / 8 % 2 ^ to_row / 4 % 2) * 16;
     uint32_t from = stage + token * 32 + (lane % 2 ^ token / 4 % 2) * 16;
     float state[D / 2];
-    for (int turn = 0, n = 0;; turn++) {
+    for (uint32_t turn = 0, n = 0;; turn++) {
         wait_full<smem::ITEMS>(sm.item_full, turn);
         const volatile kda_item &item = sm.item[turn % smem::ITEMS];
         int left = item.length;
@@ -686,6 +693,7 @@ ATTN_DEVICE void consume(const attn_kda_fwd_params &p, kda_fwd_smem<D, VB> &sm, 
             uint32_t v_tile = shared_address(sm.v[n % smem::VALUES]) + group * 2048;
             if (left < 16) { /* what follows the sequence may be NaN */
                 if (token >= left) shared_zero_16(v_tile + v_offset(token, lane % 2));
+                fence_proxy_async_shared(); /* the next load writes there */
                 __syncwarp();
             }
             recur<D>(state, o, *(const kda_factor<D> *)sm.factor[n % smem::FACTORS], v_tile);
@@ -694,7 +702,16 @@ ATTN_DEVICE void consume(const attn_kda_fwd_params &p, kda_fwd_smem<D, VB> &sm, 
             stmatrix_x4_trans(to, o);
             __syncwarp();
             uint4 row = shared_load_128(from);
-            if (token < left) *(uint4 *)out = row;
+            if (token < left) {
+                const uint32_t pair[4] = {row.x, row.y, row.z, row.w};
+                if (p.out_aligned) {
+                    *(uint4 *)out = row;
+                } else {
+#pragma unroll
+                    for (int i = 0; i < 8; i++)
+                        out[i] = (uint16_t)(pair[i / 2] >> i % 2 * 16);
+                }
+            }
             __syncwarp();
             if (p.checkpoints && left >= 16) {
                 int done = item.length - left + 16;
@@ -724,19 +741,20 @@ ATTN_DEVICE void kda_fwd_body(const attn_kda_fwd_params &p, const attn_kda_fwd_m
     smem &sm = *(smem *)shared;
     int group = __shfl_sync(0xffffffff, (int)threadIdx.x / 128, 0);
     if (threadIdx.x == 0) {
-        for (int i = 0; i < smem::RAW; i++) {
+        for (uint32_t i = 0; i < smem::RAW; i++) {
             mbarrier_init(shared_address(sm.raw_full + i), 1);
             mbarrier_init(shared_address(sm.raw_empty + i), 4);
         }
-        for (int i = 0; i < smem::VALUES; i++) {
+        for (uint32_t i = 0; i < smem::VALUES; i++) {
             mbarrier_init(shared_address(sm.v_full + i), 1);
             mbarrier_init(shared_address(sm.v_empty + i), 4 * smem::CONSUMERS);
         }
-        for (int i = 0; i < smem::FACTORS; i++) {
+        for (uint32_t i = 0; i < smem::FACTORS; i++) {
+            mbarrier_init(shared_address(sm.factor_scaled + i), 4);
             mbarrier_init(shared_address(sm.factor_full + i), 4);
             mbarrier_init(shared_address(sm.factor_empty + i), 4 * smem::CONSUMERS);
         }
-        for (int i = 0; i < smem::ITEMS; i++) {
+        for (uint32_t i = 0; i < smem::ITEMS; i++) {
             mbarrier_init(shared_address(sm.item_full + i), 1);
             mbarrier_init(shared_address(sm.item_empty + i),
                           4 * (smem::PRODUCERS + smem::CONSUMERS) + 1);

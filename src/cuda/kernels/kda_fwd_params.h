@@ -17,44 +17,45 @@ struct attn_kda_fwd_maps {
 };
 
 struct attn_kda_fwd_params {
-    const void *beta;            /* bf16 [b, t, h]: logits */
-    const float *a_log;          /* [h]; NULL: slope 1 */
-    const float *dt_bias;        /* [h, d]; NULL: 0 */
-    void *out;                   /* bf16 [b, t, h, d], last stride 1 */
-    const void *state_in;        /* [n or slots, h, d_v, d_k], fp32 or bf16; NULL: zero */
-    void *state_out;             /* the same; may be the same memory */
-    const int32_t *state_index;  /* [n]: rows of both states; negative: no state in, none out */
-    void *checkpoints;           /* [sum of length / every, h, d_v, d_k], fp32 or bf16 */
-    const void *cu_seqlens;      /* [n + 1], int32 or int64; NULL: every row of b is a sequence */
-    const int32_t *order;        /* [n]: sequences, longest first; NULL: as they come */
-    int32_t *ticket;             /* items given out, 0 at the start; NULL: dealt in turn */
+    const void *beta;           /* bf16 [b, t, h]: logits */
+    const float *a_log;         /* [h]; NULL: slope 1 */
+    const float *dt_bias;       /* [h, d]; NULL: 0 */
+    void *out;                  /* bf16 [b, t, h, d], last stride 1 */
+    const void *state_in;       /* [n or slots, h, d_v, d_k], fp32 or bf16; NULL: zero */
+    void *state_out;            /* the same; may be the same memory */
+    const int32_t *state_index; /* [n]: rows of both states; negative: no state in, none out */
+    void *checkpoints;          /* [sum of length / every, h, d_v, d_k], fp32 or bf16 */
+    const void *cu_seqlens;     /* [n + 1], int32 or int64; NULL: every row of b is a sequence */
+    const int32_t *order;       /* [n]: sequences, longest first; NULL: as they come */
+    int32_t *ticket;            /* items given out, 0 at the start; NULL: dealt in turn */
 
     int64_t beta_b, beta_t, beta_h;
     int64_t out_b, out_t, out_h;
-    int64_t in_n, in_h;          /* rows of a state's head are dense */
+    int64_t in_n, in_h; /* rows of a state's head are dense */
     int64_t out_n, out_state_h;
     int64_t checkpoint_n, checkpoint_h;
-    int64_t checkpoint_rows;     /* states there is room for */
+    int64_t checkpoint_rows; /* states there is room for */
     int64_t dt_bias_h;
-    int64_t slots;               /* rows of the states: an index past them counts as negative */
+    int64_t slots; /* rows of the states: an index past them counts as negative */
 
-    int32_t n, h, t;             /* sequences, heads, tokens of a batch row */
-    int32_t splits;              /* blocks that share the value rows of a (sequence, head) */
-    int32_t every;               /* tokens between checkpoints, a multiple of 16 */
+    int32_t n, h, t; /* sequences, heads, tokens of a batch row */
+    int32_t splits;  /* blocks that share the value rows of a (sequence, head) */
+    int32_t every;   /* tokens between checkpoints, a multiple of 16 */
     int32_t cu_is_64;
     int32_t state_is_bf16, checkpoint_is_bf16;
-    int32_t beta_activated, reserved;
-    float scale;                 /* of q */
-    float bound;                 /* lower bound of the log-decay, times log2 e */
+    int32_t beta_activated;
+    int32_t out_aligned; /* rows of out lie on multiples of 16 bytes */
+    float scale;         /* of q */
+    float bound;         /* lower bound of the log-decay, times log2 e */
 };
 
-/* Stages of the rings in shared memory, all powers of two. */
-#define ATTN_KDA_RAW_STAGES 8    /* q k g as loaded */
+/* Stages of the rings in shared memory. */
+#define ATTN_KDA_RAW_STAGES 6    /* q k g as loaded */
 #define ATTN_KDA_VALUE_STAGES 8  /* v as loaded */
-#define ATTN_KDA_FACTOR_STAGES 4 /* what the recurrence takes of a chunk */
+#define ATTN_KDA_FACTOR_STAGES 6 /* what the recurrence takes of a chunk */
 #define ATTN_KDA_ITEM_STAGES 4   /* (sequence, head) pairs */
 
-#define ATTN_KDA_FACTOR_BYTES(d) (((d) / 64 * 8192 + (d)*4 + 2560 + 1023) / 1024 * 1024)
+#define ATTN_KDA_FACTOR_BYTES(d) (((d) / 64 * 8192 + (d) * 4 + 2560 + 1023) / 1024 * 1024)
 #define ATTN_KDA_ITEM_BYTES 640
 
 /* Warpgroups beside the loader: preparing, and 64 value rows each. */

@@ -8,9 +8,10 @@
 #include <stdint.h>
 
 struct attn_kda_order_params {
-    const void *cu_seqlens; /* [n + 1], int32 or int64; wild values count as the nearest of 0 and t */
-    int32_t *order;         /* [n], written */
-    int32_t *ticket;        /* becomes 0 */
+    const void
+        *cu_seqlens; /* [n + 1], int32 or int64; wild values count as the nearest of 0 and t */
+    int32_t *order;  /* [n], written */
+    int32_t *ticket; /* becomes 0 */
     int32_t n, t, cu_is_64, reserved;
 };
 

@@ -140,12 +140,6 @@ ATTN_DEVICE void shared_store_128(uint32_t address, uint32_t x, uint32_t y, uint
                  : "memory");
 }
 
-/* Threads of one warpgroup.  PTX ISA: bar.sync */
-ATTN_DEVICE void warpgroup_barrier(uint32_t id)
-{
-    asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory");
-}
-
 /* ---- narrow products of the recurrence ------------------------------------------------------- */
 
 /* A 16x16 operand, K-major, not swizzled: blocks of 8 rows x 16 bytes, 128 bytes each, the next

@@ -28,9 +28,15 @@ ATTN_DEVICE float bf16_float(uint32_t bits)
     return __uint_as_float(bits << 16);
 }
 
-ATTN_DEVICE void load_four(float (&x)[4], const uint16_t *from)
+ATTN_DEVICE void load_four(float (&x)[4], const uint16_t *from, int aligned)
 {
-    uint2 bits = *(const uint2 *)from;
+    uint2 bits;
+    if (aligned) {
+        bits = *(const uint2 *)from;
+    } else {
+        bits.x = from[0] | (uint32_t)from[1] << 16;
+        bits.y = from[2] | (uint32_t)from[3] << 16;
+    }
     x[0] = bf16_float(bits.x);
     x[1] = __uint_as_float(bits.x & 0xffff0000u);
     x[2] = bf16_float(bits.y);
@@ -90,8 +96,7 @@ template <int D> ATTN_DEVICE void kda_step_body(const attn_kda_step_params &p)
     int64_t slot = p.state_index ? p.state_index[sequence] : sequence;
     if (slot < 0 || slot >= p.slots) {
         for (int64_t token = begin; token < end; token++)
-            if (lane < 4)
-                ((uint32_t *)(row_at(p.out, batch, token, head) + first))[lane] = 0;
+            if (lane < 8) row_at(p.out, batch, token, head)[first + lane] = 0;
         return;
     }
     if (begin >= end) return;
@@ -101,7 +106,7 @@ template <int D> ATTN_DEVICE void kda_step_body(const attn_kda_step_params &p)
 #pragma unroll
     for (int i = 0; i < R; i++) {
         if (p.state_is_bf16) {
-            load_four(s[i], (const uint16_t *)p.state + place + i * ACROSS * D);
+            load_four(s[i], (const uint16_t *)p.state + place + i * ACROSS * D, 1);
         } else {
             float4 x = *(const float4 *)((const float *)p.state + place + i * ACROSS * D);
             s[i][0] = x.x, s[i][1] = x.y, s[i][2] = x.z, s[i][3] = x.w;
@@ -116,9 +121,9 @@ template <int D> ATTN_DEVICE void kda_step_body(const attn_kda_step_params &p)
 
     for (int64_t token = begin; token < end; token++) {
         float q[4], k[4], g[4];
-        load_four(q, row_at(p.q, batch, token, head) + 4 * at);
-        load_four(k, row_at(p.k, batch, token, head) + 4 * at);
-        load_four(g, row_at(p.g, batch, token, head) + 4 * at);
+        load_four(q, row_at(p.q, batch, token, head) + 4 * at, p.aligned);
+        load_four(k, row_at(p.k, batch, token, head) + 4 * at, p.aligned);
+        load_four(g, row_at(p.g, batch, token, head) + 4 * at, p.aligned);
         float v = bf16_float(row_at(p.v, batch, token, head)[first + own]);
         float b = bf16_float(*row_at(p.beta, batch, token, head));
         if (!p.beta_activated) b = rcp_approx(1.0f + ex2_approx(-LOG2E * b));

@@ -25,12 +25,14 @@ struct attn_kda_step_params {
     int32_t n, h, t;
     int32_t cu_is_64, state_is_bf16, d;
     int32_t gate_activated, beta_activated;
+    int32_t aligned; /* 1: rows of q k g on multiples of 8 bytes */
+    int32_t reserved;
     float scale, bound; /* of q; lower bound of the log-decay, times log2 e */
 };
 
 #ifdef __cplusplus
-static_assert(sizeof(struct attn_kda_step_params) == 304, "the host's and the kernel's layout");
+static_assert(sizeof(struct attn_kda_step_params) == 312, "the host's and the kernel's layout");
 #else
-_Static_assert(sizeof(struct attn_kda_step_params) == 304, "the host's and the kernel's layout");
+_Static_assert(sizeof(struct attn_kda_step_params) == 312, "the host's and the kernel's layout");
 #endif
 #endif
