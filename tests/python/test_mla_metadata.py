@@ -155,9 +155,18 @@ def test_lengths_are_checked(name, lens, error, words):
     assert isinstance(caught.value, RuntimeError)
 
 
-def test_numbers_of_heads_are_checked():
-    with pytest.raises(ValueError, match="num_heads_k"):
-        flash_mla.get_mla_metadata(LENS, 16, 0)
+@pytest.mark.parametrize(
+    ("args", "error", "words"),
+    [
+        ((LENS, 16, 0), ValueError, "num_heads_k: expected a positive number, got 0"),
+        ((LENS, -1, 1), RuntimeError, "num_q_tokens_per_head_k: expected a positive number, got -1"),
+        ((LENS, "16", 1), TypeError, "num_q_tokens_per_head_k: expected an int, got str"),
+        (([100], 16, 1), TypeError, "cache_seqlens: expected a tensor, got list"),
+    ],
+)
+def test_arguments_of_the_tensors_are_checked(args, error, words):
+    with pytest.raises(error, match=words):
+        flash_mla.get_mla_metadata_dense_fp8(*args)
 
 
 def test_the_first_releases_tensors_count_tokens():

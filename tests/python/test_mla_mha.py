@@ -183,6 +183,8 @@ def make(d=128, d_v=128, h=4, h_k=4, dtype=torch.bfloat16):
         ({"q": make()["q"].repeat(1, 1, 2)[..., ::2]}, RuntimeError, "q: expected last stride 1"),
         ({"cu_seqlens_qo": make()["cu_seqlens_qo"].long()}, RuntimeError, "cu_seqlens_q"),
         ({"cu_seqlens_kv": make()["cu_seqlens_kv"][:2]}, RuntimeError, "cu_seqlens_k"),
+        ({"max_seqlen_qo": None}, TypeError, "max_seqlen_qo: expected an integer, got None"),
+        ({"max_seqlen_kv": "x"}, RuntimeError, "max_seqlen_kv: expected an integer, got 'x'"),
         ({"cu_seqlens_kv": None}, TypeError, "cu_seqlens_kv: expected a tensor"),
         ({"cu_seqlens_qo": torch.tensor([0, 99, 12]).int()}, RuntimeError, "cu_seqlens_q"),
         (

@@ -9,6 +9,14 @@ from . import _eager
 WIDTHS = (192, 128), (128, 128)
 
 
+def number(name, value):
+    """A longest length: an int or a 0-dim integer tensor."""
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        raise DtypeError(f"{name}: expected an integer, got {value!r}") from None
+
+
 def evenly(cu_seqlens, total, name):
     """Offsets of b sequences of the same length, for is_varlen=False: only the length of cu_seqlens
     counts."""
@@ -34,7 +42,7 @@ def forward(q, k, v, cu_qo, cu_kv, max_qo, max_kv, softmax_scale, causal, is_var
     if not is_varlen:
         cu_qo, cu_kv = evenly(cu_qo, len(q), "cu_seqlens_qo"), evenly(cu_kv, len(k), "cu_seqlens_kv")
         batch = cu_qo.shape[0] - 1
-        max_qo, max_kv = len(q) // batch, len(k) // max(1, cu_kv.shape[0] - 1)
+        max_qo, max_kv = len(q) // batch, len(k) // (cu_kv.shape[0] - 1)
     if k.shape[0] == 0:  # an lse of -inf, as of any sequence without keys
         out = q.new_zeros(*q.shape[:2], v.shape[-1])
         return out, torch.full(q.shape[1::-1], -torch.inf, device=q.device).T
@@ -51,7 +59,7 @@ def forward(q, k, v, cu_qo, cu_kv, max_qo, max_kv, softmax_scale, causal, is_var
         1,
         None,
         True,
-        features=(cu_qo, cu_kv, int(max_qo), int(max_kv)),
+        features=(cu_qo, cu_kv, number("max_seqlen_qo", max_qo), number("max_seqlen_kv", max_kv)),
     )
     return out, lse.T
 

@@ -11,7 +11,7 @@ import operator
 from dataclasses import dataclass
 
 import torch
-from libattn import DeviceError, DtypeError, ShapeError
+from libattn import ArgumentError, DeviceError, DtypeError, ShapeError
 
 BLOCK = 64  # tokens
 FIXED = 5  # what one piece costs beside its blocks, in blocks
@@ -153,8 +153,21 @@ def first_release(args, kwargs):
         return None
 
 
+def positive(name, n):
+    """n as an int of 1 or more."""
+    try:
+        n = operator.index(n)
+    except TypeError:
+        raise DtypeError(f"{name}: expected an int, got {type(n).__name__}") from None
+    if n < 1:
+        raise ArgumentError(f"{name}: expected a positive number, got {n}")
+    return n
+
+
 def check_lengths(cache_seqlens):
     """A scheduler's lengths: int32 (b,) contiguous."""
+    if not isinstance(cache_seqlens, torch.Tensor):
+        raise DtypeError(f"cache_seqlens: expected a tensor, got {type(cache_seqlens).__name__}")
     if cache_seqlens.dtype != torch.int32:
         raise DtypeError(f"cache_seqlens: expected dtype torch.int32, got {cache_seqlens.dtype}")
     if cache_seqlens.dim() != 1 or not cache_seqlens.is_contiguous():

@@ -57,13 +57,10 @@ def get_mla_metadata(*args, **kwargs):
 def get_mla_metadata_dense_fp8(cache_seqlens, num_q_tokens_per_head_k, num_heads_k):
     """The first releases' scheduler tensors for flash_mla_with_kvcache_fp8: int32 (parts, 8), (b + 1,)."""
     _schedule.check_lengths(cache_seqlens)
-    if num_heads_k < 1 or num_q_tokens_per_head_k < 1:
-        raise ArgumentError(
-            "num_q_tokens_per_head_k, num_heads_k: expected positive numbers, got "
-            f"{num_q_tokens_per_head_k} and {num_heads_k}"
-        )
+    rows = _schedule.positive("num_q_tokens_per_head_k", num_q_tokens_per_head_k)
+    heads = _schedule.positive("num_heads_k", num_heads_k)
     device = cache_seqlens.device
-    parts = _schedule.dense_parts(device, num_q_tokens_per_head_k, num_heads_k)
+    parts = _schedule.dense_parts(device, rows, heads)
     lengths = _schedule.dense_lengths(cache_seqlens)
     return _schedule.tensors(lengths, len(cache_seqlens), parts, device, tokens=True)
 
