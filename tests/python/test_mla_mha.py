@@ -49,6 +49,15 @@ def test_varying_lengths(device, d, d_v, h, h_k, causal):
 
 
 @pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("h", "h_k"), [(4, 4), (8, 1)])
+@pytest.mark.parametrize(("d", "d_v"), WIDTHS)
+def test_longer_sequences(device, d, d_v, h, h_k, causal):
+    """Upstream's kind of values; the first rows of a causal sequence see few keys."""
+    q, k, v, *cu = case(generator(d, h), [600, 333], [600, 470], h, h_k, d, d_v)
+    check(device, (q / 5, k / 5, v, *cu), (600, 600), causal, (d + 100) ** -0.5)
+
+
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("d", "d_v"), WIDTHS)
 def test_empty_sequences_and_rows_without_keys(device, d, d_v, causal):
     """More queries than keys: rows before the first key give 0 and -inf, where upstream divides 0 by 0."""

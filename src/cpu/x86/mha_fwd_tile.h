@@ -260,7 +260,8 @@ static inline void store_p(char *p, __m512 e0, __m512 e1)
     _mm512_store_si512(p + PAIR_BYTES, bf16_pairs(_mm512_sub_ps(e0, h0), _mm512_sub_ps(e1, h1)));
 }
 
-/* One chunk: 8 keys x 16 queries from s[8][16] to p[4][16 pairs]. */
+/* One chunk: 8 keys x 16 queries from s[8][16] to p[4][16 pairs].  Under a mask exponentials are exact:
+ * there a row may see few keys, and the error of each is that of its lse. */
 static inline __attribute__((always_inline)) void
 exp_rows(struct work *w, int tile, int32_t key, const float *s, char *p, bool plain, bool capped)
 {
@@ -278,7 +279,7 @@ exp_rows(struct work *w, int tile, int32_t key, const float *s, char *p, bool pl
         if (capped) cap_scores(w, x, VECTORS);
         if (!plain) EACH(i, VECTORS) x[i] = mask_score(&mask, x[i], key + j + i);
         EACH(i, VECTORS) x[i] = capped ? _mm512_sub_ps(x[i], m) : _mm512_fmsub_ps(x[i], scale, m);
-        if (PLANES == 1)
+        if (PLANES == 1 && plain)
             exp2_few(x, VECTORS);
         else
             exp2_few_exact(x, VECTORS);
