@@ -253,9 +253,9 @@ static void run_task(const struct call *c, int64_t i, int64_t head, int64_t head
     scratch += row_table_bytes(rows, heads);
 
     int64_t first = INT64_MAX, end = 0, from = 0, to = 0;
+    int64_t token = r0 / group, g = r0 % group;
+    visible(p, s, token, &from, &to);
     for (int64_t r = 0; r < rows; ++r) {
-        int64_t token = (r0 + r) / group, g = (r0 + r) % group;
-        if (r == 0 || g == 0) visible(p, s, token, &from, &to);
         q_row[r] = in * (token * p->q.row + g * p->q.head);
         qv_row[r] = in * (token * p->qv.row + g * p->qv.head);
         out_row[r] = out_bytes * (token * out->row + g * out->head);
@@ -266,6 +266,9 @@ static void run_task(const struct call *c, int64_t i, int64_t head, int64_t head
             first = min64(first, from);
             end = max64(end, to);
         }
+        if (++g < group) continue;
+        g = 0;
+        visible(p, s, ++token, &from, &to);
     }
     if (c->sinks && !partial)
         for (int64_t h = 0; h < heads; ++h)

@@ -164,7 +164,7 @@ static void find_rows(const struct attn_mha_task *task, int64_t j0, int64_t k_at
 VEC_INLINE void prefetch(enum attn_dtype t, const char *p, int n)
 {
     int bytes = n * (int)attn_dtype_bytes(t);
-#pragma GCC unroll 4
+    VEC_UNROLL
     for (int i = 0; i < bytes; i += 64) _mm_prefetch(p + i, _MM_HINT_T1);
 }
 
@@ -179,18 +179,18 @@ VEC_INLINE void dot_group(enum attn_dtype t, int R, vec *acc, const float *q,
     for (int32_t left = d; left > 0; left -= STEP, at += bytes, q += R * STEP) {
         vec a[GROUP], b[GROUP];
         if (left >= STEP) {
-#pragma GCC unroll 4
+            VEC_UNROLL
             for (int i = 0; i < GROUP; i++) vec_load_pair(t, row[i] + at, &a[i], &b[i]);
         } else {
-#pragma GCC unroll 4
+            VEC_UNROLL
             for (int i = 0; i < GROUP; i++) vec_load_pair_part(t, row[i] + at, left, &a[i], &b[i]);
         }
-#pragma GCC unroll 4
+        VEC_UNROLL
         for (int i = 0; i < GROUP; i++) prefetch(t, next[i] + at, STEP);
-#pragma GCC unroll 4
+        VEC_UNROLL
         for (int r = 0; r < R; r++) {
             vec even = vec_load(q + r * STEP), odd = vec_load(q + r * STEP + VEC_LANES);
-#pragma GCC unroll 4
+            VEC_UNROLL
             for (int i = 0; i < GROUP; i++) {
                 vec sum = vec_fma(a[i], even, acc[r * keys + i]);
                 acc[r * keys + i] = vec_fma(b[i], odd, sum);
@@ -212,19 +212,19 @@ VEC_INLINE void scores(enum attn_dtype t, int R, const struct attn_mha_task *tas
     float *s = head.s + tile->row0 * BLOCK;
     for (; j < stop; j += keys) {
         vec acc[VEC_LANES];
-#pragma GCC unroll 16
+        VEC_UNROLL
         for (int i = 0; i < VEC_LANES; i++) acc[i] = vec_zero();
         if (j + keys > tile->begin && j < tile->end) {
-#pragma GCC unroll 4
+            VEC_UNROLL
             for (int g = 0; g < keys; g += GROUP) {
                 const char *row[GROUP], *next[GROUP];
                 const int64_t *at = rows->k + j + g;
-#pragma GCC unroll 4
+                VEC_UNROLL
                 for (int i = 0; i < GROUP; i++) row[i] = k + at[i], next[i] = k + at[i + ahead];
                 dot_group(t, R, acc + g, q, row, next, task->d_qk);
                 if (!task->qv) continue;
                 at = rows->v + j + g;
-#pragma GCC unroll 4
+                VEC_UNROLL
                 for (int i = 0; i < GROUP; i++) row[i] = v + at[i], next[i] = v + at[i + ahead];
                 dot_group(t, R, acc + g, q + R * d_k, row, next, task->d_v);
             }
@@ -247,7 +247,7 @@ VEC_INLINE void softmax(enum attn_dtype t, int R, const struct attn_mha_task *ta
     const bool masked = !(tile->same && tile->begin == 0 && tile->end == BLOCK);
     vec x[ROWS * BLOCK / VEC_LANES];
     vec top = vec_set1(-INFINITY);
-#pragma GCC unroll 16
+    VEC_UNROLL
     for (int n = 0; n < vectors; n++) {
         x[n] = vec_load(s + n * VEC_LANES);
         if (cap != 0.0f) x[n] = vec_tanh(vec_mul(x[n], inner));
@@ -257,27 +257,26 @@ VEC_INLINE void softmax(enum attn_dtype t, int R, const struct attn_mha_task *ta
         _Alignas(64) int32_t lo[VEC_LANES], hi[VEC_LANES];
         for (int i = 0; i < VEC_LANES; i++)
             lo[i] = tile->lo[i / keys] - i % keys, hi[i] = tile->hi[i / keys] - i % keys;
-#pragma GCC unroll 16
+        VEC_UNROLL
         for (int n = 0; n < vectors; n++)
             x[n] = vec_select(vec_within(n * keys, vec_int_load(lo), vec_int_load(hi)), x[n],
                               vec_set1(-INFINITY));
     }
-#pragma GCC unroll 16
+    VEC_UNROLL
     for (int n = 0; n < vectors; n++) top = vec_max(top, x[n]);
-#pragma GCC unroll 4
+    VEC_UNROLL
     for (int i = keys / 2; i > 0; i /= 2) top = vec_max(top, vec_swap(top, i));
 
     vec old = vec_load(m), now = vec_max(old, top), factor = vec_exp2(vec_sub(old, now));
-#pragma GCC unroll 16
+    VEC_UNROLL
     for (int n = 0; n < vectors; n++) {
         x[n] = vec_exp2(vec_sub(x[n], now));
         vec_store(s + n * VEC_LANES, x[n]);
     }
-#pragma GCC unroll 4
-    for (int half = vectors / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-        for (int n = 0; n < half; n++) x[n] = vec_add(x[n], x[n + half]);
-#pragma GCC unroll 4
+    VEC_UNROLL
+    for (int half = vectors / 2; half > 0; half /= 2) VEC_UNROLL
+    for (int n = 0; n < half; n++) x[n] = vec_add(x[n], x[n + half]);
+    VEC_UNROLL
     for (int i = keys / 2; i > 0; i /= 2) x[0] = vec_add(x[0], vec_swap(x[0], i));
     vec_store(m, now);
     vec_store(l, vec_fma(vec_load(l), factor, x[0]));
@@ -295,17 +294,16 @@ VEC_INLINE void pv_columns(enum attn_dtype t, int R, int rows, int steps, int32_
     const int64_t bytes = STEP * attn_dtype_bytes(t);
     vec acc[ROWS][2 * PV_STEPS];
     a += r0 * keys, p += r0 * keys, o += r0 * STEP;
-#pragma GCC unroll 4
-    for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
-        for (int c = 0; c < 2 * steps; c++)
-            acc[r][c] = vec_mul(vec_set1(a[r * keys]),
-                                vec_load(o + (c / 2 * R + r) * STEP + c % 2 * VEC_LANES));
+    VEC_UNROLL
+    for (int r = 0; r < rows; r++) VEC_UNROLL
+    for (int c = 0; c < 2 * steps; c++)
+        acc[r][c] = vec_mul(vec_set1(a[r * keys]),
+                            vec_load(o + (c / 2 * R + r) * STEP + c % 2 * VEC_LANES));
     for (int32_t j = begin; j < end; j++) {
         const char *row = v + at[j];
         const float *pj = p + j / keys * VEC_LANES + j % keys;
         vec x[2 * PV_STEPS];
-#pragma GCC unroll 2
+        VEC_UNROLL
         for (int c = 0; c < steps; c++) {
             if (part)
                 vec_load_pair_part(t, row, part, &x[0], &x[1]);
@@ -313,18 +311,17 @@ VEC_INLINE void pv_columns(enum attn_dtype t, int R, int rows, int steps, int32_
                 vec_load_pair(t, row + c * bytes, &x[2 * c], &x[2 * c + 1]);
         }
         prefetch(t, v + at[j + ahead], steps * STEP);
-#pragma GCC unroll 4
+        VEC_UNROLL
         for (int r = 0; r < rows; r++) {
             vec weight = vec_set1(pj[r * keys]);
-#pragma GCC unroll 4
+            VEC_UNROLL
             for (int c = 0; c < 2 * steps; c++) acc[r][c] = vec_fma(weight, x[c], acc[r][c]);
         }
     }
-#pragma GCC unroll 4
-    for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
-        for (int c = 0; c < 2 * steps; c++)
-            vec_store(o + (c / 2 * R + r) * STEP + c % 2 * VEC_LANES, acc[r][c]);
+    VEC_UNROLL
+    for (int r = 0; r < rows; r++) VEC_UNROLL
+    for (int c = 0; c < 2 * steps; c++)
+        vec_store(o + (c / 2 * R + r) * STEP + c % 2 * VEC_LANES, acc[r][c]);
 }
 
 /* The same for all columns, and for those of the keys [begin, end) that lie in the turn [j, stop);

@@ -28,6 +28,7 @@
 #include "core/dtype.h"
 #include "cpu/kernels.h"
 #include "cpu/x86/tile_amx.h"
+#include "cpu/x86/unroll.h"
 
 enum {
     BLOCK_KEYS = 256, /* keys of a packed block: the depth of one P V product */
@@ -58,26 +59,26 @@ static int64_t pack_bytes(int64_t d_s, int64_t d_v) { return block_bits(d_s, d_v
 static inline void transpose16(__m512i r[16])
 {
     __m512i t[16];
-#pragma GCC unroll 8
+    VEC_UNROLL
     for (int i = 0; i < 16; i += 2) {
         t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
         t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
     }
-#pragma GCC unroll 4
+    VEC_UNROLL
     for (int i = 0; i < 16; i += 4) { /* r[i + j]: rows i..i+3 of columns j, j + 4, j + 8, j + 12 */
         r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
         r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
         r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
         r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
     }
-#pragma GCC unroll 4
+    VEC_UNROLL
     for (int i = 0; i < 4; i++) { /* 128-bit lanes: even and odd ones of rows 0-7, 8-15 */
         t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
         t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
         t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
         t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
     }
-#pragma GCC unroll 4
+    VEC_UNROLL
     for (int i = 0; i < 4; i++) {
         r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
         r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
@@ -187,7 +188,7 @@ static inline __attribute__((always_inline)) uint32_t pack_k_step(enum attn_dtyp
 static inline void transpose_v(const __m512i row[STEP_KEYS], char *to)
 {
     __m512i low[16], high[16];
-#pragma GCC unroll 16
+    VEC_UNROLL
     for (int j = 0; j < 16; j++) {
         low[j] = _mm512_unpacklo_epi16(row[2 * j], row[2 * j + 1]);
         high[j] = _mm512_unpackhi_epi16(row[2 * j], row[2 * j + 1]);

@@ -136,7 +136,7 @@ static inline char *s_quad(const struct work *w, const struct beat *b, int64_t s
 
 /* Loops over a few independent vectors: written stage by stage, so that what waits for its operands
  * never fills the scheduler and the tile products behind it get in. */
-#define EACH(i, n) _Pragma("GCC unroll 8") for (int i = 0; i < (n); i++)
+#define EACH(i, n) VEC_UNROLL for (int i = 0; i < (n); i++)
 
 /* x = 2^x by a degree 3 polynomial in x - floor(x), relative error 7.5e-5; -inf gives 0. */
 static inline __attribute__((always_inline)) void exp2_few(__m512 *x, int n)
@@ -272,7 +272,7 @@ exp_rows(struct work *w, int tile, int32_t key, const float *s, char *p, bool pl
     __m512i any = _mm512_load_si512(beat_or);
     struct mask mask = {0};
     if (!plain) mask = load_mask(w, tile);
-#pragma GCC unroll 2
+    VEC_UNROLL
     for (int j = 0; j < CHUNK_KEYS; j += VECTORS) {
         __m512 x[VECTORS];
         EACH(i, VECTORS) x[i] = _mm512_load_ps(s + 16 * (j + i));

@@ -91,11 +91,11 @@ VEC_INLINE vec vec_fma_alternate(vec a, vec b, vec c) { return _mm256_fmaddsub_p
 VEC_INLINE vec vec_sums(const vec a[VEC_LANES])
 {
     vec half[4], quarter[2];
-#pragma GCC unroll 4
+    VEC_UNROLL
     for (int i = 0; i < 4; i++)
         half[i] = vec_add(_mm256_unpacklo_ps(a[2 * i], a[2 * i + 1]),
                           _mm256_unpackhi_ps(a[2 * i], a[2 * i + 1]));
-#pragma GCC unroll 2
+    VEC_UNROLL
     for (int i = 0; i < 2; i++) {
         __m256d x = _mm256_castps_pd(half[2 * i]), y = _mm256_castps_pd(half[2 * i + 1]);
         quarter[i] = vec_add(_mm256_castpd_ps(_mm256_unpacklo_pd(x, y)),

@@ -104,17 +104,17 @@ VEC_INLINE vec vec_fma_alternate(vec a, vec b, vec c) { return _mm512_fmaddsub_p
 VEC_INLINE vec vec_sums(const vec a[VEC_LANES])
 {
     vec half[8], quarter[4], pair[2];
-#pragma GCC unroll 8
+    VEC_UNROLL
     for (int i = 0; i < 8; i++)
         half[i] = vec_add(_mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]),
                           _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]));
-#pragma GCC unroll 4
+    VEC_UNROLL
     for (int i = 0; i < 4; i++) {
         __m512d x = _mm512_castps_pd(half[2 * i]), y = _mm512_castps_pd(half[2 * i + 1]);
         quarter[i] = vec_add(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)),
                              _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
     }
-#pragma GCC unroll 2
+    VEC_UNROLL
     for (int i = 0; i < 2; i++)
         pair[i] = vec_add(_mm512_shuffle_f32x4(quarter[2 * i], quarter[2 * i + 1], 0x88),
                           _mm512_shuffle_f32x4(quarter[2 * i], quarter[2 * i + 1], 0xdd));

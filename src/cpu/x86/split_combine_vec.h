@@ -29,20 +29,20 @@ VEC_INLINE void combine_columns(const struct partials *p, int32_t c, int vectors
                                 vec total, enum attn_dtype type, char *out)
 {
     vec sum[COLUMNS];
-#pragma GCC unroll 4
+    VEC_UNROLL
     for (int i = 0; i < vectors; i++) sum[i] = vec_zero();
     for (int32_t s = 0; s < p->splits; s++) {
         const float lse = p->lse[s * p->lse_split], *o = p->o + s * p->o_split + c;
         if (lse == -INFINITY) continue;
         vec w = weight(lse - p->max);
-#pragma GCC unroll 4
+        VEC_UNROLL
         for (int i = 0; i < vectors; i++) {
             vec x = part ? vec_load_part_f32(o, part) : vec_load_f32(o + i * VEC_LANES);
             sum[i] = vec_fma(w, x, sum[i]);
         }
     }
     const int64_t size = attn_dtype_bytes(type);
-#pragma GCC unroll 4
+    VEC_UNROLL
     for (int i = 0; i < vectors; i++) {
         vec x = vec_div(sum[i], total);
         if (part)

@@ -18,16 +18,9 @@
 #include <stdint.h>
 
 #include "core/dtype.h"
+#include "cpu/x86/unroll.h"
 
 #define VEC_INLINE static inline __attribute__((always_inline))
-
-/* Before a loop over a small array of vectors: the array is in registers only if the loop is
- * unrolled whole.  (clang reads GCC's pragma as a count and may leave the array on the stack.) */
-#ifdef __clang__
-#define VEC_UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define VEC_UNROLL _Pragma("GCC unroll 16")
-#endif
 
 enum { VEC_LANES = 16 };
 
