@@ -38,32 +38,39 @@ def _number(name, value):
     return float(value)
 
 
+def _direct(*tensors):
+    """Whether q, the first, lies on a CPU or a CUDA device and all are plain tensors or None."""
+    for x in tensors:
+        if x is not None and (type(x) is not _Tensor or x.is_neg()):
+            return False
+    q = tensors[0]
+    return q is not None and (q.is_cpu or q.is_cuda)
+
+
 def _input(name, x):
-    """x as libattn can read it: a tensor with memory, its sign written out."""
+    """x as libattn can read it: a tensor with memory, its sign written out; None stays None."""
+    if x is None:
+        return None
     if not isinstance(x, _Tensor) or type(x).__torch_dispatch__ is not _NO_DISPATCH:
         raise TypeError(f"{name}: expected a tensor with memory of its own, got {type(x).__name__}")
     return x.resolve_neg()
 
 
-def _output(name, x):
-    """Refuses an x that cannot be written in place."""
-    if _input(name, x) is not x:
-        raise ArgumentError(f"{name}: expected a plain tensor, got a negated view")
-
-
 def _inputs(**tensors):
-    """The tensors in order, through _input where they are not plain; None stays None."""
-    return [
-        x if x is None or (type(x) is _Tensor and not x.is_neg()) else _input(name, x)
-        for name, x in tensors.items()
-    ]
+    """The tensors in order, each through _input."""
+    return [_input(name, x) for name, x in tensors.items()]
+
+
+def _check_outputs(**tensors):
+    """Refuses what cannot be written in place."""
+    for name, x in tensors.items():
+        if _input(name, x) is not x:
+            raise ArgumentError(f"{name}: expected a plain tensor, got a negated view")
 
 
 def _written(*tensors):
     """Tells autograd that tensors were changed in place."""
-    for x in tensors:
-        if x is not None and not x.is_inference():
-            increment_version(x)
+    increment_version([x for x in tensors if x is not None and not x.is_inference()])
 
 
 def fwd(
@@ -88,8 +95,8 @@ def fwd(
     """Kimi Delta Attention over whole sequences; writes out, final_state and checkpoint_states.
 
     q, k, v, g, out: bf16, fp16 or on a CPU fp32, all alike; beta of that dtype holds logits.  scale
-    multiplies q.  A_log, dt_bias: fp32, None for zeros.  lower_bound: the log-decay of a token at
-    most, in [-5, 0].  cu_seqlens: int64 or int32 (N + 1), for B = 1; tokens of no sequence are neither
+    multiplies q.  A_log, dt_bias: fp32, None for zeros.  lower_bound: the least log-decay of a
+    token, in [-5, 0].  cu_seqlens: int64 or int32 (N + 1), for B = 1; tokens of no sequence are neither
     read nor written.
 
     initial_state: (N, H, V, K), fp32 or bf16, read only; None starts from zero.  final_state: the same
@@ -104,56 +111,45 @@ def fwd(
     Returns None.  Raises classes of libattn.errors, which are RuntimeErrors, and TypeError for a
     required argument that is not there.
     """
-    if musa.is_on_musa(q):
-        if checkpoint_states is not None or checkpoint_every or state_indices is not None:
-            raise NotBuiltError(
-                "flash_kda.fwd: MATE has no checkpoints and no state pools for tensors on MUSA"
+    inputs = (q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, state_indices)
+    if not _direct(*inputs, out, final_state, checkpoint_states):
+        if musa.is_on_musa(q):
+            if checkpoint_states is not None or checkpoint_every or state_indices is not None:
+                raise NotBuiltError(
+                    "flash_kda.fwd: MATE has no checkpoints and no state pools for tensors on MUSA"
+                )
+            musa.chunk_kda(
+                *(q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound),
+                *(initial_state, final_state, cu_seqlens),
             )
-        musa.chunk_kda(
-            q,
-            k,
-            v,
-            g,
-            beta,
-            scale,
-            out,
-            A_log,
-            dt_bias,
-            lower_bound,
-            initial_state,
-            final_state,
-            cu_seqlens,
+            return
+        _check_outputs(out=out, final_state=final_state, checkpoint_states=checkpoint_states)
+        q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, state_indices = _inputs(
+            q=q,
+            k=k,
+            v=v,
+            g=g,
+            beta=beta,
+            A_log=A_log,
+            dt_bias=dt_bias,
+            initial_state=initial_state,
+            cu_seqlens=cu_seqlens,
+            state_indices=state_indices,
         )
-        return
-    q, k, v, g, beta, A_log, dt_bias, initial, cu_seqlens, state_indices = _inputs(
-        q=q,
-        k=k,
-        v=v,
-        g=g,
-        beta=beta,
-        A_log=A_log,
-        dt_bias=dt_bias,
-        initial_state=initial_state,
-        cu_seqlens=cu_seqlens,
-        state_indices=state_indices,
-    )
-    _output("out", out)
-    if final_state is not None:
-        _output("final_state", final_state)
-    if checkpoint_states is not None:
-        _output("checkpoint_states", checkpoint_states)
+    if out is None:
+        raise TypeError("out: expected a tensor, got None")
     kda.kda_fwd(
         q,
         k,
         v,
         g,
         beta,
-        _number("scale", scale),
-        _number("lower_bound", lower_bound),
+        scale if type(scale) is float else _number("scale", scale),
+        lower_bound if type(lower_bound) is float else _number("lower_bound", lower_bound),
         A_log,
         dt_bias,
         out=out,
-        initial_state=initial,
+        initial_state=initial_state,
         final_state=final_state,
         cu_seqlens=cu_seqlens,
         state_indices=state_indices,
@@ -188,29 +184,31 @@ def step(
 
     Returns None; raises as fwd does.
     """
-    if musa.is_on_musa(q):
-        raise NotBuiltError("flash_kda.step: MATE has no such function for tensors on MUSA")
-    q, k, v, g, beta, A_log, dt_bias, cu_seqlens, state_indices = _inputs(
-        q=q,
-        k=k,
-        v=v,
-        g=g,
-        beta=beta,
-        A_log=A_log,
-        dt_bias=dt_bias,
-        cu_seqlens=cu_seqlens,
-        state_indices=state_indices,
-    )
-    _output("out", out)
-    _output("state", state)
+    if not _direct(q, k, v, g, beta, A_log, dt_bias, state_indices, cu_seqlens, out, state):
+        if musa.is_on_musa(q):
+            raise NotBuiltError("flash_kda.step: MATE has no such function for tensors on MUSA")
+        _check_outputs(out=out, state=state)
+        q, k, v, g, beta, A_log, dt_bias, cu_seqlens, state_indices = _inputs(
+            q=q,
+            k=k,
+            v=v,
+            g=g,
+            beta=beta,
+            A_log=A_log,
+            dt_bias=dt_bias,
+            cu_seqlens=cu_seqlens,
+            state_indices=state_indices,
+        )
+    if out is None:
+        raise TypeError("out: expected a tensor, got None")
     kda.kda_step(
         q,
         k,
         v,
         g,
         beta,
-        _number("scale", scale),
-        _number("lower_bound", lower_bound),
+        scale if type(scale) is float else _number("scale", scale),
+        lower_bound if type(lower_bound) is float else _number("lower_bound", lower_bound),
         state,
         A_log,
         dt_bias,
