@@ -429,6 +429,44 @@ def test_rejected_devices(name):
         c.fwd(**{name: c.args[name].cpu()})
 
 
+WRONG = {
+    "beyond T": [0, 99, 20],
+    "huge": [0, 2**62, 2**63 - 1],
+    "negative": [-5, -(2**62), 20],
+    "falling": [20, 5, 0],
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU raises")
+@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("slots", [[0, 1], [99, -7], [-(2**31), 2**31 - 1]], ids=str)
+@pytest.mark.parametrize("call", ["fwd", "step"])
+def test_wrong_values_on_a_gpu(call, slots, name):
+    """Nobody can raise there: nothing outside the tensors is written, and the next call is right."""
+    p = draw((1, 20, 2), 64, lengths=(7, 13), state="fp32", device="cuda")
+    want, want_states = p.run()
+    right = p.cu_seqlens
+    p.cu_seqlens = torch.tensor(WRONG[name], device="cuda")
+    indices = torch.tensor(slots, dtype=torch.int32, device="cuda")
+    wide = torch.full((3, 20, 2, 64), SENTINEL, dtype=torch.bfloat16, device="cuda")
+    pool = torch.full((6, 2, 64, 64), SENTINEL, device="cuda")
+    kept = torch.full((9, 2, 64, 64), SENTINEL, device="cuda")
+    given = {"out": wide[1:2], "cu_seqlens": p.cu_seqlens, "state_indices": indices}
+    if call == "fwd":
+        p.initial_state = pool[2:4]
+        p.run(final=pool[2:4], checkpoint_states=kept[4:5], checkpoint_every=16, **given)
+    else:
+        flash_kda.step(**p.inputs(), **given, state=pool[2:4])
+    torch.cuda.synchronize()
+    for x, rows in ((wide, [0, 2]), (pool, [0, 1, 4, 5]), (kept, [0, 1, 2, 3, 5, 6, 7, 8])):
+        assert (x[rows] == SENTINEL).all()
+    again = draw((1, 20, 2), 64, lengths=(7, 13), state="fp32", device="cuda")
+    again.cu_seqlens = right
+    out, states = again.run()
+    assert torch.equal(out, want) and torch.equal(states, want_states)
+
+
 def test_rejected_workspace():
     c = Call("cpu")
     for workspace, error in ((None, TypeError), (torch.empty(0, device="meta"), libattn.DeviceError),
