@@ -268,6 +268,49 @@ static struct attn_mla_cursor keys_of(const problem_t *p, int64_t u, int64_t fro
     return keys;
 }
 
+/* Whether any of the keys holds an infinity or a NaN. */
+static bool not_finite(const problem_t *p, struct attn_mla_cursor keys)
+{
+    const char *row;
+    while (attn_mla_next_keys(&keys, 1, &row, NULL) > 0)
+        for (int64_t x = 0; x < p->d_qk; ++x)
+            if (!isfinite(attn_load(p->dtype, row, x))) return true;
+    return false;
+}
+
+/* Runs the kernel.  A kernel gives hidden keys the weight 0, and 0 * NaN is NaN: where the keys that
+ * some rows do not see are not all finite, rows of equal sight go by themselves. */
+static void run_kernel(const struct call *c, struct attn_mla_task *work, char *scratch)
+{
+    int32_t least = INT32_MAX;
+    for (int32_t r = 0; work->hi && r < work->rows; ++r)
+        least = work->hi[r] < least ? work->hi[r] : least;
+    struct attn_mla_cursor hidden = work->keys;
+    hidden.at = min64(hidden.end, hidden.at + least);
+    if (!work->hi || !not_finite(c->p, hidden)) {
+        c->kernel->run(work, scratch);
+        return;
+    }
+    const int64_t from = work->keys.at;
+    for (int32_t r = 0, next; r < work->rows; r = next) {
+        for (next = r + 1; next < work->rows && work->hi[next] == work->hi[r];) ++next;
+        struct attn_mla_task part = *work;
+        part.rows = next - r;
+        part.q_row += r;
+        part.hi = NULL;
+        part.keys.end = from + work->hi[r];
+        part.o += r * c->p->d_v;
+        part.m += r;
+        part.l += r;
+        part.top += r;
+        if (part.keys.end > from)
+            c->kernel->run(&part, scratch);
+        else
+            for (int32_t x = 0; x < part.rows; ++x)
+                part.m[x] = part.l[x] = 0, part.top[x] = -INFINITY;
+    }
+}
+
 static void attend(void *context, int64_t task, int thread)
 {
     const struct call *c = context;
@@ -315,7 +358,7 @@ static void attend(void *context, int64_t task, int thread)
         .top = stats + 2 * stat_rows,
     };
     if (seen > 0)
-        c->kernel->run(&work, scratch);
+        run_kernel(c, &work, scratch);
     else
         for (int64_t r = 0; r < rows; ++r) work.m[r] = work.l[r] = 0, work.top[r] = -INFINITY;
     for (int64_t r = 0; r < rows && pieces == 1; ++r)
@@ -327,26 +370,24 @@ static void attend(void *context, int64_t task, int thread)
                                              .pieces = 1});
 }
 
-/* Task: some rows of a unit that was cut. */
+/* Task: a row of a unit that was cut. */
 static void combine(void *context, int64_t task, int thread)
 {
     (void)thread;
     const struct call *c = context;
-    int64_t chunks = ceil_div(c->rows, FINISH_ROWS), n = task / chunks;
-    int64_t u = c->cut[n], first = task % chunks * FINISH_ROWS;
+    int64_t n = task / c->rows, r = task % c->rows, u = c->cut[n];
     const float *slot = (const float *)(const void *)c->slots +
                         c->first_slot[n] * c->at.slot_floats;
-    const float *stats = slot + c->rows * c->p->d_v;
-    for (int64_t r = first; r < min64(first + FINISH_ROWS, c->rows); ++r)
-        finish_row(c, u, r,
-                   &(struct attn_mla_pieces){
-                       .o = slot + r * c->p->d_v,
-                       .m = stats + r,
-                       .l = stats + c->rows + r,
-                       .top = stats + 2 * c->rows + r,
-                       .piece = c->at.slot_floats,
-                       .pieces = (int32_t)pieces_of(c, unit_keys(c->p, u)),
-                   });
+    const float *stats = slot + c->rows * c->p->d_v + r;
+    finish_row(c, u, r,
+               &(struct attn_mla_pieces){
+                   .o = slot + r * c->p->d_v,
+                   .m = stats,
+                   .l = stats + c->rows,
+                   .top = stats + 2 * c->rows,
+                   .piece = c->at.slot_floats,
+                   .pieces = (int32_t)pieces_of(c, unit_keys(c->p, u)),
+               });
 }
 
 attn_status attn_mla_cpu_run_with(const struct attn_cpu_kernels *table, const problem_t *p,
@@ -378,10 +419,11 @@ attn_status attn_mla_cpu_run_with(const struct attn_cpu_kernels *table, const pr
     c.scale = (float)(p->descale_q ? scale * (double)*p->descale_q : scale);
     count_tasks(&c);
 
-    int most = (int)min64(plan->tile[TILE_THREADS], threads);
-    int64_t tasks = c.first_task[c.units], rows = c.cuts * ceil_div(c.rows, FINISH_ROWS);
-    attn_parallel((int)min64(most, tasks), tasks, attend, &c);
-    attn_parallel((int)min64(most, rows), rows, combine, &c);
+    /* One team for both: a smaller one would end the threads that it has no use for. */
+    int64_t tasks = c.first_task[c.units];
+    int team = (int)min64(min64(plan->tile[TILE_THREADS], threads), tasks);
+    attn_parallel(team, tasks, attend, &c);
+    attn_parallel(team, c.cuts * c.rows, combine, &c);
     return ATTN_OK;
 }
 

@@ -14,11 +14,11 @@
 /* Positions [at, end) that are left of a task's keys. */
 struct attn_mla_cursor {
     const struct attn_mla_cache *cache; /* [2] */
-    const int32_t *pages;               /* dense: the sequence's row of the block table, else NULL */
-    int64_t head_bytes;                 /* dense: from KV head 0 to the task's */
-    const int32_t *list[2];             /* sparse: position x is list[0][x], or */
-    int64_t first;                      /* list[1][x - first] from here on */
-    bool scales;                        /* MODEL1 */
+    const int32_t *pages;   /* dense: the sequence's row of the block table, else NULL */
+    int64_t head_bytes;     /* dense: from KV head 0 to the task's */
+    const int32_t *list[2]; /* sparse: position x is list[0][x], or */
+    int64_t first;          /* list[1][x - first] from here on */
+    bool scales;            /* MODEL1 */
     int64_t at, end;
 };
 

@@ -37,6 +37,7 @@ static const struct op {
     {"control", check_control, false},
     {"mha_fwd", check_mha_fwd, false},
     {"mha_plan", check_mha_plan, false},
+    {"mla", check_mla, false},
     {"hostile", check_hostile, false},
     {"threads", check_threads, true},
 };

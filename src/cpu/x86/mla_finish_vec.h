@@ -49,8 +49,7 @@ static void mla_finish(const struct attn_mla_pieces *in, enum attn_dtype type, v
         }
         VEC_UNROLL
         for (int i = 0; i < FINISH_COLUMNS; i++)
-            vec_store_elem(type, (char *)out + (c + i * VEC_LANES) * size,
-                           vec_mul(acc[i], factor));
+            vec_store_elem(type, (char *)out + (c + i * VEC_LANES) * size, vec_mul(acc[i], factor));
     }
 }
 

@@ -25,10 +25,10 @@
 #include "cpu/kernels.h"
 
 enum {
-    BLOCK = 64,                             /* keys */
-    COLS = 3,                               /* vectors of a group at most */
-    WORDS = ATTN_MLA_WIDTH_MAX / MLA_STEP,  /* of the longest row */
-    KEYS = VEC_LANES / 2,                   /* rows of a register tile: 8 x 3 or 4 x 3 sums */
+    BLOCK = 64,                            /* keys */
+    COLS = 3,                              /* vectors of a group at most */
+    WORDS = ATTN_MLA_WIDTH_MAX / MLA_STEP, /* of the longest row */
+    KEYS = VEC_LANES / 2,                  /* rows of a register tile: 8 x 3 or 4 x 3 sums */
     ROWS_MAX = 128,
 };
 
@@ -37,13 +37,13 @@ enum {
 /* ---- scratch ----------------------------------------------------------------------------------- */
 
 struct work {
-    float *q;     /* [groups][words][lanes of the group] */
-    float *o;     /* [groups][512][lanes of the group] */
-    float *s;     /* [BLOCK][lanes of the group] */
-    float *k;     /* [BLOCK + 1][WORDS] rows that had to be converted; the last one is zero */
-    float *v;     /* pairs: [BLOCK / 2][512] */
+    float *q; /* [groups][words][lanes of the group] */
+    float *o; /* [groups][512][lanes of the group] */
+    float *s; /* [BLOCK][lanes of the group] */
+    float *k; /* [BLOCK + 1][WORDS] rows that had to be converted; the last one is zero */
+    float *v; /* pairs: [BLOCK / 2][512] */
     float *m, *l, *top;
-    int32_t *hi;  /* [rows] */
+    int32_t *hi;                /* [rows] */
     const char **row, **scales; /* [BLOCK] */
 };
 
@@ -146,8 +146,7 @@ VEC_INLINE void value_words(struct block *b, const struct work *w)
 #endif
 
 /* w->q: each row's words down a lane; lanes past the last row are 0. */
-static void pack_q(const struct attn_mla_task *t, enum attn_mla_format format,
-                   const struct work *w)
+static void pack_q(const struct attn_mla_task *t, enum attn_mla_format format, const struct work *w)
 {
     const enum attn_mla_format type = format < ATTN_MLA_V32 ? format
                                                             : (enum attn_mla_format)ATTN_BF16;
@@ -262,8 +261,9 @@ VEC_INLINE void softmax(const struct attn_mla_task *t, const struct work *w, con
     for (int32_t j = 0; j < b->keys; j++) {
         vec x = vec_mul(vec_load(s + j * step), scale);
         if (t->hi)
-            x = vec_select(
-                vec_within(b->first + j, vec_int_load(zeros), vec_int_load(w->hi + lane)), x, none);
+            x = vec_select(vec_within(b->first + j, vec_int_load(zeros),
+                                      vec_int_load(w->hi + lane)),
+                           x, none);
         vec_store(s + j * step, x);
         high = vec_max(x, high);
     }

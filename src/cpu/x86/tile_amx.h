@@ -46,6 +46,8 @@ static const struct tile_config tile_config_full = {
 #define tile_end() _tile_release()
 #define tile_zero(t) _tile_zero(t)
 #define tile_load(t, p) _tile_loadd(t, p, TILE_ROW_BYTES)
+#define tile_load_rows(t, p, bytes) _tile_loadd(t, p, bytes)
+#define tile_load_rows_once(t, p, bytes) _tile_stream_loadd(t, p, bytes)
 #define tile_load_once(t, p) _tile_stream_loadd(t, p, TILE_ROW_BYTES)
 #define tile_load_row(t, p) _tile_loadd(t, p, 0)
 #define tile_store_row(t, p) _tile_stored(t, p, 0)

@@ -44,6 +44,17 @@ static inline void tile_zero(int t) { memset(tile_emu(t), 0, TILE_BYTES); }
 
 static inline void tile_load(int t, const void *p) { memcpy(tile_emu(t), p, TILE_BYTES); }
 
+static inline void tile_load_rows(int t, const void *p, int64_t bytes)
+{
+    for (int i = 0; i < 16; i++)
+        memcpy(tile_emu(t) + i * TILE_ROW_BYTES, (const char *)p + i * bytes, TILE_ROW_BYTES);
+}
+
+static inline void tile_load_rows_once(int t, const void *p, int64_t bytes)
+{
+    tile_load_rows(t, p, bytes);
+}
+
 static inline void tile_load_once(int t, const void *p) { tile_load(t, p); }
 
 static inline void tile_load_row(int t, const void *p)
