@@ -7,7 +7,7 @@
  *     A: 16 rows m of 32 bf16        B: 16 rows p of 16 pairs of bf16        C: 16 x 16 fp32
  *
  * tile_load_once (TILELOADDT1) leaves the lines where they are, in L2, and so keeps L1 for operands
- * that are used again.  The _row forms make all 16 rows one line of memory, by a stride of 0; to
+ * that are used again.  The _rows forms take rows that lie `bytes` apart; the _row forms make all 16 rows one line of memory, by a stride of 0; to
  * store, all rows have to be equal.  The _at forms take rows `row` bytes apart.
  *
  * Tile numbers are literals.  gcc 12's tile load has no memory clobber, so a store of an operand
