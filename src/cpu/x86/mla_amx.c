@@ -285,10 +285,10 @@ VEC_INLINE void scores_pair(const struct work *w, const struct key_tile *k, cons
     tile_zero(2);
     tile_zero(3);
     for (int x = 0; x < w->width; x++) {
-        tile_load_rows_once(4, k[0].row + 64 * x, k[0].bytes);
+        tile_load_at_once(4, k[0].row + 64 * x, k[0].bytes);
         tile_load(6, q0 + TILE_BYTES * x);
         tile_load(7, q1 + TILE_BYTES * x);
-        tile_load_rows_once(5, k[1].row + 64 * x, k[1].bytes);
+        tile_load_at_once(5, k[1].row + 64 * x, k[1].bytes);
         tile_dpbf16(0, 4, 6);
         tile_dpbf16(1, 4, 7);
         tile_dpbf16(2, 5, 6);
@@ -353,13 +353,13 @@ static void scores_one(const struct key_tile *k, const char *q, int width, char 
     tile_zero(3);
     for (int x = 0; x < width; x += 2) { /* two chains a tile: a sum waits 64 clocks for the last */
         tile_load(6, q + TILE_BYTES * x);
-        tile_load_rows_once(4, k[0].row + 64 * x, k[0].bytes);
-        tile_load_rows_once(5, k[1].row + 64 * x, k[1].bytes);
+        tile_load_at_once(4, k[0].row + 64 * x, k[0].bytes);
+        tile_load_at_once(5, k[1].row + 64 * x, k[1].bytes);
         tile_dpbf16(0, 4, 6);
         tile_dpbf16(1, 5, 6);
         tile_load(7, q + TILE_BYTES * (x + 1));
-        tile_load_rows_once(4, k[0].row + 64 * (x + 1), k[0].bytes);
-        tile_load_rows_once(5, k[1].row + 64 * (x + 1), k[1].bytes);
+        tile_load_at_once(4, k[0].row + 64 * (x + 1), k[0].bytes);
+        tile_load_at_once(5, k[1].row + 64 * (x + 1), k[1].bytes);
         tile_dpbf16(2, 4, 7);
         tile_dpbf16(3, 5, 7);
     }
@@ -406,10 +406,10 @@ static void values_pair(const char *p0, const char *p1, const char *v, int steps
         tile_load(3, o1 + TILE_BYTES);
     }
     for (int x = 0; x < steps; x++) {
-        tile_load_rows(6, v + x * 16 * V_ROW, V_ROW);
+        tile_load_at(6, v + x * 16 * V_ROW, V_ROW);
         tile_load(4, p0 + TILE_BYTES * x);
         tile_load(5, p1 + TILE_BYTES * x);
-        tile_load_rows(7, v + x * 16 * V_ROW + 64, V_ROW);
+        tile_load_at(7, v + x * 16 * V_ROW + 64, V_ROW);
         tile_dpbf16(0, 4, 6);
         tile_dpbf16(2, 5, 6);
         tile_dpbf16(1, 4, 7);
@@ -438,11 +438,11 @@ static void values_four(const char *p, const char *v, int steps, bool first, cha
     for (int x = 0; x < steps; x++) {
         const char *b = v + x * 16 * V_ROW;
         tile_load(4, p + TILE_BYTES * x);
-        tile_load_rows(5, b, V_ROW);
-        tile_load_rows(6, b + 64, V_ROW);
-        tile_load_rows(7, b + 128, V_ROW);
+        tile_load_at(5, b, V_ROW);
+        tile_load_at(6, b + 64, V_ROW);
+        tile_load_at(7, b + 128, V_ROW);
         tile_dpbf16(0, 4, 5);
-        tile_load_rows(5, b + 192, V_ROW);
+        tile_load_at(5, b + 192, V_ROW);
         tile_dpbf16(1, 4, 6);
         tile_dpbf16(2, 4, 7);
         tile_dpbf16(3, 4, 5);

@@ -7,7 +7,7 @@
  *     A: 16 rows m of 32 bf16        B: 16 rows p of 16 pairs of bf16        C: 16 x 16 fp32
  *
  * tile_load_once (TILELOADDT1) leaves the lines where they are, in L2, and so keeps L1 for operands
- * that are used again.  The _rows forms take rows that lie `bytes` apart; the _row forms make all 16 rows one line of memory, by a stride of 0; to
+ * that are used again.  The _row forms make all 16 rows one line of memory, by a stride of 0; to
  * store, all rows have to be equal.  The _at forms take rows `row` bytes apart.
  *
  * Tile numbers are literals.  gcc 12's tile load has no memory clobber, so a store of an operand
@@ -46,13 +46,12 @@ static const struct tile_config tile_config_full = {
 #define tile_end() _tile_release()
 #define tile_zero(t) _tile_zero(t)
 #define tile_load(t, p) _tile_loadd(t, p, TILE_ROW_BYTES)
-#define tile_load_rows(t, p, bytes) _tile_loadd(t, p, bytes)
-#define tile_load_rows_once(t, p, bytes) _tile_stream_loadd(t, p, bytes)
 #define tile_load_once(t, p) _tile_stream_loadd(t, p, TILE_ROW_BYTES)
 #define tile_load_row(t, p) _tile_loadd(t, p, 0)
 #define tile_store_row(t, p) _tile_stored(t, p, 0)
 #define tile_store(t, p) _tile_stored(t, p, TILE_ROW_BYTES)
 #define tile_load_at(t, p, row) _tile_loadd(t, p, row)
+#define tile_load_at_once(t, p, row) _tile_stream_loadd(t, p, row)
 #define tile_store_at(t, p, row) _tile_stored(t, p, row)
 #define tile_dpbf16(c, a, b) _tile_dpbf16ps(c, a, b)
 #endif

@@ -44,17 +44,6 @@ static inline void tile_zero(int t) { memset(tile_emu(t), 0, TILE_BYTES); }
 
 static inline void tile_load(int t, const void *p) { memcpy(tile_emu(t), p, TILE_BYTES); }
 
-static inline void tile_load_rows(int t, const void *p, int64_t bytes)
-{
-    for (int i = 0; i < 16; i++)
-        memcpy(tile_emu(t) + i * TILE_ROW_BYTES, (const char *)p + i * bytes, TILE_ROW_BYTES);
-}
-
-static inline void tile_load_rows_once(int t, const void *p, int64_t bytes)
-{
-    tile_load_rows(t, p, bytes);
-}
-
 static inline void tile_load_once(int t, const void *p) { tile_load(t, p); }
 
 static inline void tile_load_row(int t, const void *p)
@@ -76,6 +65,8 @@ static inline void tile_load_at(int t, const void *p, int64_t row)
     for (int i = 0; i < 16; i++)
         memcpy(tile_emu(t) + i * TILE_ROW_BYTES, (const char *)p + i * row, TILE_ROW_BYTES);
 }
+
+static inline void tile_load_at_once(int t, const void *p, int64_t row) { tile_load_at(t, p, row); }
 
 static inline void tile_store_at(int t, void *p, int64_t row)
 {
