@@ -26,7 +26,9 @@ extern const struct attn_split_combine_kernel attn_split_combine_avx512;
 /* Indexed by enum attn_mla_format. */
 extern const struct attn_mla_kernel attn_mla_avx2[ATTN_MLA_FORMATS];
 extern const struct attn_mla_kernel attn_mla_avx512[ATTN_MLA_FORMATS];
-extern const struct attn_mla_kernel attn_mla_amx[ATTN_MLA_FORMATS]; /* some: run NULL */
+/* Of these some have no run: the formats that are no bf16. */
+extern const struct attn_mla_kernel attn_mla_avx512bf16[ATTN_MLA_FORMATS];
+extern const struct attn_mla_kernel attn_mla_amx[ATTN_MLA_FORMATS];
 extern const struct attn_mla_finish_kernel attn_mla_finish_avx2;
 extern const struct attn_mla_finish_kernel attn_mla_finish_avx512;
 extern const struct attn_kda_fwd_kernel attn_kda_fwd_avx2[ATTN_DTYPES];

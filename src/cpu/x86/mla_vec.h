@@ -143,6 +143,47 @@ VEC_INLINE void value_words(struct block *b, const struct work *w)
     (void)w;
     memcpy(b->v, b->k, sizeof b->v);
 }
+#else
+VEC_INLINE vec word(const float *p)
+{
+    int32_t x;
+    memcpy(&x, p, sizeof x); /* a row of bf16 may lie at any even address */
+    return _mm512_castsi512_ps(_mm512_set1_epi32(x));
+}
+
+VEC_INLINE vec product(vec a, vec b, vec sum)
+{
+    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_castps_si512(a),
+                            (__m512bh)_mm512_castps_si512(b));
+}
+
+/* A row of the cache, or of q, as words. */
+static const float *row_words(enum attn_mla_format format, const char *row, const char *scales,
+                              int32_t d, float *x)
+{
+    if (format == (enum attn_mla_format)ATTN_BF16) return (const float *)(const void *)row;
+    row_to_bf16(format, row, scales, d, (uint16_t *)(void *)x);
+    return x;
+}
+
+/* Two rows of V interleaved to one of words; the last may be alone. */
+VEC_INLINE void value_words(struct block *b, const struct work *w)
+{
+    const __m512i lower = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i upper = _mm512_add_epi32(lower, _mm512_set1_epi32(8));
+    for (int32_t j = 0; j < b->keys; j += 2) {
+        const char *x = (const char *)b->k[j], *y = (const char *)(w->k + BLOCK * WORDS);
+        float *v = w->v + j / 2 * ATTN_MLA_LATENT;
+        if (j + 1 < b->keys) y = (const char *)b->k[j + 1];
+        for (int c = 0; c < ATTN_MLA_LATENT / 32; c++) {
+            const __m512i p = _mm512_loadu_si512(x + 64 * c), q = _mm512_loadu_si512(y + 64 * c);
+            const __m512i low = _mm512_unpacklo_epi16(p, q), high = _mm512_unpackhi_epi16(p, q);
+            _mm512_store_si512(v + 32 * c, _mm512_permutex2var_epi32(low, lower, high));
+            _mm512_store_si512(v + 32 * c + 16, _mm512_permutex2var_epi32(low, upper, high));
+        }
+        b->v[j / 2] = v;
+    }
+}
 #endif
 
 /* w->q: each row's words down a lane; lanes past the last row are 0. */
@@ -244,6 +285,18 @@ VEC_INLINE vec probabilities(float *s, int step, int32_t keys, vec m, vec l)
         const vec p = vec_exp2(vec_sub(vec_load(s + j * step), m));
         l = vec_add(l, p);
         vec_store(s + j * step, p);
+    }
+    return l;
+}
+#else
+VEC_INLINE vec probabilities(float *s, int step, int32_t keys, vec m, vec l)
+{
+    for (int32_t j = 0; j < keys; j += 2) {
+        const vec low = vec_exp2(vec_sub(vec_load(s + j * step), m));
+        const vec high = j + 1 < keys ? vec_exp2(vec_sub(vec_load(s + (j + 1) * step), m))
+                                      : vec_zero();
+        l = vec_add(l, vec_add(low, high));
+        _mm512_store_si512(s + j / 2 * step, pair_bf16(low, high));
     }
     return l;
 }
