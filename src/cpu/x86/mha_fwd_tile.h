@@ -150,18 +150,29 @@ static inline __attribute__((always_inline)) void exp2_few(__m512 *x, int n)
     EACH(i, n) x[i] = _mm512_scalef_ps(y[i], x[i]);
 }
 
-/* The same to 7.5e-8, degree 5. */
-static inline __attribute__((always_inline)) void exp2_few_exact(__m512 *x, int n)
+/* Degree 5 in `exact` lanes, to 7.5e-8, and in the others the bits of exp2_few. */
+static inline __attribute__((always_inline)) void exp2_few_mixed(__m512 *x, int n, __mmask16 exact)
 {
+#define EITHER(yes, no) _mm512_mask_mov_ps(_mm512_set1_ps(no), exact, _mm512_set1_ps(yes))
+    const __m512 c[] = {
+        EITHER(0.999999925f, 0.999925219f), EITHER(0.693153073f, 0.69583354f),
+        EITHER(0.240153617f, 0.226067155f), EITHER(0.0558263181f, 0.0780245226f),
+        EITHER(0.00898934009f, 0),          EITHER(0.00187757668f, 0),
+    };
+#undef EITHER
     __m512 f[VECTORS], y[VECTORS];
     EACH(i, n) f[i] = _mm512_reduce_ps(x[i], 0x09);
-    EACH(i, n)
-    y[i] = _mm512_fmadd_ps(f[i], _mm512_set1_ps(0.00187757668f), _mm512_set1_ps(0.00898934009f));
-    EACH(i, n) y[i] = _mm512_fmadd_ps(y[i], f[i], _mm512_set1_ps(0.0558263181f));
-    EACH(i, n) y[i] = _mm512_fmadd_ps(y[i], f[i], _mm512_set1_ps(0.240153617f));
-    EACH(i, n) y[i] = _mm512_fmadd_ps(y[i], f[i], _mm512_set1_ps(0.693153073f));
-    EACH(i, n) y[i] = _mm512_fmadd_ps(y[i], f[i], _mm512_set1_ps(0.999999925f));
+    EACH(i, n) y[i] = _mm512_fmadd_ps(f[i], c[5], c[4]);
+    EACH(i, n) y[i] = _mm512_fmadd_ps(y[i], f[i], c[3]);
+    EACH(i, n) y[i] = _mm512_fmadd_ps(y[i], f[i], c[2]);
+    EACH(i, n) y[i] = _mm512_fmadd_ps(y[i], f[i], c[1]);
+    EACH(i, n) y[i] = _mm512_fmadd_ps(y[i], f[i], c[0]);
     EACH(i, n) x[i] = _mm512_scalef_ps(y[i], x[i]);
+}
+
+static inline __attribute__((always_inline)) void exp2_few_exact(__m512 *x, int n)
+{
+    exp2_few_mixed(x, n, 0xffff);
 }
 
 static inline __m512 exp2_16_exact(__m512 t)
@@ -210,10 +221,16 @@ static inline struct mask load_mask(const struct work *w, int tile)
     };
 }
 
-static inline __m512 mask_score(const struct mask *k, __m512 x, int32_t key)
+/* The queries that do not see a key. */
+static inline __mmask16 hidden(const struct mask *k, int32_t key)
 {
     __m512i at = _mm512_sub_epi32(_mm512_set1_epi32(key), k->lo);
-    return _mm512_mask_mov_ps(x, _mm512_cmpge_epu32_mask(at, k->seen), _mm512_set1_ps(-INFINITY));
+    return _mm512_cmpge_epu32_mask(at, k->seen);
+}
+
+static inline __m512 mask_score(const struct mask *k, __m512 x, int32_t key)
+{
+    return _mm512_mask_mov_ps(x, hidden(k, key), _mm512_set1_ps(-INFINITY));
 }
 
 /* Softcap: x = cap log2(e) tanh(x cap_scale), by a table.  Adding 1.5 2^21 leaves the number of the
@@ -240,7 +257,10 @@ static inline __attribute__((always_inline)) void cap_scores(const struct work *
             y[i] = k ? _mm512_fmadd_ps(y[i], t[i], c) : c;
         }
     }
-    EACH(i, n) x[i] = _mm512_or_ps(y[i], _mm512_and_ps(x[i], sign));
+    EACH(i, n) /* y or the sign of x */
+    x[i] = _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(y[i]),
+                                                         _mm512_castps_si512(x[i]),
+                                                         _mm512_castps_si512(sign), 0xf8));
 }
 
 /* Whether step `step` needs no mask for a tile: all queries see all its keys. */
@@ -260,8 +280,9 @@ static inline void store_p(char *p, __m512 e0, __m512 e1)
     _mm512_store_si512(p + PAIR_BYTES, bf16_pairs(_mm512_sub_ps(e0, h0), _mm512_sub_ps(e1, h1)));
 }
 
-/* One chunk: 8 keys x 16 queries from s[8][16] to p[4][16 pairs].  Under a mask exponentials are exact:
- * there a row may see few keys, and the error of each is that of its lse. */
+/* One chunk: 8 keys x 16 queries from s[8][16] to p[4][16 pairs].  Exponentials are exact for rows
+ * that do not see all keys of the step: such a row may see few, and the error of each is that of its
+ * lse.  Which these are is asked row by row, since no row may depend on its neighbours. */
 static inline __attribute__((always_inline)) void
 exp_rows(struct work *w, int tile, int32_t key, const float *s, char *p, bool plain, bool capped)
 {
@@ -271,7 +292,12 @@ exp_rows(struct work *w, int tile, int32_t key, const float *s, char *p, bool pl
     __m512 l0 = _mm512_load_ps(beat_l), l1 = _mm512_setzero_ps();
     __m512i any = _mm512_load_si512(beat_or);
     struct mask mask = {0};
-    if (!plain) mask = load_mask(w, tile);
+    __mmask16 exact = 0;
+    if (!plain) {
+        const int32_t first = key & -STEP_KEYS, last = first + STEP_KEYS - 1;
+        mask = load_mask(w, tile);
+        exact = hidden(&mask, first) | hidden(&mask, last);
+    }
     VEC_UNROLL
     for (int j = 0; j < CHUNK_KEYS; j += VECTORS) {
         __m512 x[VECTORS];
@@ -279,10 +305,12 @@ exp_rows(struct work *w, int tile, int32_t key, const float *s, char *p, bool pl
         if (capped) cap_scores(w, x, VECTORS);
         if (!plain) EACH(i, VECTORS) x[i] = mask_score(&mask, x[i], key + j + i);
         EACH(i, VECTORS) x[i] = capped ? _mm512_sub_ps(x[i], m) : _mm512_fmsub_ps(x[i], scale, m);
-        if (PLANES == 1 && plain)
+        if (PLANES > 1)
+            exp2_few_exact(x, VECTORS);
+        else if (plain)
             exp2_few(x, VECTORS);
         else
-            exp2_few_exact(x, VECTORS);
+            exp2_few_mixed(x, VECTORS, exact);
         EACH(i, VECTORS / 2)
         {
             __m512 e0 = x[2 * i], e1 = x[2 * i + 1];
