@@ -10,6 +10,7 @@
 
 #define KERNELS_MAX 64
 #define LOG2E 1.4426950408889634
+#define BOUNDED_EXPONENT 80 /* leaves 2^47 for the count of keys and for v */
 #define TICKET_BYTES 64 /* the workspace: one counter on a line of its own, then kv_append's part */
 
 typedef struct attn_mha_fwd_problem problem_t;
@@ -36,9 +37,10 @@ static void fill_scores(const problem_t *p, struct attn_mha_fwd_params *out)
     out->score = ATTN_SCORE_PLAIN;
     out->exp_scale = (float)(p->scale * LOG2E);
     if (p->softcap > 0) {
-        out->score = ATTN_SCORE_CAPPED;
         out->score_scale = (float)(p->scale / p->softcap);
         out->exp_scale = (float)(p->softcap * LOG2E);
+        bool bounded = p->dtype == ATTN_BF16 && out->exp_scale <= BOUNDED_EXPONENT;
+        out->score = bounded ? ATTN_SCORE_BOUNDED : ATTN_SCORE_CAPPED;
     } else if (!(p->scale > 0)) {
         out->score = ATTN_SCORE_SCALED;
         out->score_scale = (float)p->scale;

@@ -203,6 +203,22 @@ def segment_start():
         torch.cuda.synchronize()
 
 
+def softcap_saturated():
+    """Every score at the cap, or every one at its negative: no maximum is kept, and none is missed."""
+    for cap in (1.0, 30.0, 50.0, 60.0, 1000.0):
+        for sign in (1, -1):
+            q, k, v = (
+                torch.ones(1, 70, 2, 128),
+                torch.full((1, 500, 2, 128), 8.0 * sign),
+                randn(1, 500, 2, 128),
+            )
+            a = outputs({"q": q.cuda().to(BF16), "k": k.cuda().to(BF16), "v": v, "softcap": cap})
+            Call(**a).run()
+            close(a["out"][0], v[0].float().mean(0).expand(70, 2, 128), 1e-2)
+            score = cap * math.tanh(sign * 8 * 128**0.5 / cap)
+            assert (a["lse"] - score - math.log(500)).abs().max() < 1e-2 + 1e-3 * abs(score)
+
+
 def rotate(x, cos, sin, positions, interleaved):
     """x [s, h, d] in fp32, rounded to x's type."""
     r = 2 * cos.shape[1]
@@ -325,6 +341,7 @@ def main():
         many_sequences,
         long_keys,
         segment_start,
+        softcap_saturated,
         append,
         combine,
         not_built,

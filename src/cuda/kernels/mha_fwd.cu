@@ -128,15 +128,43 @@ struct key_rows {
     int width;
 };
 
-/* The same tile by copies of 16 bytes: any page size, any strides.  A lane finds the rows lane,
- * lane + 32, ..; then eight lanes share a row.  A whole warp calls it; each lane arrives. */
+/* Copies N rows by 16 bytes a lane, eight lanes a row.  Lane l holds where rows l, l + 32, .. lie from
+ * `head` on, -1 for one past the sequence's end.  WHOLE: no such row, and heads as wide as the tile. */
+template <int D, int N, int WHOLE>
+ATTN_DEVICE void copy_rows(const uint16_t *head, const int64_t (&offset)[(N + 31) / 32], int width,
+                           uint32_t dst)
+{
+    int lane = (int)threadIdx.x % 32, chunk = lane % 8;
+#pragma unroll
+    for (int i = 0; i < (N + 31) / 32; i++) {
+#pragma unroll(WHOLE ? 2 : 4)
+        for (int four = 0; four < 32 && 32 * i + four < N; four += 4) {
+            int from = four + lane / 8, row = 32 * i + from;
+            int64_t at = __shfl_sync(0xffffffff, offset[i], from);
+            uint32_t to = dst + row * 128 + ((chunk ^ (row & 7)) << 4);
+#pragma unroll
+            for (int panel = 0; panel < ATTN_MHA_FWD_PANELS(D); panel++) {
+                int column = panel * 64 + chunk * 8;
+                bool inside = at >= 0 && column < width;
+                if (WHOLE)
+                    cp_async_16(to + panel * N * 128, head + at + column);
+                else
+                    cp_async_16(to + panel * N * 128, inside ? head + at + column : head,
+                                inside ? 16 : 0);
+            }
+        }
+    }
+}
+
+/* The same tile row by row: any page size, any strides.  A lane finds the rows lane, lane + 32, ..
+ * A whole warp calls it; each lane arrives. */
 template <int D, int N>
 ATTN_DEVICE void load_gathered(const attn_mha_fwd_params &p, const key_rows &rows, uint32_t dst,
                                uint32_t bar, const sequence &seq, int h_kv, int key)
 {
-    int lane = (int)threadIdx.x % 32, chunk = lane % 8;
+    int lane = (int)threadIdx.x % 32;
     const uint16_t *head = rows.data + h_kv * rows.stride_h;
-    int64_t offset[(N + 31) / 32]; /* of a row from `head`; -1: past the sequence's end */
+    int64_t offset[(N + 31) / 32];
 #pragma unroll
     for (int i = 0; i < (N + 31) / 32; i++) {
         int position = seq.k_offset + key + 32 * i + lane, source = seq.k_row;
@@ -151,22 +179,10 @@ ATTN_DEVICE void load_gathered(const attn_mha_fwd_params &p, const key_rows &row
             offset[i] = source * rows.stride_b + position * rows.stride_s;
         }
     }
-#pragma unroll
-    for (int i = 0; i < (N + 31) / 32; i++) {
-#pragma unroll 4
-        for (int four = 0; four < 32 && 32 * i + four < N; four += 4) {
-            int from = four + lane / 8, row = 32 * i + from;
-            int64_t at = __shfl_sync(0xffffffff, offset[i], from);
-            uint32_t to = dst + row * 128 + ((chunk ^ (row & 7)) << 4);
-#pragma unroll
-            for (int panel = 0; panel < ATTN_MHA_FWD_PANELS(D); panel++) {
-                int column = panel * 64 + chunk * 8;
-                bool inside = at >= 0 && column < rows.width;
-                cp_async_16(to + panel * N * 128, inside ? head + at + column : head,
-                            inside ? 16 : 0);
-            }
-        }
-    }
+    if (D % 64 == 0 && rows.width == D && key + N <= seq.s_k)
+        copy_rows<D, N, 1>(head, offset, rows.width, dst);
+    else
+        copy_rows<D, N, 0>(head, offset, rows.width, dst);
     cp_async_mbarrier_arrive(bar);
 }
 
@@ -329,7 +345,7 @@ ATTN_DEVICE void release(const attn_mha_fwd_params &p, const uint64_t *empty, ri
 /* Softcap, and a scale that is not positive. */
 template <int N> ATTN_DEVICE void transform_scores(const attn_mha_fwd_params &p, float (&s)[N / 2])
 {
-    if (p.score == ATTN_SCORE_CAPPED) {
+    if (p.score == ATTN_SCORE_CAPPED || p.score == ATTN_SCORE_BOUNDED) {
 #pragma unroll
         for (int i = 0; i < N / 2; i++)
             s[i] = tanh_approx(s[i] * p.score_scale);
@@ -450,7 +466,7 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, 
             if (n >= whole_end || n < whole_begin)
                 mask_scores<N>(s, n * N + 2 * (lane % 4), sm.bounds[own_row],
                                sm.bounds[own_row + 8]);
-            softmax_update_max<N>(rows, s, p.exp_scale);
+            if (p.score != ATTN_SCORE_BOUNDED) softmax_update_max<N>(rows, s, p.exp_scale);
             softmax_exponentiate<N>(rows, s, p.exp_scale);
         };
         auto release_k = [&](int n) { /* and q behind the last product that reads it */
@@ -481,7 +497,7 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, 
             for (int i = 0; i < DV / 2; i++)
                 o[i] = 0.0f;
         }
-        if (!STORES_LATE || begin == end) softmax_init(rows);
+        if (!STORES_LATE || begin == end) softmax_init(rows, p.score == ATTN_SCORE_BOUNDED);
         int n = tile.end - 1;
         for (; n >= end; n--)
             skip();
@@ -494,7 +510,7 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, 
             issue_qk<FP16, DQK, M, N>(s, q, shared_address(sm.k[ks.stage]));
             if (STORES_LATE) {
                 store_last();
-                softmax_init(rows);
+                softmax_init(rows, p.score == ATTN_SCORE_BOUNDED);
             }
             wgmma_wait_group<0>();
             wgmma_pin(s);

@@ -21,9 +21,10 @@ struct attn_mha_fwd_maps {
 };
 
 enum attn_mha_fwd_score {
-    ATTN_SCORE_PLAIN,  /* exponent = score * exp_scale */
-    ATTN_SCORE_SCALED, /* exponent = score * score_scale * exp_scale: a scale <= 0 */
-    ATTN_SCORE_CAPPED, /* exponent = tanh(score * score_scale) * exp_scale: softcap */
+    ATTN_SCORE_PLAIN,   /* exponent = score * exp_scale */
+    ATTN_SCORE_SCALED,  /* exponent = score * score_scale * exp_scale: a scale <= 0 */
+    ATTN_SCORE_CAPPED,  /* exponent = tanh(score * score_scale) * exp_scale: softcap */
+    ATTN_SCORE_BOUNDED, /* the same with exp_scale <= 80 and bf16: no running maximum */
 };
 
 enum attn_mha_fwd_sink { ATTN_SINK_NONE, ATTN_SINK_FP32, ATTN_SINK_BF16, ATTN_SINK_FP16 };

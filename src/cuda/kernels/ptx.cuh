@@ -166,6 +166,12 @@ ATTN_DEVICE void store_async_cluster(uint32_t dst, int value, uint32_t bar, uint
 
 /* ---- ordinary asynchronous copies ------------------------------------------------------------ */
 
+/* Sixteen bytes.  PTX ISA: cp.async */
+ATTN_DEVICE void cp_async_16(uint32_t dst, const void *src)
+{
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst), "l"(src) : "memory");
+}
+
 /* Sixteen bytes, of which the first `bytes` (0 or 16) are read and the rest is zero.
  * PTX ISA: cp.async */
 ATTN_DEVICE void cp_async_16(uint32_t dst, const void *src, uint32_t bytes)

@@ -17,9 +17,10 @@ struct softmax_rows {
     float shrink[2];      /* by what O must be multiplied before the next P . V */
 };
 
-ATTN_DEVICE void softmax_init(softmax_rows &r)
+/* `bounded`: exponents are so small that none overflows, and m stays 0. */
+ATTN_DEVICE void softmax_init(softmax_rows &r, bool bounded)
 {
-    r.max[0] = r.max[1] = -1e30f;
+    r.max[0] = r.max[1] = bounded ? 0.0f : -1e30f;
     r.sum[0] = r.sum[1] = 0.0f;
     r.shrink[0] = r.shrink[1] = 1.0f;
 }
