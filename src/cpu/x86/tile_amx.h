@@ -14,7 +14,7 @@
  * may sink below the load that wants it: put tile_fence() between them.
  *
  * Built with ATTN_AMX_EMU the tiles are plain memory, so that the same kernels run, and have their
- * configuration checked, on any machine with AVX-512.
+ * configuration checked, on any machine with AVX-512-BF16.
  */
 #ifndef ATTN_CPU_X86_TILE_AMX_H
 #define ATTN_CPU_X86_TILE_AMX_H
