@@ -66,8 +66,9 @@ bench: dev ## the figures: a table, one row a shape (ARGS="--rows decode", ARGS=
 bench-gpu: dev ## a Hopper GPU's figures (ARGS="--rows d128 --peer fa3=PATH")
 	@ATTN_LIB=build/release/libattn.so .venv/bin/python bench/gpu_mha_fwd.py $(ARGS)
 
-wheel: ## the wheels, into dist/
+wheel: ## the wheels, into dist/ (CUDA=pip: for drivers of CUDA 12)
 	@$(VENV) build
+	@$(BUILD) release
 	@tools/wheels.sh $(DIST)
 
 install: ## library, headers, CMake and pkg-config files, into PREFIX
