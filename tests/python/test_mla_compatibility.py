@@ -164,12 +164,20 @@ def prefill_dtypes(m):
     return sum(m.prefill(dtype=dtype)[0].float().mean() for dtype in (torch.float16, torch.float32))
 
 
-@probe("`out` in decode and sparse prefill")
+@probe("`out` in dense decode")
 def given(m):
+    out = torch.empty(2, 2, 4, 512, dtype=torch.bfloat16, device=m.device)
+    assert m.dense(out=out)[0] is out
+    return out
+
+
+@probe("`out` in sparse decode and prefill")
+def given_sparse(m):
     outs = [
-        torch.empty(*shape, dtype=torch.bfloat16, device=m.device) for shape in ((2, 2, 4, 512), (3, 64, 512))
+        torch.empty(n, *shape, dtype=torch.bfloat16, device=m.device)
+        for n, *shape in ((2, 1, 64, 512), (3, 64, 512))
     ]
-    assert m.dense(out=outs[0])[0] is outs[0] and m.prefill(out=outs[1])[0] is outs[1]
+    assert m.sparse(out=outs[0]) is outs[0] and m.prefill(out=outs[1])[0] is outs[1]
     return outs[0].float().mean() + outs[1].float().mean()
 
 
@@ -261,13 +269,13 @@ def formats(m):
 
 @probe("DeepSeek's attention layer")
 def deepseek(m):
-    attention = layer.LatentAttention(64, 2, None, d_nope=16, d_v=16).to(m.device)
-    store = layer.PagedLatentCache(1, 4, dtype=torch.float32, device=m.device)
+    attention = layer.LatentAttention(64, 2, None).bfloat16().to(m.device)
+    store = layer.PagedLatentCache(1, 4, device=m.device)
     with torch.no_grad():
         for new in (9, 1):
             step = store.step({"a": new})
             tables = layer.rope_tables(step.positions, *layer.rope_frequencies(64))
-            out = attention(m.randn(new, 64, dtype=torch.float32), *tables, store[0], step)
+            out = attention(m.randn(new, 64), *tables, store[0], step)
     return out
 
 
