@@ -30,6 +30,16 @@ def noise(gen, *shape, dtype=torch.bfloat16, gain=1.0):
     return (torch.randn(*shape, generator=gen) * gain).to(dtype)
 
 
+def queries(gen, *shape, dtype=torch.bfloat16):
+    """With keys() a spread of scores of about one under a model's scale."""
+    return noise(gen, *shape, dtype=torch.float32, gain=4.0).to(dtype)
+
+
+def keys(gen, *shape, dtype=torch.bfloat16):
+    """Rows of a cache, in upstream's size: it goes with its absolute tolerances."""
+    return noise(gen, *shape, dtype=torch.float32, gain=0.1).to(dtype)
+
+
 def pick(gen, options):
     return options[int(torch.randint(len(options), (), generator=gen))]
 
@@ -39,9 +49,7 @@ def wild(gen, *shape):
 
 
 def dense(gen, lengths, s_q=1, h_q=16, h_k=1, page=64, d=576, dtype=torch.bfloat16, room=1):
-    """q, k_cache, block_table, cache_seqlens for sequences of these lengths, `room` spare table columns.
-
-    Values lie in -1 ... 1, as upstream draws them for a spread of scores near that of a model."""
+    """q, k_cache, block_table, cache_seqlens for sequences of these lengths, `room` spare table columns."""
     b, lens = len(lengths), torch.tensor(lengths, dtype=torch.int32)
     pages = [-(-n // page) for n in lengths]
     pool = sum(pages) + 3
@@ -53,10 +61,8 @@ def dense(gen, lengths, s_q=1, h_q=16, h_k=1, page=64, d=576, dtype=torch.bfloat
         table[i, :count] = order[at : at + count]
         at += count
         t = torch.arange(n)
-        raw[table[i].long()[t // page], t % page] = (noise(gen, n, h_k, d, dtype=torch.float32) / 2).clamp(
-            -1, 1
-        )
-    q = (noise(gen, b, s_q, h_q, d, dtype=torch.float32) / 2).clamp(-1, 1)
+        raw[table[i].long()[t // page], t % page] = keys(gen, n, h_k, d, dtype=torch.float32)
+    q = queries(gen, b, s_q, h_q, d, dtype=torch.float32)
     return q.to(dtype), raw.to(dtype), table, lens
 
 
@@ -78,7 +84,7 @@ def used(where, length):
 
 def fp8_cache(gen, pages, page, d, *index_tensors, **options):
     """An FP8 cache of random rows, NaN codes and scales where no index points."""
-    rows = (noise(gen, pages, page, d, dtype=torch.float32) / 2).clamp(-1, 1)
+    rows = keys(gen, pages, page, d, dtype=torch.float32)
     cache = reference.pack(rows, **options)
     flat = torch.zeros(pages * page, dtype=torch.bool)
     for x in index_tensors:

@@ -26,8 +26,8 @@ def dense_case(device, number=0, s_q=1, dtype=torch.bfloat16, h_q=16):
 def sparse_case(d, number=1, n=4, h_q=16, topk=64, page=64, s_q=1):
     gen = generator(number, d)
     return {
-        "q": cases.noise(gen, n, s_q, h_q, d) / 2,
-        "k_cache": fp8_cache.quantize_k_cache(cases.noise(gen, 5, page, d)),
+        "q": cases.queries(gen, n, s_q, h_q, d),
+        "k_cache": fp8_cache.quantize_k_cache(cases.keys(gen, 5, page, d)),
         "indices": cases.indices(gen, n, s_q, topk, limit=5 * page, wild_values=torch.tensor([-1])),
     }
 
@@ -158,7 +158,7 @@ def test_vllm_sparse_decode_as_one_entry_of_all_tokens(device):
 def test_vllm_sparse_prefill(device):
     """Padding heads come uninitialised and may hold NaN."""
     gen = generator(5)
-    q, kv = cases.noise(gen, 9, 64, 576) / 2, cases.noise(gen, 200, 576) / 2
+    q, kv = cases.queries(gen, 9, 64, 576), cases.keys(gen, 200, 576)
     where = cases.indices(gen, 9, 128, limit=200, wild_values=torch.tensor([-1]))
     lengths = torch.randint(1, 129, (9,), generator=gen).int()
     q[:, 16:] = float("nan")
@@ -220,7 +220,7 @@ def test_vllm_v4_decode(device):
 
 def test_vllm_v4_prefill(device):
     gen = generator(8)
-    q, kv = cases.noise(gen, 9, 16, 512) / 2, cases.noise(gen, 100, 1, 512) / 2
+    q, kv = cases.queries(gen, 9, 16, 512), cases.keys(gen, 100, 1, 512)
     where = cases.indices(gen, 9, 1, 128, limit=100)
     a = on(
         device,
@@ -408,7 +408,7 @@ def test_sglang_v32(device):
 
 def test_sglang_v32_prefill(device):
     gen = generator(16)
-    q, kv = cases.noise(gen, 9, 64, 576) / 2, cases.noise(gen, 300, 1, 576) / 2
+    q, kv = cases.queries(gen, 9, 64, 576), cases.keys(gen, 300, 1, 576)
     where = cases.indices(gen, 9, 256, limit=300, wild_values=torch.tensor([-1]))
     call = {"q": q, "kv": kv, "indices": where.unsqueeze(1)}
     out, _, _ = cases.not_on_cuda(

@@ -270,10 +270,10 @@ def test_a_sparse_call_fills_the_object():
 def sparse_run(meta, num_splits=None, **change):
     gen = cases.generator(1)
     arguments = {
-        "q": cases.noise(gen, 2, 3, 4, 576) / 2,
-        "k_cache": fp8_cache.quantize_k_cache(cases.noise(gen, 3, 61, 576)),
+        "q": cases.queries(gen, 2, 3, 4, 576),
+        "k_cache": fp8_cache.quantize_k_cache(cases.keys(gen, 3, 61, 576)),
         "indices": cases.indices(gen, 2, 3, 70, limit=183),
-        "extra_k_cache": fp8_cache.quantize_k_cache(cases.noise(gen, 30, 2, 576)),
+        "extra_k_cache": fp8_cache.quantize_k_cache(cases.keys(gen, 30, 2, 576)),
         "extra_indices_in_kvcache": cases.indices(gen, 2, 3, 64, limit=60),
         "block_table": None,
         "cache_seqlens": None,
@@ -322,7 +322,7 @@ def test_a_sparse_call_of_another_kind_is_refused(field):
     change = {
         "topk": {"indices": cases.indices(gen, 2, 3, 71, limit=183)},
         "extra_page_block_size": {
-            "extra_k_cache": fp8_cache.quantize_k_cache(cases.noise(gen, 20, 3, 576)),
+            "extra_k_cache": fp8_cache.quantize_k_cache(cases.keys(gen, 20, 3, 576)),
         },
         "extra_topk": {"extra_indices_in_kvcache": cases.indices(gen, 2, 3, 65, limit=60)},
     }[field]

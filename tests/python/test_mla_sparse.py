@@ -14,7 +14,7 @@ INF = float("inf")
 def decode_case(gen, d, h_q, b, s_q, part, extra=None, lengths=(), sink=False, share_wild=0.1):
     """Keyword arguments of a sparse decode; part and extra are (s_kv, topk, page), lengths names those
     of "own", "extra" that get a topk_length."""
-    a = {"q": (cases.noise(gen, b, s_q, h_q, d, dtype=torch.float32) / 2).clamp(-1, 1).bfloat16()}
+    a = {"q": cases.queries(gen, b, s_q, h_q, d)}
     for name, which in (("own", part), ("extra", extra)):
         if which is None:
             continue
@@ -129,7 +129,7 @@ def test_decode_of_zero_lengths(device, d):
     a = decode_case(generator(d), d, 8, 3, 1, (200, 64, 64), (200, 64, 64), ("own", "extra"))
     a["topk_length"] = torch.tensor([0, 0, 64]).int()
     a["extra_topk_length"] = torch.tensor([0, 3, 0]).int()
-    rows = cases.noise(generator(1), 4, 64, d) / 2
+    rows = cases.keys(generator(1), 4, 64, d)
     a["k_cache"] = a["extra_k_cache"] = reference.pack(rows)
     out, lse = decode(device, a)
     assert (out[0] == 0).all() and torch.isposinf(lse[0]).all() and torch.isfinite(lse[1:]).all()
@@ -157,7 +157,7 @@ def test_duplicates_count_twice(device, d):
     gen = generator(d)
     a = decode_case(gen, d, 4, 1, 1, (64, 64, 64), share_wild=0.0)
     a["indices"][:] = torch.tensor([5] * 60 + [9] * 4).int()
-    a["k_cache"] = reference.pack(cases.noise(gen, 1, 64, d) / 2)
+    a["k_cache"] = reference.pack(cases.keys(gen, 1, 64, d))
     decode(device, a)
 
 
@@ -199,10 +199,10 @@ def test_page_strides_of_the_caller(device, d):
 def test_v32_takes_any_positive_scale(device):
     """An older writer's scales are a / 448, no powers of two."""
     gen = generator(1)
-    rows = cases.noise(gen, 4, 64, 576)
+    rows = cases.keys(gen, 4, 64, 576)
     scales = rows[..., :512].unflatten(-1, (4, 128)).double().abs().amax(-1) / 448
     a = {
-        "q": cases.noise(gen, 2, 1, 8, 576) / 2,
+        "q": cases.queries(gen, 2, 1, 8, 576),
         "k_cache": reference.pack(rows, scales),
         "indices": cases.indices(gen, 2, 1, 64, limit=256),
     }
@@ -261,8 +261,8 @@ def test_decode_random(device, round):
 
 def prefill_case(gen, d, h_q, s_q, s_kv, topk, lengths=False, sink=False, share_wild=0.1):
     where = cases.indices(gen, s_q, 1, topk, limit=s_kv, share_wild=share_wild)
-    kv = (cases.noise(gen, s_kv, 1, d, dtype=torch.float32) / 2).clamp(-1, 1).bfloat16()
-    a = {"q": (cases.noise(gen, s_q, h_q, d) / 2).clamp(-1, 1), "indices": where}
+    kv = cases.keys(gen, s_kv, 1, d)
+    a = {"q": cases.queries(gen, s_q, h_q, d), "indices": where}
     live = where
     if lengths:
         a["topk_length"] = torch.randint(0, topk + 1, (s_q,), generator=gen).int()
@@ -372,8 +372,8 @@ def test_long_prefill(device):
     gen = generator(70000)
     s_q = 70000
     a = {
-        "q": (cases.noise(gen, 50, 1, 512) / 2).repeat(s_q // 50, 1, 1),
-        "kv": cases.noise(gen, 64, 1, 512) / 2,
+        "q": cases.queries(gen, 50, 1, 512).repeat(s_q // 50, 1, 1),
+        "kv": cases.keys(gen, 64, 1, 512),
         "indices": torch.arange(s_q).remainder(64).int().view(-1, 1, 1),
     }
     call = {name: x.to(device) for name, x in a.items()}
