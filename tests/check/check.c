@@ -38,6 +38,7 @@ static const struct op {
     {"mha_fwd", check_mha_fwd, false},
     {"mha_plan", check_mha_plan, false},
     {"mla", check_mla, false},
+    {"mla_hostile", check_mla_hostile, false},
     {"hostile", check_hostile, false},
     {"threads", check_threads, true},
 };
