@@ -13,7 +13,8 @@
  *
  * so that one long sequence uses every core, many short ones are not cut at all, and at most
  * 2 * target pieces wait to be combined: a unit is cut only above one piece's length, so cutting at
- * most doubles their number.  Lengths decide, threads never do: results do not depend on them.
+ * most doubles their number; with a target of 1, none.  Lengths decide, threads never do: results do
+ * not depend on them.
  *
  * Workspace, each part 64-byte aligned:
  *   first task of each unit [units + 1] | cut units [2 target] | their first slot [2 target] |
@@ -21,7 +22,6 @@
  */
 #include "cpu/mla.h"
 
-#include <float.h>
 #include <stdio.h>
 
 #include "cpu/mla_kernel.h"
@@ -119,7 +119,7 @@ struct layout {
 static struct layout lay_out(const problem_t *p, const plan_t *plan)
 {
     struct layout l = {0};
-    int64_t most = 2 * plan->tile[TILE_TARGET], at = 0;
+    int64_t target = plan->tile[TILE_TARGET], most = target > 1 ? 2 * target : 0, at = 0;
     l.first_task = at;
     at += round_up((units_of(p) + 1) * (int64_t)sizeof(int64_t), 64);
     l.cut = at;
