@@ -29,7 +29,7 @@ typedef struct attn_kda_fwd_kernel kernel_t;
 enum { TILE_FORM, TILE_THREADS, TILE_SCRATCH, TILE_RECORDS, TILE_STATES, TILE_WAVE };
 enum { FORM_REF, FORM_KERNEL };
 enum {
-    GROUP = 8,           /* chunks a thread prepares before it scans them */
+    GROUP = 4,           /* chunks a thread prepares before it scans them */
     WAVE_MAX = 64,       /* chunks of one unit in a wave */
     WAVE_CHUNKS = 128,   /* chunks of all units in a wave, about */
     WAVE_UNITS = 4,      /* waves are for at most this many units a thread */
@@ -177,6 +177,7 @@ static void prepare(const struct call *c, const struct attn_kda_seq *s, int64_t 
 {
     int64_t begin = cut_begin(&c->cut, chunk), rows = cut_rows(&c->cut, chunk, s->len);
     struct attn_kda_tokens tokens = tokens_at(c->p, s, h, begin, rows);
+    tokens.ahead = (int32_t)min64(rows, s->len - begin - rows);
     c->kernel->prepare(&tokens, record, scratch_of(c, thread));
 }
 

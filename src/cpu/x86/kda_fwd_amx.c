@@ -29,8 +29,8 @@ kda_product(float (*c)[32], bool add, const char *a, int64_t a_next, const char 
     for (int64_t i = 0; i < steps; ++i) {
         tile_load(6, b + 2 * i * TILE_BYTES);
         tile_load(7, b + (2 * i + 1) * TILE_BYTES);
-        tile_load(4, a + i * TILE_BYTES);
-        tile_load(5, a + a_next + i * TILE_BYTES);
+        tile_load_once(4, a + i * TILE_BYTES);
+        tile_load_once(5, a + a_next + i * TILE_BYTES);
         tile_dpbf16(0, 4, 6);
         tile_dpbf16(1, 4, 7);
         tile_dpbf16(2, 5, 6);

@@ -65,7 +65,7 @@ struct kda_scan_scratch {
     char s[8 * KDA_TILE] __attribute__((aligned(64))); /* B: the slice of the state */
     char x[2 * KDA_TILE] __attribute__((aligned(64))); /* B */
     char u[2 * KDA_TILE] __attribute__((aligned(64))); /* B */
-    kda_block c, out, next[2];
+    kda_block c, out;
 };
 
 static int64_t kda_scratch_bytes(int64_t d)
@@ -128,11 +128,14 @@ VEC_INLINE void kda_put_transposed(char *tile, const __m512i x[16])
 }
 
 /* kd, qd, kr and D of 32 channels. */
-static void kda_state_factors(const struct kda_columns *x, const struct kda_gates *g, int32_t c,
-                              int32_t d, const struct kda_record *to)
+static void kda_state_factors(const struct attn_kda_tokens *tokens, const struct kda_columns *x,
+                              const struct kda_gates *g, int32_t c, const struct kda_record *to)
 {
+    int32_t d = tokens->d;
     vec f0 = vec_set1(1.0f), f1 = f0;
     for (int32_t i = 0; i < KDA_CHUNK; ++i) {
+        if (i < tokens->ahead)
+            kda_fetch(tokens->k + (tokens->rows + i) * tokens->k_row + 2 * c, KDA_LINE);
         f0 = vec_mul(f0, vec_load(&g->decay[i][c]));
         f1 = vec_mul(f1, vec_load(&g->decay[i][c + 16]));
         __m512i kd = kda_pack(vec_mul(x->k[i][0], f0), vec_mul(x->k[i][1], f1));
@@ -173,9 +176,10 @@ VEC_INLINE __m512i kda_pair_lines(const struct kda_columns *x, int32_t i, int32_
     return kda_pack(vec_mul(x->k[i][0], back[0]), vec_mul(x->k[i][1], back[1]));
 }
 
-static void kda_pair_factors(const struct kda_columns *x, int32_t c, int32_t d,
-                             struct kda_prepare_scratch *s)
+static void kda_pair_factors(const struct attn_kda_tokens *tokens, const struct kda_columns *x,
+                             int32_t c, struct kda_prepare_scratch *s)
 {
+    int32_t d = tokens->d;
     __m512i ki[16];
     vec p[2], inverse[2]; /* p: D_m / D_i / lift, then D_i / D_m * lift */
     p[0] = p[1] = vec_set1(1 / KDA_LIFT);
@@ -183,6 +187,8 @@ static void kda_pair_factors(const struct kda_columns *x, int32_t c, int32_t d,
         VEC_UNROLL
         for (int j = 0; j < 2; ++j) inverse[j] = kda_recip(p[j]);
         ki[i] = kda_pair_lines(x, i, c, d, inverse, p, s);
+        if (i < tokens->ahead)
+            kda_fetch(tokens->q + (tokens->rows + i) * tokens->q_row + 2 * c, KDA_LINE);
         VEC_UNROLL
         for (int j = 0; j < 2; ++j) p[j] = vec_mul(p[j], vec_load(&s->g.decay[i][c + 16 * j]));
     }
@@ -195,6 +201,8 @@ static void kda_pair_factors(const struct kda_columns *x, int32_t c, int32_t d,
             inverse[j] = kda_recip(p[j]);
         }
         ki[i - 16] = kda_pair_lines(x, i, c, d, p, inverse, s);
+        if (i < tokens->ahead)
+            kda_fetch(tokens->q + (tokens->rows + i) * tokens->q_row + 2 * c, KDA_LINE);
     }
     kda_put_transposed(s->ki + (c / 16 + 1) * KDA_TILE, ki);
 }
@@ -221,9 +229,9 @@ static void kda_prepare(const struct attn_kda_tokens *x, char *record, char *scr
         for (int32_t c = 0; c < x->d; c += 16) vec_store(&s->g.decay[i][c], vec_set1(1.0f));
     for (int32_t c = 0; c < x->d; c += KDA_STEP_CHANNELS) {
         kda_load_columns(x, &s->g, c, &columns);
-        kda_state_factors(&columns, &s->g, c, x->d, &to);
+        kda_state_factors(x, &columns, &s->g, c, &to);
         if (!s->g.apart) {
-            kda_pair_factors(&columns, c, x->d, s);
+            kda_pair_factors(x, &columns, c, s);
             continue;
         }
         for (int32_t i = 0; i < KDA_CHUNK; ++i) {
@@ -248,15 +256,20 @@ static void kda_prepare(const struct attn_kda_tokens *x, char *record, char *scr
 
 /* ---- scan ------------------------------------------------------------------------------------ */
 
-/* The B operand of 32 channels of the state, places c ... */
-VEC_INLINE void kda_pack_state(const float *state, int32_t c, char *to)
+/* 32 channels of the state, places c ...: its operand for the chunk, then S = D S. */
+VEC_INLINE void kda_pack_state(float *state, const float *decay, int32_t c, char *to)
 {
-    const float *even = state + c * KDA_SLICE, *odd = even + 16 * KDA_SLICE;
-    for (int i = 0; i < 16; ++i)
-        for (int n = 0; n < 2; ++n)
-            _mm512_store_si512(to + n * KDA_TILE + i * KDA_LINE,
-                               kda_pack(vec_load(even + i * KDA_SLICE + 16 * n),
-                                        vec_load(odd + i * KDA_SLICE + 16 * n)));
+    for (int i = 0; i < 16; ++i) {
+        vec even = vec_set1(decay[c + i]), odd = vec_set1(decay[c + 16 + i]);
+        VEC_UNROLL
+        for (int n = 0; n < 2; ++n) {
+            float *e = state + (c + i) * KDA_SLICE + 16 * n, *o = e + 16 * KDA_SLICE;
+            vec a = vec_load(e), b = vec_load(o);
+            _mm512_store_si512(to + n * KDA_TILE + i * KDA_LINE, kda_pack(a, b));
+            vec_store(e, vec_mul(a, even));
+            vec_store(o, vec_mul(b, odd));
+        }
+    }
 }
 
 /* X = V + (-kd S), packed. */
@@ -288,51 +301,43 @@ VEC_INLINE void kda_pack_u(kda_block u, char *to)
                                kda_pack(vec_load(u[i] + 16 * n), vec_load(u[i + 1] + 16 * n)));
 }
 
-/* S = D S + kr^T U for the 32 channels at places c ..., and the operand for the next chunk. */
-VEC_INLINE void kda_update(float *state, const float *decay, kda_block add, int32_t c, char *to)
-{
-    for (int i = 0; i < 16; ++i) {
-        vec even = vec_set1(decay[c + i]), odd = vec_set1(decay[c + 16 + i]);
-        VEC_UNROLL
-        for (int n = 0; n < 2; ++n) {
-            float *e = state + (c + i) * KDA_SLICE + 16 * n, *o = e + 16 * KDA_SLICE;
-            vec a = vec_fma(vec_load(e), even, vec_load(add[i] + 16 * n));
-            vec b = vec_fma(vec_load(o), odd, vec_load(add[16 + i] + 16 * n));
-            vec_store(e, a);
-            vec_store(o, b);
-            _mm512_store_si512(to + n * KDA_TILE + i * KDA_LINE, kda_pack(a, b));
-        }
-    }
-}
-
+/* A slice of a row is a line of memory: written past the caches where it is aligned as one. */
 VEC_INLINE void kda_put_out(const struct attn_kda_scan *s, const struct attn_kda_part *p,
                             kda_block out)
 {
     char *to = p->out + 2 * s->v0;
     vec scale = vec_set1(s->scale);
-    for (int i = 0; i < p->rows; ++i) {
+    bool line = (((uintptr_t)to | (uintptr_t)s->out_row) & 63) == 0;
+    for (int i = 0; i < p->rows; ++i, to += s->out_row) {
         vec low = vec_mul(scale, vec_load(out[i])), high = vec_mul(scale, vec_load(out[i] + 16));
-        _mm512_storeu_si512(to + i * s->out_row, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+        __m512i y = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+        if (line)
+            _mm512_stream_si512((void *)to, y);
+        else
+            _mm512_storeu_si512(to, y);
     }
 }
 
-static void kda_scan_part(const struct attn_kda_scan *s, const struct attn_kda_part *p,
-                          struct kda_scan_scratch *w)
+/* Part i; v of the next part, or of the first one's next slice, is fetched on the way. */
+static void kda_scan_part(const struct attn_kda_scan *s, int32_t i, struct kda_scan_scratch *w)
 {
+    const struct attn_kda_part *p = &s->parts[i], *next = &s->parts[(i + 1) % s->count];
+    int32_t next_v0 = i + 1 < s->count ? s->v0 : (s->v0 + KDA_SLICE) % s->d;
     const struct kda_record r = kda_record(p->record, s->d);
     int64_t rows = s->d / 32 * KDA_TILE, steps = s->d / 32;
+    for (int32_t c = 0; c < s->d; c += 32)
+        kda_pack_state(s->state, r.decay, c, w->s + c / 16 * KDA_TILE);
     kda_product(w->c, false, r.kd, rows, w->s, steps);
     kda_product(w->out, false, r.qd, rows, w->s, steps);
     kda_pack_x(s, p, w->c, w->x);
     kda_product(w->c, false, r.t, KDA_TILE, w->x, 1);
     kda_pack_u(w->c, w->u);
     kda_product(w->out, true, r.m, KDA_TILE, w->u, 1);
-    kda_product(w->next[0], false, r.kr, KDA_TILE, w->u, 1);
-    for (int64_t i = 0; i < steps; ++i) {
-        if (i + 1 < steps)
-            kda_product(w->next[(i + 1) % 2], false, r.kr + (i + 1) * 2 * KDA_TILE, KDA_TILE, w->u,
-                        1);
-        kda_update(s->state, r.decay, w->next[i % 2], (int32_t)i * 32, w->s + i * 2 * KDA_TILE);
+    for (int64_t m = 0; m < steps; ++m) {
+        kda_product((float (*)[32])(s->state + 32 * m * KDA_SLICE), true, r.kr + m * 2 * KDA_TILE,
+                    KDA_TILE, w->u, 1);
+        for (int64_t j = m; j < next->rows; j += steps)
+            _mm_prefetch(next->v + j * s->v_row + 2 * next_v0, _MM_HINT_T0);
     }
     kda_put_out(s, p, w->out);
 }
@@ -352,14 +357,13 @@ static void kda_scan(const struct attn_kda_scan *s, char *scratch)
     struct kda_scan_scratch *w = (struct kda_scan_scratch *)(void *)scratch;
     kda_read_state(ATTN_BF16, s);
     if (s->first && s->initial) kda_tidy(s);
-    for (int32_t c = 0; s->count && c < s->d; c += 32)
-        kda_pack_state(s->state, c, w->s + c / 16 * KDA_TILE);
     kda_begin();
     for (int32_t i = 0; i < s->count; ++i) {
-        kda_scan_part(s, &s->parts[i], w);
+        kda_scan_part(s, i, w);
         kda_write_state(ATTN_BF16, s, s->checkpoint_dtype, s->parts[i].checkpoint);
     }
     kda_end();
+    _mm_sfence();
     kda_write_state(ATTN_BF16, s, s->state_dtype, s->final);
 }
 

@@ -176,6 +176,10 @@ VEC_INLINE void kda_columns(enum attn_dtype t, const struct attn_kda_tokens *x,
     for (int32_t c = 0; c < x->d; c += 2 * VEC_LANES) {
         for (int32_t i = 0; i < KDA_CHUNK; ++i) {
             vec k[2] = {vec_zero(), vec_zero()}, q[2] = {vec_zero(), vec_zero()};
+            if (i < x->ahead) {
+                kda_fetch(x->k + (x->rows + i) * x->k_row + c * bytes, 2 * VEC_LANES * bytes);
+                kda_fetch(x->q + (x->rows + i) * x->q_row + c * bytes, 2 * VEC_LANES * bytes);
+            }
             if (i < x->rows) {
                 vec_load_pair(t, x->k + i * x->k_row + c * bytes, &k[0], &k[1]);
                 vec_load_pair(t, x->q + i * x->q_row + c * bytes, &q[0], &q[1]);

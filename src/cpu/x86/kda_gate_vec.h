@@ -45,6 +45,12 @@ static inline int64_t kda_place(enum attn_dtype t, int64_t c)
     return t == ATTN_BF16 ? c - in + in % 2 * VEC_LANES + in / 2 : c;
 }
 
+/* Brings the lines of a row into L2. */
+VEC_INLINE void kda_fetch(const char *row, int64_t bytes)
+{
+    for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(row + i, _MM_HINT_T1);
+}
+
 /* 1 / (1 + 2^y): the logistic function of -y ln 2. */
 VEC_INLINE vec kda_logistic(vec y)
 {
@@ -121,6 +127,7 @@ VEC_INLINE void kda_gates(enum attn_dtype t, const struct attn_kda_tokens *x, st
     vec slope = vec_set1(x->slope * -KDA_LOG2_E), bound = vec_set1(x->lower_bound * KDA_LOG2_E);
     for (int32_t i = 0; i < x->rows; ++i) {
         const char *row = x->g + i * x->g_row;
+        if (i < x->ahead) kda_fetch(row + x->rows * x->g_row, x->d * bytes);
         for (int32_t c = 0; c < x->d; c += 2 * VEC_LANES) {
             vec u[2];
             vec_load_pair(t, row + c * bytes, &u[0], &u[1]);
