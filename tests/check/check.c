@@ -39,6 +39,7 @@ static const struct op {
     {"mha_plan", check_mha_plan, false},
     {"mla", check_mla, false},
     {"mla_hostile", check_mla_hostile, false},
+    {"kda", check_kda, false},
     {"hostile", check_hostile, false},
     {"threads", check_threads, true},
 };

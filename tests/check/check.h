@@ -85,6 +85,7 @@ void check_mha_fwd(void);    /* the op: driver, plan and kernels together */
 void check_mha_plan(void);
 void check_mla(void); /* the mla ops with every rung's kernels */
 void check_mla_hostile(void);
+void check_kda(void); /* kda_fwd and kda_step */
 void check_hostile(void);
 void check_hostile_combine(void); /* called by check_hostile */
 void check_threads(void);
