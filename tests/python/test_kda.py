@@ -2,7 +2,9 @@
 """flash_kda.fwd against the recurrence in fp64: lengths, packing, dtypes, extreme values, states that are
 passed on, checkpoints, pools, and what must be neither read nor written."""
 
+import multiprocessing
 import random
+import threading
 
 import flash_kda
 import kda_reference as reference
@@ -341,6 +343,46 @@ def test_the_number_of_threads_does_not_matter():
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(out, want) and torch.equal(states, want_states)
+
+
+def test_many_python_threads_at_once():
+    problems = [draw((2, 70 + n, 2), 64, state="fp32", seed=n) for n in range(4)]
+    wants, same = [p.run() for p in problems], []
+
+    def work(p, want):
+        for _ in range(10):
+            same.append(all(torch.equal(x, y) for x, y in zip(p.run(), want)))
+
+    team = [threading.Thread(target=work, args=pair) for pair in zip(problems, wants)]
+    for thread in team:
+        thread.start()
+    for thread in team:
+        thread.join()
+    assert len(same) == 40 and all(same)
+
+
+def forked(pipe, arguments):
+    flash_kda.fwd(**arguments)
+    pipe.send([arguments[name].float().numpy().tobytes() for name in ("out", "final_state")])
+
+
+def test_after_fork():
+    """A child of a process whose pool has run gets the same bits, and does not hang."""
+    problem = draw((2, 70, 2), 64, state="fp32")
+    want = [x.float().numpy().tobytes() for x in problem.run()]
+    made = {"out": torch.empty_like(problem.v), "final_state": torch.empty_like(problem.initial_state)}
+    arguments = {**problem.inputs(), **made, "initial_state": problem.initial_state}
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    child = context.Process(target=forked, args=(theirs, arguments))
+    child.start()
+    try:
+        assert ours.poll(60), "the child hangs"
+        assert ours.recv() == want
+        child.join(30)
+        assert child.exitcode == 0
+    finally:
+        child.kill()
 
 
 # ---- checkpoints and pools -------------------------------------------------------------------------
