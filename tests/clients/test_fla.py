@@ -6,6 +6,7 @@ fla does not import without Triton: a stub stands in for Triton while fla is imp
 """
 
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -43,7 +44,8 @@ def fla():
     import torch.utils._triton
 
     torch.utils._triton.has_triton_package()
-    with triton_stub.installed():
+    with triton_stub.installed(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that there is no GPU
         from fla.ops.kda import chunk_kda
         from fla.ops.kda.backends.flash_kda import FlashKDABackend
         from fla.ops.kda.naive import naive_recurrent_kda
