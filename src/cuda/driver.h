@@ -26,6 +26,7 @@ enum {
     CU_DEVICE_CAPABILITY_MINOR = 76,
     CU_KERNEL_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8,
     CU_LAUNCH_CLUSTER_DIMENSION = 4,
+    CU_LAUNCH_PROGRAMMATIC_STREAM_SERIALIZATION = 6,
     CU_TENSOR_FLOAT16 = 6,
     CU_TENSOR_BFLOAT16 = 9,
     CU_TENSOR_SWIZZLE_128B = 3,
@@ -38,6 +39,7 @@ struct cu_launch_attribute {
     union {
         char bytes[64];
         unsigned cluster[3];
+        int programmatic;
     } value;
 };
 

@@ -5,6 +5,7 @@
 #ifndef ATTN_CUDA_MHA_FWD_CUDA_H
 #define ATTN_CUDA_MHA_FWD_CUDA_H
 
+#include "cuda/kernels/mha_fwd_params.h"
 #include "cuda/module.h"
 #include "ops/mha_fwd.h"
 
@@ -29,6 +30,22 @@ struct attn_mha_fwd_cuda_tile {
 attn_status attn_mha_fwd_cuda_choose(const struct attn_mha_fwd_problem *problem,
                                      const struct attn_mha_fwd_cuda_tile *tiles, int tile_count,
                                      int multiprocessors, struct attn_mha_fwd_cuda_plan *plan);
+
+/* The part of it that does not depend on the tile; decode's too. */
+attn_status attn_mha_fwd_cuda_check(const struct attn_mha_fwd_problem *problem);
+
+/* Rows of the largest box of k or v that divides `keys` and never straddles two pages; 0: none, the
+ * rows are gathered. */
+int attn_mha_fwd_cuda_box(const struct attn_mha_fwd_problem *problem, int keys);
+
+/* The call as kernels see it, but for the ticket; and the map of k or v (struct
+ * attn_mha_fwd_maps). */
+void attn_mha_fwd_fill_params(const struct attn_mha_fwd_problem *problem,
+                              const struct attn_mha_fwd_cuda_plan *plan,
+                              struct attn_mha_fwd_params *params);
+attn_status attn_mha_fwd_encode_keys(const struct attn_mha_fwd_problem *problem, int box_rows,
+                                     const struct attn_rows *rows, int64_t width, const char *name,
+                                     struct attn_tensor_map *map);
 
 /* Calls with k_new run kv_append first: it writes the cache and, into attn_kv_append_bytes() of
  * workspace, the lengths with the new keys and (with a rotary table) a rotated copy of q.

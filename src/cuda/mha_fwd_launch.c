@@ -5,7 +5,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "cuda/mha_fwd_cuda.h"
+#include "cuda/mha_decode_cuda.h"
 #include "cuda/tma.h"
 
 #define KERNELS_MAX 64
@@ -60,7 +60,8 @@ static bool no_rows(const problem_t *p)
     return !p->cu_seqlens_k && (p->cache_rows == 0 || (p->page_table && p->num_pages == 0));
 }
 
-static void fill_params(const problem_t *p, const plan_t *plan, struct attn_mha_fwd_params *out)
+void attn_mha_fwd_fill_params(const problem_t *p, const plan_t *plan,
+                              struct attn_mha_fwd_params *out)
 {
     memset(out, 0, sizeof *out);
     out->out = p->out.data;
@@ -118,19 +119,19 @@ static void fill_params(const problem_t *p, const plan_t *plan, struct attn_mha_
 }
 
 /* k or v: see struct attn_mha_fwd_maps. */
-static attn_status encode_keys(const problem_t *p, const plan_t *plan, const struct attn_rows *r,
-                               int64_t width, const char *name, struct attn_tensor_map *map)
+attn_status attn_mha_fwd_encode_keys(const problem_t *p, int box_rows, const struct attn_rows *r,
+                                     int64_t width, const char *name, struct attn_tensor_map *map)
 {
     bool packed = p->cu_seqlens_k != NULL;
     int64_t rows = p->page_table ? p->page : packed ? p->t_k : p->s_k;
     int64_t batches = p->page_table ? p->num_pages : packed ? 1 : p->cache_rows;
     int64_t row = rows > 1 ? r->row : 8; /* the stride of a single row may be anything */
     return attn_tma_encode(&(struct attn_tma){.rank = 5,
-                                              .base = r->data - 2 * plan->box_rows * row,
-                                              .extent = {width, plan->box_rows, rows + 1, p->h_k,
+                                              .base = r->data - 2 * box_rows * row,
+                                              .extent = {width, box_rows, rows + 1, p->h_k,
                                                          batches},
                                               .stride = {row, row, r->head, r->batch},
-                                              .box = {64, plan->box_rows, 1, 1, 1}},
+                                              .box = {64, box_rows, 1, 1, 1}},
                            p->dtype == ATTN_F16, name, map);
 }
 
@@ -149,27 +150,46 @@ static attn_status encode_maps(const problem_t *p, const plan_t *plan, int tile_
         maps->k = maps->v = maps->q;
         return ATTN_OK;
     }
-    ATTN_TRY(encode_keys(p, plan, &p->k, p->d_qk, "k: cuTensorMapEncodeTiled", &maps->k));
-    return encode_keys(p, plan, &p->v, p->d_v, "v: cuTensorMapEncodeTiled", &maps->v);
+    ATTN_TRY(attn_mha_fwd_encode_keys(p, plan->box_rows, &p->k, p->d_qk,
+                                      "k: cuTensorMapEncodeTiled", &maps->k));
+    return attn_mha_fwd_encode_keys(p, plan->box_rows, &p->v, p->d_v, "v: cuTensorMapEncodeTiled",
+                                    &maps->v);
 }
 
-attn_status attn_mha_fwd_cuda_plan(const problem_t *p, struct attn_mha_fwd_plan *out)
+/* The workspace before decode's part: the ticket, then kv_append's. */
+static int64_t head_bytes(const problem_t *p)
 {
-    struct attn_cuda_device device;
+    return TICKET_BYTES + (attn_kv_append_bytes(p) + 63) / 64 * 64;
+}
+
+static attn_status plan_on(const problem_t *p, const struct attn_cuda_device *device,
+                           struct attn_mha_fwd_plan *out)
+{
     plan_t plan;
-    ATTN_TRY(attn_cuda_enter(p->device.device_id, &device));
-    attn_status status = choose(p, &device, &plan);
-    attn_cuda_leave(&device);
-    if (status) return status;
+    if (attn_mha_decode_cuda_wanted(p, device->multiprocessors)) {
+        ATTN_TRY(attn_mha_decode_cuda_plan(p, device, out));
+        out->workspace_bytes += head_bytes(p);
+        return ATTN_OK;
+    }
+    ATTN_TRY(choose(p, device, &plan));
     out->splits = 1;
     out->piece = p->s_k;
-    out->workspace_bytes = TICKET_BYTES + attn_kv_append_bytes(p);
+    out->workspace_bytes = head_bytes(p);
     out->tile[0] = plan.kernel;
     out->tile[1] = plan.cluster;
     out->tile[2] = plan.gather;
     out->tile[3] = plan.grid;
     strncpy(out->kernel, attn_mha_fwd_kernels[plan.kernel].name, sizeof out->kernel - 1);
     return ATTN_OK;
+}
+
+attn_status attn_mha_fwd_cuda_plan(const problem_t *p, struct attn_mha_fwd_plan *out)
+{
+    struct attn_cuda_device device;
+    ATTN_TRY(attn_cuda_enter(p->device.device_id, &device));
+    attn_status status = plan_on(p, &device, out);
+    attn_cuda_leave(&device);
+    return status;
 }
 
 /* Pointers and strides may have changed since the plan was made: choosing again is cheap. */
@@ -185,7 +205,7 @@ static attn_status launch(const problem_t *p, const struct attn_cuda_device *dev
     struct attn_cuda_kernel *kernel = &attn_mha_fwd_kernels[plan.kernel];
     ATTN_TRY(attn_cuda_driver(&cu));
     ATTN_TRY(attn_cuda_kernel_load(kernel, device->device, &handle));
-    fill_params(p, &plan, &params);
+    attn_mha_fwd_fill_params(p, &plan, &params);
     ATTN_TRY(encode_maps(p, &plan, kernel->rows, &maps));
     if (plan.ticket) {
         params.ticket = (int32_t *)(void *)workspace;
@@ -208,17 +228,24 @@ static attn_status launch(const problem_t *p, const struct attn_cuda_device *dev
     return attn_cuda_status(cu->launch_kernel_ex(&config, handle, arguments, NULL), kernel->name);
 }
 
+/* Whatever is wrong shows before the cache changes. */
 static attn_status append_and_launch(const problem_t *p, const struct attn_cuda_device *device,
-                                     char *workspace, cu_stream stream)
+                                     char *workspace, int64_t workspace_bytes, cu_stream stream)
 {
     problem_t after = *p;
     plan_t plan;
+    bool decode = attn_mha_decode_cuda_wanted(p, device->multiprocessors);
+    if (decode)
+        ATTN_TRY(attn_mha_decode_cuda_check(p, device, workspace_bytes - head_bytes(p)));
+    else if (p->k_new.data)
+        ATTN_TRY(choose(p, device, &plan));
     if (p->k_new.data) {
-        ATTN_TRY(choose(p, device, &plan)); /* whatever is wrong shows before the cache changes */
         ATTN_TRY(attn_kv_append_launch(p, device->device, workspace + TICKET_BYTES, stream));
         attn_kv_append_result(p, workspace + TICKET_BYTES, &after);
     }
     if (p->s_q == 0 || p->t_q == 0) return ATTN_OK;
+    if (decode)
+        return attn_mha_decode_cuda_launch(&after, device, workspace + head_bytes(p), stream);
     return launch(&after, device, workspace, stream);
 }
 
@@ -227,10 +254,9 @@ attn_status attn_mha_fwd_cuda_run(const problem_t *p, const struct attn_mha_fwd_
 {
     struct attn_cuda_device device;
     (void)planned;
-    (void)workspace_bytes;
     if (p->b == 0) return ATTN_OK;
     ATTN_TRY(attn_cuda_enter(p->device.device_id, &device));
-    attn_status status = append_and_launch(p, &device, workspace, stream);
+    attn_status status = append_and_launch(p, &device, workspace, workspace_bytes, stream);
     attn_cuda_leave(&device);
     return status;
 }

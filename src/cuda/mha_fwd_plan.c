@@ -98,12 +98,20 @@ static double tile_cost(const struct attn_mha_fwd_problem *p,
     return box ? cost * (1.0 + 1.6 / box) : cost;
 }
 
-attn_status attn_mha_fwd_cuda_choose(const struct attn_mha_fwd_problem *p,
-                                     const struct attn_mha_fwd_cuda_tile *tiles, int tile_count,
-                                     int multiprocessors, struct attn_mha_fwd_cuda_plan *plan)
+/* Extents of k and v as the kernels address them. */
+static int64_t key_batches(const struct attn_mha_fwd_problem *p)
 {
-    int64_t k_batches = p->page_table ? p->num_pages : p->cu_seqlens_k ? 1 : p->cache_rows;
-    int64_t k_rows = p->page_table ? p->page : p->cu_seqlens_k ? p->t_k : p->s_k;
+    return p->page_table ? p->num_pages : p->cu_seqlens_k ? 1 : p->cache_rows;
+}
+
+static int64_t key_rows(const struct attn_mha_fwd_problem *p)
+{
+    return p->page_table ? p->page : p->cu_seqlens_k ? p->t_k : p->s_k;
+}
+
+attn_status attn_mha_fwd_cuda_check(const struct attn_mha_fwd_problem *p)
+{
+    int64_t k_batches = key_batches(p), k_rows = key_rows(p);
     int64_t q_batches = p->cu_seqlens_q ? 1 : p->b, q_rows = p->cu_seqlens_q ? p->t_q : p->s_q;
     ATTN_TRY(check_built(p));
     ATTN_TRY(check_rows(&p->q, "q", q_batches, q_rows, p->h_q));
@@ -114,8 +122,22 @@ attn_status attn_mha_fwd_cuda_choose(const struct attn_mha_fwd_problem *p,
         ATTN_TRY(check_rows(&p->k_new, "k_new", batches, p->s_new, p->h_k));
         ATTN_TRY(check_rows(&p->v_new, "v_new", batches, p->s_new, p->h_k));
     }
-    if (p->out.data) ATTN_TRY(check_rows(&p->out, "out", q_batches, q_rows, p->h_q));
+    return p->out.data ? check_rows(&p->out, "out", q_batches, q_rows, p->h_q) : ATTN_OK;
+}
 
+int attn_mha_fwd_cuda_box(const struct attn_mha_fwd_problem *p, int keys)
+{
+    if (!fits_boxes(&p->k, key_batches(p), key_rows(p), p->h_k) ||
+        !fits_boxes(&p->v, key_batches(p), key_rows(p), p->h_k))
+        return 0;
+    return !p->page_table ? keys : p->leftpad_k ? 0 : paged_box(p->page, keys);
+}
+
+attn_status attn_mha_fwd_cuda_choose(const struct attn_mha_fwd_problem *p,
+                                     const struct attn_mha_fwd_cuda_tile *tiles, int tile_count,
+                                     int multiprocessors, struct attn_mha_fwd_cuda_plan *plan)
+{
+    ATTN_TRY(attn_mha_fwd_cuda_check(p));
     plan->kernel = -1;
     for (int i = 0; i < tile_count; i++) {
         const struct attn_mha_fwd_cuda_tile *t = &tiles[i];
@@ -130,11 +152,8 @@ attn_status attn_mha_fwd_cuda_choose(const struct attn_mha_fwd_problem *p,
                tile_count ? "" : ", which was made without nvcc");
     const struct attn_mha_fwd_cuda_tile *tile = &tiles[plan->kernel];
 
-    bool boxes = fits_boxes(&p->k, k_batches, k_rows, p->h_k) &&
-                 fits_boxes(&p->v, k_batches, k_rows, p->h_k);
-    int box = tile->keys;
-    if (p->page_table) box = p->leftpad_k ? 0 : paged_box(p->page, tile->keys);
-    plan->gather = !boxes || box == 0;
+    int box = attn_mha_fwd_cuda_box(p, tile->keys);
+    plan->gather = box == 0;
 
     /* Blocks share keys in twos where tiles pair up: with few and odd ones too many would idle. */
     int64_t group = p->h_q / p->h_k;

@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "core/dtype.h"
+#include "cuda/kernels/decode_params.h"
 #include "cuda/kernels/kda_fwd_params.h"
 #include "cuda/kernels/mha_fwd_params.h"
 
@@ -32,7 +33,9 @@
             ".previous\n");
 #define ATTN_PLAIN_KERNEL(op, arch) INCBIN_TEXT("attn_" #op "_" #arch, cubin_##op##_##arch)
 #include "cuda/kernels/kda_fwd.def"
+#include "cuda/kernels/mha_decode.def"
 #include "cuda/kernels/mha_fwd.def"
+#include "cuda/kernels/mla_decode.def"
 #include "cuda/kernels/plain.def"
 #undef ATTN_KERNEL
 #undef ATTN_PLAIN_KERNEL
@@ -61,6 +64,22 @@ struct attn_cuda_kernel attn_kda_fwd_kernels[] = {
 #undef SMEM
 const int attn_kda_fwd_kernel_count = sizeof attn_kda_fwd_kernels / sizeof *attn_kda_fwd_kernels;
 
+#define SMEM(dqk, dv, rows, keys) ATTN_MHA_DECODE_SMEM(dqk, dv)
+struct attn_cuda_kernel attn_mha_decode_kernels[] = {
+#include "cuda/kernels/mha_decode.def"
+};
+#undef SMEM
+const int attn_mha_decode_kernel_count = sizeof attn_mha_decode_kernels /
+                                         sizeof *attn_mha_decode_kernels;
+
+#define SMEM(dqk, dv, rows, keys) ATTN_MLA_DECODE_SMEM
+struct attn_cuda_kernel attn_mla_decode_kernels[] = {
+#include "cuda/kernels/mla_decode.def"
+};
+#undef SMEM
+const int attn_mla_decode_kernel_count = sizeof attn_mla_decode_kernels /
+                                         sizeof *attn_mla_decode_kernels;
+
 #define ATTN_PLAIN_KERNEL(op, arch)                                                                \
     {.name = "attn_" #op "_" #arch,                                                                \
      .cubin = cubin_##op##_##arch,                                                                 \
@@ -76,6 +95,10 @@ struct attn_cuda_kernel attn_mha_fwd_kernels[1];
 const int attn_mha_fwd_kernel_count = 0;
 struct attn_cuda_kernel attn_kda_fwd_kernels[1];
 const int attn_kda_fwd_kernel_count = 0;
+struct attn_cuda_kernel attn_mha_decode_kernels[1];
+const int attn_mha_decode_kernel_count = 0;
+struct attn_cuda_kernel attn_mla_decode_kernels[1];
+const int attn_mla_decode_kernel_count = 0;
 struct attn_cuda_kernel attn_plain_kernels[1];
 const int attn_plain_kernel_count = 0;
 

@@ -30,6 +30,10 @@ extern struct attn_cuda_kernel attn_mha_fwd_kernels[];
 extern const int attn_mha_fwd_kernel_count;
 extern struct attn_cuda_kernel attn_kda_fwd_kernels[]; /* rows: value rows, keys: tokens */
 extern const int attn_kda_fwd_kernel_count;
+extern struct attn_cuda_kernel attn_mha_decode_kernels[];
+extern const int attn_mha_decode_kernel_count;
+extern struct attn_cuda_kernel attn_mla_decode_kernels[];
+extern const int attn_mla_decode_kernel_count;
 extern struct attn_cuda_kernel attn_plain_kernels[];
 extern const int attn_plain_kernel_count;
 

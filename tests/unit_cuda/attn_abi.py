@@ -89,6 +89,29 @@ class Args(C.Structure):
     )
 
 
+MLA_TENSORS = ["q", "k_cache", "block_table", "cache_seqlens", "descale_q", "descale_k", "out", "lse"]
+
+
+class MlaArgs(C.Structure):
+    _fields_ = (
+        [("size", C.c_uint32), ("threads", C.c_int32)]
+        + [(name, C.POINTER(DLTensor)) for name in MLA_TENSORS]
+        + [("softmax_scale", C.c_double), ("head_dim_v", C.c_int64)]
+        + [("causal", C.c_int32), ("reserved", C.c_int32)]
+    )
+
+
+class MlaPlan(C.Structure):
+    _fields_ = [
+        ("size", C.c_uint32),
+        ("reserved", C.c_int32),
+        ("workspace_bytes", C.c_int64),
+        ("shape", C.c_int64 * 16),
+        ("tile", C.c_int64 * 16),
+        ("kernel", C.c_char * 96),
+    ]
+
+
 class CombineArgs(C.Structure):
     _fields_ = [("size", C.c_uint32), ("threads", C.c_int32)] + [
         (name, C.POINTER(DLTensor)) for name in ("out_partial", "lse_partial", "out", "lse")
@@ -114,6 +137,14 @@ def load():
     lib.attn_split_combine_run.argtypes = [C.POINTER(CombineArgs), C.c_void_p]
     lib.attn_mha_fwd_plan.argtypes = [C.POINTER(Args), C.POINTER(Plan)]
     lib.attn_mha_fwd_run.argtypes = [C.POINTER(Args), C.POINTER(Plan), C.c_void_p, C.c_int64, C.c_void_p]
+    lib.attn_mla_decode_plan.argtypes = [C.POINTER(MlaArgs), C.POINTER(MlaPlan)]
+    lib.attn_mla_decode_run.argtypes = [
+        C.POINTER(MlaArgs),
+        C.POINTER(MlaPlan),
+        C.c_void_p,
+        C.c_int64,
+        C.c_void_p,
+    ]
     return lib
 
 
@@ -146,10 +177,14 @@ class AttnError(RuntimeError):
 class Call:
     """One prepared mha_fwd call: `run()` launches it on the current stream."""
 
+    ARGS, PLAN, DEFAULTS = Args, Plan, DEFAULTS
+    OP = "attn_mha_fwd"
+
     def __init__(self, **arguments):
-        values = {**DEFAULTS, **arguments}
+        values = {**self.DEFAULTS, **arguments}
         values.setdefault("softmax_scale", values["q"].shape[-1] ** -0.5)
-        self.args = Args(size=C.sizeof(Args))
+        self.args = self.ARGS(size=C.sizeof(self.ARGS))
+        self.function = getattr(LIB, self.OP + "_run")
         self.keep = []
         for name, value in values.items():
             if value is None:
@@ -158,8 +193,9 @@ class Call:
                 self.keep += [value, describe(value)]
                 value = C.pointer(self.keep[-1])
             setattr(self.args, name, value)
-        self.plan = Plan(size=C.sizeof(Plan))
-        self._check(LIB.attn_mha_fwd_plan(C.byref(self.args), C.byref(self.plan)))
+        self.plan = self.PLAN(size=C.sizeof(self.PLAN))
+        plan = getattr(LIB, self.OP + "_plan")
+        self._check(plan(C.byref(self.args), C.byref(self.plan)))
         self.workspace = torch.empty(
             max(self.plan.workspace_bytes, 1), dtype=torch.uint8, device=values["q"].device
         )
@@ -176,7 +212,7 @@ class Call:
     def run(self):
         stream = torch.cuda.current_stream().cuda_stream
         self._check(
-            LIB.attn_mha_fwd_run(
+            self.function(
                 C.byref(self.args),
                 C.byref(self.plan),
                 self.workspace.data_ptr(),
@@ -184,6 +220,13 @@ class Call:
                 stream,
             )
         )
+
+
+class MlaCall(Call):
+    """The same for mla_decode."""
+
+    ARGS, PLAN, DEFAULTS = MlaArgs, MlaPlan, {"head_dim_v": 512}
+    OP = "attn_mla_decode"
 
 
 def split_combine(**tensors):

@@ -270,6 +270,11 @@ def build(case, seed):
     if case["sinks"]:
         a["sinks"] = (torch.randn(h, device="cuda") * 3).to(case["sinks"])
         sinks = a["sinks"].double()
+    a["num_splits"] = splits = case.get("num_splits", 1)
+    if splits > 1:
+        shape = (splits, b, h, s_q) if a["q"].dim() == 4 else (splits, h, a["q"].shape[0])
+        a["lse_accum"] = torch.full(shape, nan, device="cuda")
+        a["out_accum"] = torch.full((*shape, dv), nan, device="cuda")
     return a, seqs, totals, sinks, where_q, where_l
 
 

@@ -12,7 +12,7 @@ flags="-std=c11 -D_GNU_SOURCE -Isrc -Iinclude -I$DLPACK_INCLUDE"
 
 cc -fsyntax-only $flags -I"$cuda/include" tests/unit_cuda/test_driver_abi.c
 cc -O1 $flags tests/unit_cuda/test_plan.c \
-    src/cuda/mha_fwd_plan.c src/core/status.c -o "$out/test_plan"
+    src/cuda/mha_fwd_plan.c src/cuda/mha_decode_plan.c src/core/status.c -o "$out/test_plan"
 "$out/test_plan"
 python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || exit 0
 "$cuda/bin/nvcc" -gencode arch=compute_90a,code=sm_90a -std=c++17 -Isrc/cuda/kernels \
@@ -20,3 +20,5 @@ python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || exit 
 "$out/test_helpers"
 python3 tests/unit_cuda/check_mha_fwd_edges.py
 python3 tests/unit_cuda/check_mha_fwd.py --cases 300
+python3 tests/unit_cuda/check_mha_decode.py --cases 300
+python3 tests/unit_cuda/check_mla_decode.py --cases 150

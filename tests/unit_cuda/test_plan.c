@@ -1,15 +1,16 @@
 /* SPDX-License-Identifier: MIT
  *
- * Plans of mha_fwd on Hopper, by the thousand and without a GPU.
+ * Plans of mha_fwd and of its decode form on Hopper, by the thousand and without a GPU.
  *     test_plan [seed]
  * What must hold of every plan: a kernel wide enough; boxes that divide the key step and never
  * straddle a page; a grid of whole clusters that fits the machine; a ticket wherever row tiles can
- * differ in length and are more than the grid.
+ * differ in length and are more than the grid.  Of a decode plan: a grid that fits the machine, rows
+ * covered by tiles, slots for two pieces a block.
  */
 #include <stdio.h>
 #include <stdlib.h>
 
-#include "cuda/mha_fwd_cuda.h"
+#include "cuda/mha_decode_cuda.h"
 
 static const struct attn_mha_fwd_cuda_tile tiles[] = {
 #define ATTN_KERNEL(op, arch, dtype, dqk, dv, rows, keys) {DTYPE_##dtype, dqk, dv, rows, keys},
@@ -17,7 +18,13 @@ static const struct attn_mha_fwd_cuda_tile tiles[] = {
 #define DTYPE_fp16 ATTN_F16
 #include "cuda/kernels/mha_fwd.def"
 };
-enum { TILES = sizeof tiles / sizeof *tiles };
+static const struct attn_mha_fwd_cuda_tile decode_tiles[] = {
+#include "cuda/kernels/mha_decode.def"
+};
+enum {
+    TILES = sizeof tiles / sizeof *tiles,
+    DECODE_TILES = sizeof decode_tiles / sizeof *decode_tiles,
+};
 
 static uint64_t state;
 
@@ -75,6 +82,31 @@ static void random_problem(struct attn_mha_fwd_problem *p)
     p->sm_margin = (int32_t)PICK(0, 0, 4, 131, 500);
 }
 
+static void check_decode(int n, struct attn_mha_fwd_problem *p)
+{
+    struct attn_mha_decode_cuda_plan plan;
+    p->num_splits = (int32_t)PICK(-1, 0, 1, 2, 7, 256);
+    attn_status status = attn_mha_decode_cuda_choose(p, decode_tiles, DECODE_TILES, 132, &plan);
+    EXPECT(status == (p->d_v > 256 ? ATTN_E_NOT_BUILT : ATTN_OK));
+    if (status) return;
+    const struct attn_mha_fwd_cuda_tile *t = &decode_tiles[plan.kernel];
+    int64_t rows = p->s_q * (p->h_q / p->h_k), blocks = (int64_t)plan.parts * plan.tiles;
+    EXPECT(t->dtype == (int)p->dtype && t->d_qk >= p->d_qk && t->d_v >= p->d_v);
+    EXPECT((t->d_qk + 63) / 64 == (p->d_qk + 63) / 64);
+    EXPECT((int64_t)plan.tiles * 64 >= rows && (plan.tiles - 1) * (int64_t)64 < rows);
+    EXPECT(plan.parts >= 1 && (plan.parts == 1 || blocks <= 132));
+    EXPECT(plan.splits == (p->num_splits > 0 ? p->num_splits : 0));
+    EXPECT(plan.slot_rows == (rows < 64 ? rows : 64));
+    EXPECT(plan.box_rows == 0 || (64 % plan.box_rows == 0 && plan.box_rows % 8 == 0));
+    if (plan.box_rows && p->page_table) EXPECT(p->page % plan.box_rows == 0 && !p->leftpad_k);
+    EXPECT(plan.lse - plan.records >= blocks * 16 && plan.lse % 64 == 0 && plan.out % 64 == 0);
+    if (!plan.splits && plan.parts > 1) {
+        EXPECT(plan.out - plan.lse >= 2 * blocks * plan.slot_rows * 4);
+        EXPECT(plan.bytes - plan.out == 2 * blocks * plan.slot_rows * p->d_v * 4);
+    }
+    EXPECT(attn_mha_decode_cuda_wanted(p, 132) || p->num_splits <= 1);
+}
+
 int main(int argc, char **argv)
 {
     state = argc > 1 ? strtoull(argv[1], NULL, 10) : 1;
@@ -83,6 +115,7 @@ int main(int argc, char **argv)
         struct attn_mha_fwd_problem p;
         struct attn_mha_fwd_cuda_plan plan;
         random_problem(&p);
+        check_decode(n, &p);
         attn_status status = attn_mha_fwd_cuda_choose(&p, tiles, TILES, 132, &plan);
         if (p.d_v > 256 || p.d_qk > 256) {
             EXPECT(status == ATTN_E_NOT_BUILT);

@@ -24,11 +24,9 @@
  * Key steps run from the last to the first, so that causal's masked steps come first.  A warpgroup
  * that sees none of a step's keys waits for the tile and releases it, to keep the rings in step.
  */
+#include "attend.cuh"
 #include "softmax.cuh"
 #include "tile.cuh"
-#include "wgmma.cuh"
-
-enum { DTYPE_bf16 = 0, DTYPE_fp16 = 1 };
 
 ATTN_DEVICE void wait_full(const uint64_t *full, const ring &r)
 {
@@ -36,46 +34,6 @@ ATTN_DEVICE void wait_full(const uint64_t *full, const ring &r)
 }
 
 /* ---- the producer warpgroup ------------------------------------------------------------------ */
-
-/* A box of `p.box_rows` rows of a k or v tile, of which the first `live` (at least 1) are the
- * sequence's.  The rest become zero: their P is zero, but 0 times whatever lies there could be NaN.
- * With a cluster of two the box lands in both blocks.
- * A panel wholly right of the head, which only v in a wider kernel has, gets its first columns once
- * more: a box there would make the copy engine touch the shifted base of the map, which need not be
- * mapped memory, and nothing reads the products of those columns. */
-template <int IS_V>
-ATTN_DEVICE void load_box(const attn_mha_fwd_params &p, const attn_tensor_map *map, uint32_t dst,
-                          uint32_t bar, int panel, int live, int position, int h_kv, int source)
-{
-    int column = IS_V && panel * 64 >= p.d_v ? 0 : panel * 64;
-    if (p.cluster == 2)
-        tma_load_5d_multicast(dst, map, bar, 3, column, p.box_rows - live, position + live, h_kv,
-                              source);
-    else
-        tma_load_5d(dst, map, bar, column, p.box_rows - live, position + live, h_kv, source);
-}
-
-/* Opens the barrier for the boxes of a tile that hold one of its `live` rows; returns their rows.
- * Boxes without any are not loaded (the copy engine would touch the shifted base of the map, which
- * need not be mapped memory); those of v become zero here, in each block.  By a whole warp. */
-template <int PANELS, int N, int IS_V>
-ATTN_DEVICE int open_tile(const attn_mha_fwd_params &p, uint32_t dst, uint32_t bar, int live)
-{
-    int rows = p.box_rows;
-    while (rows < live)
-        rows += p.box_rows;
-    if (IS_V && rows < N) {
-        int lane = (int)threadIdx.x % 32, chunks = (N - rows) * 8;
-        for (int panel = 0; panel < PANELS; panel++)
-            for (int i = lane; i < chunks; i += 32)
-                shared_zero_16(dst + panel * N * 128 + rows * 128 + i * 16);
-        fence_proxy_async_shared();
-        __syncwarp();
-    }
-    if (elect_one()) mbarrier_arrive_expect_tx(bar, PANELS * 128 * rows);
-    __syncwarp();
-    return rows;
-}
 
 /* One k or v tile of N rows, from the sequence's key `key` on: a box a panel, of which each block
  * of a cluster loads its half of the rows.  A whole warp calls it. */
@@ -120,13 +78,6 @@ ATTN_DEVICE void load_paged_tile(const attn_mha_fwd_params &p, const attn_tensor
     }
     __syncwarp();
 }
-
-/* Where k or v lies, for gathered loads. */
-struct key_rows {
-    const uint16_t *data; /* [batch or page, rows, h_k, width] */
-    int64_t stride_b, stride_s, stride_h;
-    int width;
-};
 
 /* Copies N rows by 16 bytes a lane, eight lanes a row.  Lane l holds where rows l, l + 32, .. lie from
  * `head` on, -1 for one past the sequence's end.  WHOLE: no such row, and heads as wide as the tile. */
@@ -303,30 +254,6 @@ ATTN_DEVICE void schedule(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M,
 
 /* ---- the consumer warpgroups ----------------------------------------------------------------- */
 
-/* Issues S = Q K^T for a warpgroup's 64 rows. */
-template <int FP16, int DQK, int M, int N>
-ATTN_DEVICE void issue_qk(float (&s)[N / 2], uint32_t q, uint32_t k)
-{
-    uint64_t a = wgmma_descriptor(q, 16), b = wgmma_descriptor(k, 16);
-#pragma unroll
-    for (int step = 0; step < DQK / 16; step++) {
-        int panel = step / 4, inside = step % 4 * 2;
-        wgmma_ss<FP16, N>(s, a + panel * (M * 8) + inside, b + panel * (N * 8) + inside, step != 0);
-    }
-    wgmma_commit_group();
-}
-
-/* Issues O += P V, or O = P V with `accumulate` 0. */
-template <int FP16, int DV, int N>
-ATTN_DEVICE void issue_pv(float (&o)[DV / 2], uint32_t (&packed)[N / 4], uint32_t v, int accumulate)
-{
-    uint64_t b = wgmma_descriptor(v, N * 128);
-#pragma unroll
-    for (int step = 0; step < N / 16; step++)
-        wgmma_rs<FP16, DV>(o, packed + 4 * step, b + step * 128, step != 0 || accumulate);
-    wgmma_commit_group();
-}
-
 /* Frees a stage in every block of the cluster; one thread a warpgroup. */
 ATTN_DEVICE void release(const attn_mha_fwd_params &p, const uint64_t *empty, ring &r)
 {
@@ -340,46 +267,6 @@ ATTN_DEVICE void release(const attn_mha_fwd_params &p, const uint64_t *empty, ri
         }
     }
     ring_next(r);
-}
-
-/* Softcap, and a scale that is not positive. */
-template <int N> ATTN_DEVICE void transform_scores(const attn_mha_fwd_params &p, float (&s)[N / 2])
-{
-    if (p.score == ATTN_SCORE_CAPPED || p.score == ATTN_SCORE_BOUNDED) {
-#pragma unroll
-        for (int i = 0; i < N / 2; i++)
-            s[i] = tanh_approx(s[i] * p.score_scale);
-    } else {
-#pragma unroll
-        for (int i = 0; i < N / 2; i++)
-            s[i] *= p.score_scale;
-    }
-}
-
-ATTN_DEVICE float load_sink(const attn_mha_fwd_params &p, int h_q)
-{
-    if (p.sink == ATTN_SINK_FP32) return __ldg((const float *)p.sinks + h_q);
-    uint32_t bits = __ldg((const uint16_t *)p.sinks + h_q);
-    return p.sink == ATTN_SINK_BF16 ? __uint_as_float(bits << 16) : half_to_float(bits);
-}
-
-/* Four registers x[j] of lane c of a quad become what lane j had in x[c]: so a lane ends with
- * sixteen neighbouring bytes of a row instead of four times four. */
-ATTN_DEVICE void quad_transpose(uint32_t (&x)[4])
-{
-    bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
-#pragma unroll
-    for (int i = 0; i < 4; i += 2) {
-        uint32_t got = __shfl_xor_sync(0xffffffff, odd ? x[i] : x[i + 1], 1);
-        if (odd) x[i] = got;
-        else x[i + 1] = got;
-    }
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        uint32_t got = __shfl_xor_sync(0xffffffff, high ? x[i] : x[i + 2], 2);
-        if (high) x[i] = got;
-        else x[i + 2] = got;
-    }
 }
 
 /* Writes out and lse of a warpgroup's live rows.  `row` is this thread's first row. */

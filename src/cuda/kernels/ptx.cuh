@@ -44,11 +44,31 @@ ATTN_DEVICE uint32_t cluster_rank()
     return rank;
 }
 
+/* The `threads` threads that use barrier `id` (1 to 15).  PTX ISA: bar.sync */
+template <int ID, int THREADS> ATTN_DEVICE void named_barrier_sync()
+{
+    asm volatile("bar.sync %0, %1;" ::"n"(ID), "n"(THREADS) : "memory");
+}
+
 /* All threads of the cluster.  PTX ISA: barrier.cluster */
 ATTN_DEVICE void cluster_sync()
 {
     asm volatile("barrier.cluster.arrive.aligned;\n"
                  "barrier.cluster.wait.aligned;" ::: "memory");
+}
+
+/* Lets the next kernel of the stream start, where it was launched to overlap this one.
+ * PTX ISA: griddepcontrol */
+ATTN_DEVICE void launch_dependents()
+{
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+/* Waits until the kernel before this one is over and its writes are here.
+ * PTX ISA: griddepcontrol */
+ATTN_DEVICE void wait_for_previous_kernel()
+{
+    asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
 /* ---- mbarrier -------------------------------------------------------------------------------- */
@@ -151,6 +171,15 @@ ATTN_DEVICE void shared_zero_16(uint32_t dst)
     asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(dst), "r"(0) : "memory");
 }
 
+/* Four 8 x 8 matrices of 16-bit elements; lane l passes the address of row l.
+ * PTX ISA: stmatrix */
+ATTN_DEVICE void stmatrix_x4(uint32_t row, uint32_t a, uint32_t b, uint32_t c, uint32_t d)
+{
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row),
+                 "r"(a), "r"(b), "r"(c), "r"(d)
+                 : "memory");
+}
+
 /* Four bytes to the same offset in block `rank` of the cluster, counted on the barrier there.
  * PTX ISA: st.async */
 ATTN_DEVICE void store_async_cluster(uint32_t dst, int value, uint32_t bar, uint32_t rank)
@@ -179,6 +208,9 @@ ATTN_DEVICE void cp_async_16(uint32_t dst, const void *src, uint32_t bytes)
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(bytes)
                  : "memory");
 }
+
+/* Waits for this thread's earlier cp.async.  PTX ISA: cp.async.wait_all */
+ATTN_DEVICE void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 /* Arrives on `bar` (inside its expected count) when this thread's earlier cp.async have landed.
  * PTX ISA: cp.async.mbarrier.arrive */

@@ -108,6 +108,19 @@ ATTN_DEVICE uint64_t wgmma_descriptor(uint32_t address, uint32_t panel_bytes)
                      : outs                                                                        \
                      : "l"(a_desc), "l"(b_desc), "r"(accumulate))
 
+/* A K-major and B MN-major, both in shared memory; always adds to D. */
+#define WGMMA_SS_MN(n, list, outs, a, b)                                                           \
+    if constexpr (FP16)                                                                            \
+        asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.f16.f16 {" list "}, %" #a     \
+                     ", %" #b ", 1, 1, 1, 0, 1;"                                                   \
+                     : outs                                                                        \
+                     : "l"(a_desc), "l"(b_desc));                                                  \
+    else                                                                                           \
+        asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 {" list "}, %" #a   \
+                     ", %" #b ", 1, 1, 1, 0, 1;"                                                   \
+                     : outs                                                                        \
+                     : "l"(a_desc), "l"(b_desc))
+
 /* A from registers, B MN-major. */
 #define WGMMA_RS(n, list, outs, a0, a1, a2, a3, b, p)                                              \
     if constexpr (FP16)                                                                            \
@@ -123,12 +136,27 @@ ATTN_DEVICE uint64_t wgmma_descriptor(uint32_t address, uint32_t panel_bytes)
                      : outs                                                                        \
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_desc), "r"(accumulate))
 
+/* A from registers, B K-major; always adds to D. */
+#define WGMMA_RS_K(n, list, outs, a0, a1, a2, a3, b)                                               \
+    if constexpr (FP16)                                                                            \
+        asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.f16.f16 {" list "}, {%" #a0   \
+                     ",%" #a1 ",%" #a2 ",%" #a3 "}, %" #b ", 1, 1, 1, 0;"                          \
+                     : outs                                                                        \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_desc));                   \
+    else                                                                                           \
+        asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 {" list "}, {%" #a0 \
+                     ",%" #a1 ",%" #a2 ",%" #a3 "}, %" #b ", 1, 1, 1, 0;"                          \
+                     : outs                                                                        \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_desc))
+
 /* D[64][N] = A . B^T (+ D), both operands in shared memory.  PTX ISA: wgmma.mma_async */
 template <int FP16, int N>
 ATTN_DEVICE void wgmma_ss(float (&d)[N / 2], uint64_t a_desc, uint64_t b_desc, int accumulate)
 {
-    static_assert(N == 80 || N == 96 || N == 128, "add a line for this width");
-    if constexpr (N == 80) {
+    static_assert(N == 64 || N == 80 || N == 96 || N == 128, "add a line for this width");
+    if constexpr (N == 64) {
+        WGMMA_SS(64, L32, D32(d, 0), 32, 33, 34);
+    } else if constexpr (N == 80) {
         WGMMA_SS(80, L40, D40(d, 0), 40, 41, 42);
     } else if constexpr (N == 96) {
         WGMMA_SS(96, L48, D48(d, 0), 48, 49, 50);
@@ -155,4 +183,17 @@ ATTN_DEVICE void wgmma_rs(float (&d)[N / 2], const uint32_t *a, uint64_t b_desc,
     } else {
         WGMMA_RS(256, L128, D128(d, 0), 128, 129, 130, 131, 132, 133);
     }
+}
+
+/* D[64][256] += A . B, A K-major and B MN-major in shared memory.  PTX ISA: wgmma.mma_async */
+template <int FP16> ATTN_DEVICE void wgmma_ss_mn256(float (&d)[128], uint64_t a_desc, uint64_t b_desc)
+{
+    WGMMA_SS_MN(256, L128, D128(d, 0), 128, 129);
+}
+
+/* D[64][64] += A . B^T, A in registers, B K-major in shared memory.  PTX ISA: wgmma.mma_async */
+template <int FP16>
+ATTN_DEVICE void wgmma_rs_k64(float (&d)[32], const uint32_t *a, uint64_t b_desc)
+{
+    WGMMA_RS_K(64, L32, D32(d, 0), 32, 33, 34, 35, 36);
 }

@@ -1,0 +1,334 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * mha_decode on Hopper: attention of few queries to long caches.
+ *
+ * Math: that of mha_fwd.cu.  A block that sees only some of an item's keys writes a partial result,
+ * its rows normalised over those keys and their lse, which decode_combine merges.
+ *
+ * Layout.  q, out [b, s_q, h_q, d] or [t_q, h_q, d]; k, v [b, s_k, h_k, d], [t_k, h_k, d] or pages.
+ * The query heads of a KV head are packed: row r of an item is query r / group of its head
+ * r % group; a block computes 64 rows and walks the keys that decode_sched.cuh gives it, 64 a step,
+ * last keys first.  Shared memory holds q and as many stages of k and v as fit (3 to 8): what
+ * counts here is bytes under way.  S, P and O are in registers as in mha_fwd.
+ *
+ * Pipeline: the consumer warpgroup runs S of a step beside the softmax of the step before; warps
+ * without a live row only take part in the products.  Two warps load k and two load v, each half of
+ * a tile, as far ahead as there are stages, also into the next item.
+ *
+ *  loaders  | K0 V0 K1 V1 K2 V2 ..        (all stages)
+ *  wgmma    | S0        | S1        O += P0 V0   | S2        O += P1 V1   | O += Pn Vn
+ *  consumer | q      P0 |        P1   rescale O  |        P2   rescale O  | rows or partial rows
+ */
+#include "decode_rows.cuh"
+#include "softmax.cuh"
+
+enum { N = ATTN_DECODE_KEYS, M = ATTN_DECODE_ROWS, THREADS = 256, CONSUMER_BARRIER = 1 };
+
+template <int DQK, int DV> struct decode_smem {
+    static constexpr int QK_PANELS = ATTN_MHA_FWD_PANELS(DQK), V_PANELS = ATTN_MHA_FWD_PANELS(DV);
+    static constexpr int STAGES = ATTN_MHA_DECODE_STAGES(DQK, DV);
+
+    /* Panels of 64 columns, swizzled: [panel][row][128 bytes]. */
+    uint8_t q[QK_PANELS * M * 128];
+    uint8_t k[STAGES][QK_PANELS * N * 128];
+    uint8_t v[STAGES][V_PANELS * N * 128];
+
+    /* full: one a loading warp, and the bytes (gathered: one a lane); empty: one a consumer warp */
+    uint64_t k_full[STAGES], k_empty[STAGES];
+    uint64_t v_full[STAGES], v_empty[STAGES];
+    decode_start_smem start;
+    decode_piece piece;     /* the consumers' */
+    key_interval bounds[M]; /* visible keys of each row; a warp writes and reads its own 16 */
+};
+
+/* ---- loaders --------------------------------------------------------------------------------- */
+
+/* The pages that 32 boxes or rows ahead lie in, one a lane, so that a step does not wait for the
+ * page table. */
+struct page_window {
+    int entry; /* this lane's */
+    int step;  /* the first step that lane 0 stands for; steps fall */
+    int steps; /* that the window holds */
+};
+
+/* Boxes of one k or v tile, the two warps of a loader in turn.  `lane` counts through both. */
+template <int D, int IS_V>
+ATTN_DEVICE void load_boxes(const attn_decode_params &p, const attn_tensor_map *map, uint32_t dst,
+                            uint32_t bar, const decode_piece &piece, int n, page_window &pages,
+                            int warp)
+{
+    constexpr int PANELS = ATTN_MHA_FWD_PANELS(D);
+    const attn_mha_fwd_params &call = p.call;
+    int lane = (int)threadIdx.x % 32, key = n * N, live = min(piece.seq.s_k - key, (int)N);
+    int rows = call.box_rows, boxes = N / rows; /* of a tile */
+    if (warp == 0) open_tile<PANELS, N, IS_V>(call, dst, bar, live);
+    else if (lane == 0) mbarrier_arrive(bar); /* or this warp could fall behind the ring */
+
+    int i = lane * 2 + warp, box = i / PANELS, panel = i % PANELS, row = box * rows;
+    int position = piece.seq.k_offset + key + row, source = piece.seq.k_row;
+    if (call.page_table) {
+        if (pages.step - n >= pages.steps) {
+            const int32_t *table = call.page_table + piece.seq.k_row * call.page_table_stride;
+            int at = (n - lane / boxes) * N + lane % boxes * rows;
+            bool there = at >= piece.begin * N && at < piece.seq.s_k;
+            pages.entry = there ? within(__ldg(table + at / call.page), call.num_pages - 1) : 0;
+            pages.step = n;
+        }
+        source = __shfl_sync(0xffffffff, pages.entry, ((pages.step - n) * boxes + box) % 32);
+        position %= call.page;
+    }
+    if (box < boxes && row < live)
+        load_box<IS_V>(call, map, dst + panel * N * 128 + row * 128, bar, panel,
+                       min(live - row, rows), position, piece.h_kv, source);
+    __syncwarp();
+}
+
+/* Offset of the row of key n * N + row of a piece from its head; -1: past the sequence's end. */
+ATTN_DEVICE int64_t gathered_row(const attn_decode_params &p, const key_rows &rows,
+                                 const decode_piece &piece, int n, int row)
+{
+    const attn_mha_fwd_params &call = p.call;
+    int key = n * N + row, position = piece.seq.k_offset + key, source = piece.seq.k_row;
+    if (n < piece.begin || key >= piece.seq.s_k) return -1;
+    if (call.page_table) {
+        int page = position / call.page;
+        position -= page * call.page;
+        source = within(__ldg(call.page_table + source * call.page_table_stride + page),
+                        call.num_pages - 1);
+    }
+    return source * rows.stride_b + position * rows.stride_s;
+}
+
+/* Half of a tile by copies of 16 bytes: any page size, any strides.  Lane l knows row 32 warp + l;
+ * eight lanes share a row.  Each lane arrives. */
+template <int D>
+ATTN_DEVICE void load_rows(const key_rows &rows, uint32_t dst, uint32_t bar, int h_kv, int warp,
+                           int64_t offset)
+{
+    int lane = (int)threadIdx.x % 32, chunk = lane % 8;
+    const uint16_t *head = rows.data + h_kv * rows.stride_h;
+#pragma unroll 4
+    for (int four = 0; four < 32; four += 4) {
+        int from = four + lane / 8, row = 32 * warp + from;
+        int64_t at = __shfl_sync(0xffffffff, offset, from);
+        uint32_t to = dst + row * 128 + ((chunk ^ (row & 7)) << 4);
+#pragma unroll
+        for (int panel = 0; panel < ATTN_MHA_FWD_PANELS(D); panel++) {
+            int column = panel * 64 + chunk * 8;
+            bool inside = at >= 0 && column < rows.width;
+            cp_async_16(to + panel * N * 128, inside ? head + at + column : head, inside ? 16 : 0);
+        }
+    }
+    cp_async_mbarrier_arrive(bar);
+}
+
+/* All k or v tiles of this block, by warp `warp` of the loader's two. */
+template <int DQK, int DV, int IS_V>
+ATTN_DEVICE void load(const attn_decode_params &p, const attn_mha_fwd_maps &maps,
+                      decode_smem<DQK, DV> &sm, decode_walk walk, int warp)
+{
+    constexpr int D = IS_V ? DV : DQK, BYTES = ATTN_MHA_FWD_PANELS(D) * N * 128;
+    const attn_mha_fwd_params &call = p.call;
+    uint32_t tiles = shared_address(IS_V ? sm.v[0] : sm.k[0]);
+    uint32_t full = shared_address(IS_V ? sm.v_full : sm.k_full);
+    uint32_t empty = shared_address(IS_V ? sm.v_empty : sm.k_empty);
+    key_rows rows = IS_V ? key_rows{(const uint16_t *)call.v, call.v_stride_b, call.v_stride_s,
+                                    call.v_stride_h, call.d_v}
+                         : key_rows{(const uint16_t *)call.k, call.k_stride_b, call.k_stride_s,
+                                    call.k_stride_h, call.d_qk};
+    int row = 32 * warp + (int)threadIdx.x % 32;
+    decode_ring<decode_smem<DQK, DV>::STAGES> r = {0, 1};
+    decode_piece piece;
+    while (decode_next(p, walk, piece)) {
+        page_window pages = {0, piece.end + 32, call.gather ? 0 : 32 * call.box_rows / N};
+        int64_t offset = call.gather ? gathered_row(p, rows, piece, piece.end - 1, row) : 0;
+        for (int n = piece.end - 1; n >= piece.begin; n--) {
+            uint32_t dst = tiles + r.stage * BYTES, bar = full + 8 * r.stage;
+            mbarrier_wait_parity(empty + 8 * r.stage, r.parity);
+            if (call.gather) {
+                int64_t next = gathered_row(p, rows, piece, n - 1, row);
+                load_rows<D>(rows, dst, bar, piece.h_kv, warp, offset);
+                offset = next;
+            } else {
+                load_boxes<D, IS_V>(p, IS_V ? &maps.v : &maps.k, dst, bar, piece, n, pages, warp);
+            }
+            r.next();
+        }
+    }
+}
+
+/* ---- the consumer warpgroup ------------------------------------------------------------------ */
+
+template <int FP16, int DQK, int DV>
+ATTN_DEVICE void consume(const attn_decode_params &p, decode_smem<DQK, DV> &sm)
+{
+    constexpr int STAGES = decode_smem<DQK, DV>::STAGES;
+    const attn_mha_fwd_params &call = p.call;
+    int t = (int)threadIdx.x % 128, lane = t % 32, first = (int)blockIdx.x % p.tiles * M;
+    int warp_row = first + t / 32 * 16, row = warp_row + lane / 4;
+    uint32_t q = shared_address(sm.q);
+    decode_ring<STAGES> ks = {0, 0}, vs = {0, 0};
+    float o[DV / 2], s[N / 2];
+    uint32_t packed[N / 4];
+    softmax_rows rows;
+    const decode_piece &piece = sm.piece; /* and the walk in shared memory: registers are few */
+    if (!p.splits && t == 0) p.records[blockIdx.x].pieces = 0;
+
+    for (;;) {
+        decode_walk walk = sm.start.walk;
+        decode_piece next;
+        if (!decode_next(p, walk, next)) break;
+        if (t == 0) sm.piece = next;
+        load_q<ATTN_MHA_FWD_PANELS(DQK)>(p, next, first, 0, q);
+        named_barrier_sync<CONSUMER_BARRIER, 128>();
+        if (t == 0) sm.start.walk = walk;
+        if (next.pieces && t == 0)
+            p.records[blockIdx.x] = {next.b, next.h_kv, next.pieces, 0};
+
+        /* What this thread's rows see, and the steps that all rows see whole. */
+        int last = min(first + (int)M, piece.rows) - 1;
+        bool live = warp_row <= last;
+        auto sees = [&](int r) {
+            return visible_keys(call, min(r, last) / call.group, piece.seq.s_q, piece.seq.s_k,
+                                piece.cp_tot);
+        };
+        if (lane < 16) sm.bounds[warp_row - first + lane] = sees(warp_row + lane);
+        __syncwarp();
+        int whole_begin = (sees(last).lo + N - 1) / N, whole_end = sees(first).hi / N;
+
+        auto wait_k = [&]() {
+            mbarrier_wait_parity(shared_address(&sm.k_full[ks.stage]), ks.parity);
+            if (call.gather) fence_proxy_async_shared();
+        };
+        auto wait_v = [&]() {
+            mbarrier_wait_parity(shared_address(&sm.v_full[vs.stage]), vs.parity);
+            if (call.gather) fence_proxy_async_shared();
+        };
+        auto release_k = [&]() {
+            if (lane == 0) mbarrier_arrive(shared_address(&sm.k_empty[ks.stage]));
+            ks.next();
+        };
+        auto release_v = [&]() {
+            if (lane == 0) mbarrier_arrive(shared_address(&sm.v_empty[vs.stage]));
+            vs.next();
+        };
+        auto scores_to_probabilities = [&](int n) {
+            if (!live) {
+#pragma unroll
+                for (int i = 0; i < N / 2; i++)
+                    s[i] = 0.0f;
+                return;
+            }
+            if (call.score != ATTN_SCORE_PLAIN) transform_scores<N>(call, s);
+            if (n >= whole_end || n < whole_begin)
+                mask_scores<N>(s, n * N + 2 * (lane % 4), sm.bounds[row - first],
+                               sm.bounds[row - first + 8]);
+            softmax_update_max<N>(rows, s, call.exp_scale);
+            softmax_exponentiate<N>(rows, s, call.exp_scale);
+        };
+
+        softmax_init(rows, false);
+#pragma unroll
+        for (int i = 0; i < DV / 2; i++)
+            o[i] = 0.0f;
+        int n = piece.end - 1, begin = piece.begin;
+        if (n >= begin) {
+            wait_k();
+            wgmma_pin(s);
+            wgmma_fence();
+            issue_qk<FP16, DQK, M, N>(s, q, shared_address(sm.k[ks.stage]));
+            wgmma_wait_group<0>();
+            wgmma_pin(s);
+            release_k();
+            scores_to_probabilities(n);
+            softmax_pack<FP16, N>(packed, s);
+            for (n--; n >= begin; n--) {
+                wait_k();
+                wgmma_pin(s);
+                wgmma_pin(o);
+                wgmma_pin(packed);
+                wgmma_fence();
+                issue_qk<FP16, DQK, M, N>(s, q, shared_address(sm.k[ks.stage]));
+                wait_v();
+                issue_pv<FP16, DV, N>(o, packed, shared_address(sm.v[vs.stage]), 1);
+                wgmma_wait_group<1>();
+                wgmma_pin(s);
+                release_k();
+                scores_to_probabilities(n);
+                wgmma_wait_group<0>();
+                wgmma_pin(o);
+                release_v();
+                softmax_pack<FP16, N>(packed, s);
+                softmax_rescale<DV>(rows, o);
+            }
+            wait_v();
+            wgmma_pin(o);
+            wgmma_pin(packed);
+            wgmma_fence();
+            issue_pv<FP16, DV, N>(o, packed, shared_address(sm.v[vs.stage]), 1);
+            wgmma_wait_group<0>();
+            wgmma_pin(o);
+            release_v();
+        }
+
+        float normalise[2], lse[2];
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            bool sink = call.sink != ATTN_SINK_NONE && piece.first;
+            int r = min(row + 8 * h, last);
+            softmax_finish(rows.max[h], quad_sum(rows.sum[h]), call.exp_scale, sink,
+                           sink ? load_sink(call, find_row(p, piece, r).h_q) : 0.0f,
+                           piece.slot < 0 ? call.lse_empty : -INFINITY, &normalise[h], &lse[h]);
+        }
+        store_lse(p, piece, row, lse);
+        store_out<FP16, DV>(p, piece, row, 0, normalise, o);
+        named_barrier_sync<CONSUMER_BARRIER, 128>(); /* all products with q are over */
+    }
+}
+
+/* ---- the kernel ------------------------------------------------------------------------------ */
+
+template <int FP16, int DQK, int DV>
+ATTN_DEVICE void mha_decode_body(const attn_decode_params &p, const attn_mha_fwd_maps &maps)
+{
+    typedef decode_smem<DQK, DV> smem;
+    static_assert(sizeof(smem) <= ATTN_MHA_DECODE_SMEM(DQK, DV), "the host asks for less");
+    extern __shared__ __align__(1024) uint8_t raw[];
+    smem &sm = *(smem *)raw;
+
+    launch_dependents();
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < smem::STAGES; i++) {
+            mbarrier_init(shared_address(&sm.k_full[i]), p.call.gather ? 64 : 2);
+            mbarrier_init(shared_address(&sm.v_full[i]), p.call.gather ? 64 : 2);
+            mbarrier_init(shared_address(&sm.k_empty[i]), 4);
+            mbarrier_init(shared_address(&sm.v_empty[i]), 4);
+        }
+        fence_mbarrier_init();
+        prefetch_tensormap(&maps.k);
+        prefetch_tensormap(&maps.v);
+    }
+    decode_walk walk = decode_start<THREADS>(p, sm.start);
+    __syncthreads();
+
+    int warp = __shfl_sync(0xffffffff, (int)threadIdx.x / 32, 0);
+    if (warp < 4)
+        consume<FP16, DQK, DV>(p, sm);
+    else if (warp < 6)
+        load<DQK, DV, 0>(p, maps, sm, walk, warp - 4);
+    else
+        load<DQK, DV, 1>(p, maps, sm, walk, warp - 6);
+}
+
+/* The build compiles this file once a line of mha_decode.def, with the line's fields as macros. */
+#define ATTN_KERNEL(op, arch, dtype, dqk, dv, rows, keys)                                          \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1)                                       \
+        attn_##op##_##arch##_##dtype##_d##dqk##x##dv##_m##rows##n##keys(                           \
+            const __grid_constant__ attn_decode_params p,                                          \
+            const __grid_constant__ attn_mha_fwd_maps maps)                                        \
+    {                                                                                              \
+        static_assert(rows == M && keys == N, "the tile is fixed");                                \
+        op##_body<DTYPE_##dtype, dqk, dv>(p, maps);                                                \
+    }
+#define ATTN_EXPAND(...) ATTN_KERNEL(__VA_ARGS__)
+ATTN_EXPAND(mha_decode, sm90, VARIANT_DTYPE, VARIANT_DQK, VARIANT_DV, VARIANT_ROWS, VARIANT_KEYS)

@@ -1,0 +1,434 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * mla_decode on Hopper: attention to a latent cache, whose rows are keys and, their first 512
+ * columns, values.
+ *
+ * Math: that of mha_fwd.cu, with v_j = k_j[0 .. 511].  Pieces, splits and partial results: those of
+ * mha_decode.cu.
+ *
+ * Layout.  q [b, s_q, h_q, 576], out [b, s_q, h_q, 512], cache [pages, page, h_k, 576].  A block
+ * computes 64 packed rows and walks its keys 64 a step.  The 576 columns of a step's keys are nine
+ * tiles of [64 keys][64 columns]: a left and a right half of four tiles each, which are K and V, and
+ * the rope tile, which is K only.  A tile is read once: as the K-major operand of S = Q K^T and as
+ * the MN-major one of O += P V.
+ *
+ *     shared memory   | q: 5 tiles | ring of 5 halves: 20 tiles | ring of 2 rope tiles | P: 1 tile |
+ *
+ * The other four tiles of q, of the right half, are in S's registers: the shared memory they leave
+ * holds half a step's keys more, and those arrive while the tensor cores are busy.
+ *
+ * Roles, a warpgroup each: S computes the scores and P; L and R keep the left and the right 256
+ * columns of O.  Who is the last to read a half loads the half that comes next in its place, five
+ * halves on: L the right half and the rope tile of the step after next, R the left half of the step
+ * after that, a tile a warp.  So there are no "empty" barriers.
+ *
+ * Pipeline: L starts as soon as P is there, beside the next scores; R when those have been issued,
+ * beside their softmax.  So the left tiles are free early, and the tensor cores are kept busy.
+ *
+ *  S | S0 |P0| S1          |P1| S2          |P2|
+ *  L |       | O += P0 V0  |  | O += P1 V1  |
+ *  R |          | O += P0 V0  |  | O += P1 V1  |
+ *
+ * The block's pieces are found in advance, some at a time, and lie in shared memory.
+ */
+#include "decode_rows.cuh"
+#include "softmax.cuh"
+
+enum { N = ATTN_DECODE_KEYS, M = ATTN_DECODE_ROWS, THREADS = 384, D = 576, DV = 512 };
+enum { HALVES = ATTN_MLA_DECODE_HALVES, ROPES = ATTN_MLA_DECODE_ROPES, PIECES = 16 };
+enum { TILE = ATTN_DECODE_PANEL, HALF = 4 * TILE };
+enum { BARRIER_S = 1, BARRIER_L = 2, BARRIER_R = 3 }; /* the threads of one warpgroup */
+
+/* One warp's way through the key steps of sm.piece[]: always the same columns of every one. */
+struct tile_loader {
+    int piece, step; /* the next to load; piece == sm.pieces: none */
+    int page;        /* that this lane's box lies in, read a step ahead */
+};
+
+struct mla_smem {
+    uint8_t q[5 * TILE]; /* columns 0 .. 255 and 512 .. 575 */
+    uint8_t half[HALVES][HALF];
+    uint8_t rope[ROPES][TILE];
+    uint8_t probability[TILE];
+
+    float shrink[M];    /* of O's rows, before P V */
+    float normalise[M]; /* at a piece's end */
+    key_interval whole;     /* steps that all rows of a piece see whole */
+    key_interval bounds[M]; /* visible keys of each row; a warp of S writes and reads its own 16 */
+    decode_piece piece[PIECES];
+    int pieces;
+    decode_start_smem start;
+
+    /* half_full: four warps' tiles (gathered: 128 lanes); rope_full: one tile
+     * p_full: a warp of S each: P and shrink; p_free: L's and R's warps
+     * s_issued: a warp of S each, once its part of a product is under way
+     * end_full: a warp of S each: normalise; end_free: L's and R's warps */
+    uint64_t half_full[HALVES], rope_full[ROPES];
+    uint64_t p_full, p_free, s_issued, end_full, end_free;
+};
+
+/* ---- loads ----------------------------------------------------------------------------------- */
+
+/* Moves on where the step is before the piece's first, and looks its pages up. */
+ATTN_DEVICE void loader_settle(const attn_decode_params &p, const mla_smem &sm, tile_loader &l)
+{
+    const attn_mha_fwd_params &call = p.call;
+    while (l.piece < sm.pieces && l.step < sm.piece[l.piece].begin) {
+        l.piece++;
+        if (l.piece < sm.pieces) l.step = sm.piece[l.piece].end - 1;
+    }
+    if (l.piece == sm.pieces || call.gather) return;
+    const sequence &seq = sm.piece[l.piece].seq;
+    int row = (int)threadIdx.x % 32 * call.box_rows, key = l.step * N + row;
+    if (row < N && key < seq.s_k)
+        l.page = __ldg(call.page_table + seq.k_row * call.page_table_stride + key / call.page);
+}
+
+/* Loads the tile of columns 64 * panel .. + 63 of the loader's step.  A whole warp calls it. */
+ATTN_DEVICE void load_tile(const attn_decode_params &p, const attn_tensor_map *map,
+                           const mla_smem &sm, const tile_loader &l, int panel, uint32_t dst,
+                           uint32_t bar)
+{
+    const attn_mha_fwd_params &call = p.call;
+    const decode_piece &piece = sm.piece[l.piece];
+    int lane = (int)threadIdx.x % 32, key = l.step * N, live = min(piece.seq.s_k - key, (int)N);
+    if (!call.gather) {
+        int rows = call.box_rows, row = lane * rows;
+        open_tile<1, N, 1>(call, dst, bar, live);
+        if (row < live) {
+            int n = min(live - row, rows);
+            tma_load_5d(dst + row * 128, map, bar, panel * 64, rows - n,
+                        (key + row) % call.page + n, piece.h_kv,
+                        within(l.page, call.num_pages - 1));
+        }
+    } else {
+        const int32_t *pages = call.page_table + piece.seq.k_row * call.page_table_stride;
+        const uint16_t *head = (const uint16_t *)call.k + piece.h_kv * call.k_stride_h + panel * 64;
+        int chunk = lane % 8;
+#pragma unroll 1
+        for (int row = lane / 8; row < N; row += 4) { /* eight lanes share a row */
+            bool there = row < live;
+            const uint16_t *from = head;
+            if (there) {
+                int page = (key + row) / call.page;
+                from += within(__ldg(pages + page), call.num_pages - 1) * call.k_stride_b +
+                        (key + row - page * call.page) * call.k_stride_s + chunk * 8;
+            }
+            cp_async_16(dst + row * 128 + ((chunk ^ (row & 7)) << 4), from, there ? 16 : 0);
+        }
+        cp_async_mbarrier_arrive(bar);
+    }
+    __syncwarp();
+}
+
+/* The half with columns 256 * side .. of the loader's next step to place `place`, by warp `warp` of
+ * its warpgroup; with the right one the rope tile, to place `rope`. */
+ATTN_DEVICE void load_half(const attn_decode_params &p, const attn_tensor_map *map, mla_smem &sm,
+                           tile_loader &l, int side, int place, int rope, int warp)
+{
+    if (l.piece == sm.pieces) return;
+    load_tile(p, map, sm, l, side * 4 + warp, shared_address(sm.half[place]) + warp * TILE,
+              shared_address(&sm.half_full[place]));
+    if (side == 1 && warp == 0)
+        load_tile(p, map, sm, l, 8, shared_address(sm.rope[rope]),
+                  shared_address(&sm.rope_full[rope]));
+    l.step--;
+    loader_settle(p, sm, l);
+}
+
+/* ---- scores ---------------------------------------------------------------------------------- */
+
+/* S = Q K^T of four tiles, or S += that of one, q in shared memory. */
+template <int FP16, int TILES>
+ATTN_DEVICE void issue_scores(float (&s)[N / 2], uint32_t q, uint32_t k)
+{
+    uint64_t a = wgmma_descriptor(q, 16), b = wgmma_descriptor(k, 16);
+#pragma unroll
+    for (int step = 0; step < TILES * 4; step++) {
+        int at = step / 4 * (TILE / 16) + step % 4 * 2;
+        wgmma_ss<FP16, N>(s, a + at, b + at, TILES == 1 || step != 0);
+    }
+}
+
+/* S += Q K^T of four tiles, q in registers. */
+template <int FP16>
+ATTN_DEVICE void issue_more_scores(float (&s)[N / 2], const uint32_t (&q)[64], uint32_t k)
+{
+    uint64_t b = wgmma_descriptor(k, 16);
+#pragma unroll
+    for (int step = 0; step < 16; step++)
+        wgmma_rs_k64<FP16>(s, q + 4 * step, b + (step / 4 * (TILE / 16) + step % 4 * 2));
+}
+
+/* Columns 256 .. 511 of a thread's two rows of q, as A operands (wgmma.cuh); zeros where a row is
+ * past the last. */
+ATTN_DEVICE void load_q_registers(const attn_decode_params &p, const decode_piece &piece, int row,
+                                  uint32_t (&q)[64])
+{
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        bool live = row + 8 * h < piece.rows;
+        query_row r = find_row(p, piece, live ? row + 8 * h : 0);
+        const uint32_t *from =
+            (const uint32_t *)((const uint16_t *)p.q + r.b * p.q_stride_b + r.at * p.q_stride_s +
+                               r.h_q * p.q_stride_h + 256) +
+            threadIdx.x % 4;
+#pragma unroll
+        for (int step = 0; step < 16; step++) {
+            q[4 * step + h] = live ? __ldg(from + 8 * step) : 0;
+            q[4 * step + 2 + h] = live ? __ldg(from + 8 * step + 4) : 0;
+        }
+    }
+}
+
+/* Where the steps of a block have come to, over all its pieces. */
+struct step_ring {
+    decode_ring<HALVES> half; /* of the step's left half; the right one is the next */
+    uint32_t step;            /* counted; its low bit is the phase of what changes every step */
+    uint32_t end;             /* pieces, counted likewise */
+
+    __device__ __forceinline__ uint32_t rope() const { return step % ROPES; }
+    __device__ __forceinline__ uint32_t rope_parity() const { return step / ROPES % 2; }
+};
+
+template <int FP16>
+ATTN_DEVICE void score(const attn_decode_params &p, mla_smem &sm,
+                       step_ring &r)
+{
+    const attn_mha_fwd_params &call = p.call;
+    int t = (int)threadIdx.x % 128, lane = t % 32, warp = t / 32;
+    int first = (int)blockIdx.x % p.tiles * M, own = warp * 16 + lane / 4;
+    uint32_t q = shared_address(sm.q), probability = shared_address(sm.probability);
+    float s[N / 2];
+    uint32_t packed[N / 4], q_more[64];
+
+    for (int i = 0; i < sm.pieces; i++) {
+        const decode_piece &piece = sm.piece[i];
+        named_barrier_sync<BARRIER_S, 128>(); /* the products with the last q are over */
+        load_q<4>(p, piece, first, 0, q);
+        load_q<1>(p, piece, first, 512, q + 4 * TILE);
+        load_q_registers(p, piece, first + own, q_more);
+        named_barrier_sync<BARRIER_S, 128>();
+        if (piece.pieces && t == 0)
+            p.records[blockIdx.x] = {piece.b, piece.h_kv, piece.pieces, 0};
+
+        int last = min(first + (int)M, piece.rows) - 1;
+        auto sees = [&](int r) {
+            return visible_keys(call, min(r, last) / call.group, piece.seq.s_q, piece.seq.s_k,
+                                piece.cp_tot);
+        };
+        if (lane < 16) sm.bounds[warp * 16 + lane] = sees(first + warp * 16 + lane);
+        __syncwarp();
+        if (t == 0) sm.whole = {(sees(last).lo + N - 1) / N, sees(first).hi / N};
+        named_barrier_sync<BARRIER_S, 128>();
+        softmax_rows rows;
+        softmax_init(rows, false);
+
+        for (int n = piece.end - 1; n >= piece.begin; n--) {
+            decode_ring<HALVES> left = r.half;
+            r.half.next();
+            decode_ring<HALVES> right = r.half;
+            r.half.next();
+            wgmma_pin(s);
+            wgmma_pin(q_more);
+            mbarrier_wait_parity(shared_address(&sm.half_full[left.stage]), left.parity);
+            if (call.gather) fence_proxy_async_shared();
+            wgmma_fence();
+            issue_scores<FP16, 4>(s, q, shared_address(sm.half[left.stage]));
+            mbarrier_wait_parity(shared_address(&sm.rope_full[r.rope()]), r.rope_parity());
+            if (call.gather) fence_proxy_async_shared();
+            wgmma_fence();
+            issue_scores<FP16, 1>(s, q + 4 * TILE, shared_address(sm.rope[r.rope()]));
+            mbarrier_wait_parity(shared_address(&sm.half_full[right.stage]), right.parity);
+            if (call.gather) fence_proxy_async_shared();
+            wgmma_fence();
+            issue_more_scores<FP16>(s, q_more, shared_address(sm.half[right.stage]));
+            wgmma_commit_group();
+            if (lane == 0) mbarrier_arrive(shared_address(&sm.s_issued));
+            wgmma_wait_group<0>();
+            wgmma_pin(s);
+            if (first + warp * 16 < piece.rows) {
+                if (call.score != ATTN_SCORE_PLAIN) transform_scores<N>(call, s);
+                if (n >= sm.whole.hi || n < sm.whole.lo)
+                    mask_scores<N>(s, n * N + 2 * (lane % 4), sm.bounds[own],
+                                   sm.bounds[own + 8]);
+                softmax_update_max<N>(rows, s, call.exp_scale);
+                softmax_exponentiate<N>(rows, s, call.exp_scale);
+            } else {
+#pragma unroll
+                for (int e = 0; e < N / 2; e++)
+                    s[e] = 0.0f;
+            }
+            softmax_pack<FP16, N>(packed, s);
+
+            mbarrier_wait_parity(shared_address(&sm.p_free), r.step % 2 ^ 1);
+#pragma unroll
+            for (int step = 0; step < N / 16; step++) {
+                int to = 16 * warp + lane % 16, chunk = 2 * step + lane / 16;
+                stmatrix_x4(probability + to * 128 + ((chunk ^ (to & 7)) << 4), packed[4 * step],
+                            packed[4 * step + 1], packed[4 * step + 2], packed[4 * step + 3]);
+            }
+            if (lane % 4 == 0) {
+                sm.shrink[own] = rows.shrink[0];
+                sm.shrink[own + 8] = rows.shrink[1];
+            }
+            fence_proxy_async_shared();
+            __syncwarp();
+            if (lane == 0) mbarrier_arrive(shared_address(&sm.p_full));
+            r.step++;
+        }
+
+        float normalise[2], lse[2];
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            bool sink = call.sink != ATTN_SINK_NONE && piece.first;
+            softmax_finish(rows.max[h], quad_sum(rows.sum[h]), call.exp_scale, sink,
+                           sink ? load_sink(call, find_row(p, piece, min(first + own + 8 * h, piece.rows - 1)).h_q)
+                                : 0.0f,
+                           piece.slot < 0 ? call.lse_empty : -INFINITY, &normalise[h], &lse[h]);
+        }
+        store_lse(p, piece, first + own, lse);
+        mbarrier_wait_parity(shared_address(&sm.end_free), r.end % 2 ^ 1);
+        if (lane % 4 == 0) {
+            sm.normalise[own] = normalise[0];
+            sm.normalise[own + 8] = normalise[1];
+        }
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(shared_address(&sm.end_full));
+        r.end++;
+    }
+}
+
+/* ---- results --------------------------------------------------------------------------------- */
+
+/* The left (SIDE 0) or right 256 columns of O. */
+template <int FP16, int SIDE>
+ATTN_DEVICE void accumulate(const attn_decode_params &p, const attn_tensor_map *map, mla_smem &sm,
+                            step_ring &r)
+{
+    int t = (int)threadIdx.x % 128, lane = t % 32;
+    int warp = __shfl_sync(0xffffffff, t / 32, 0);
+    int first = (int)blockIdx.x % p.tiles * M, own = warp * 16 + lane / 4;
+    float o[DV / 4];
+
+    tile_loader loader = {0, sm.piece[0].end - 1, 0}; /* of the other side: HALVES is odd */
+    loader_settle(p, sm, loader);
+    for (int i = 1 - SIDE; i < HALVES; i += 2)
+        load_half(p, map, sm, loader, 1 - SIDE, (r.half.stage + i) % HALVES,
+                  (r.step + i / 2) % ROPES, warp);
+
+    for (int i = 0; i < sm.pieces; i++) {
+        const decode_piece &piece = sm.piece[i];
+#pragma unroll
+        for (int e = 0; e < DV / 4; e++)
+            o[e] = 0.0f;
+        for (int n = piece.end - 1; n >= piece.begin; n--) {
+            mbarrier_wait_parity(shared_address(&sm.p_full), r.step % 2);
+            float shrink0 = sm.shrink[own], shrink1 = sm.shrink[own + 8];
+            if (__any_sync(0xffffffff, shrink0 != 1.0f || shrink1 != 1.0f)) {
+#pragma unroll
+                for (int e = 0; e < DV / 4; e += 4) {
+                    o[e] *= shrink0;
+                    o[e + 1] *= shrink0;
+                    o[e + 2] *= shrink1;
+                    o[e + 3] *= shrink1;
+                }
+            }
+            if (SIDE == 1 && n > piece.begin) /* the scores of the next step come first */
+                mbarrier_wait_parity(shared_address(&sm.s_issued), (r.step + 1) % 2);
+            if (SIDE == 1) r.half.next();
+            uint32_t half = r.half.stage;
+            mbarrier_wait_parity(shared_address(&sm.half_full[half]), r.half.parity);
+            if (p.call.gather) fence_proxy_async_shared();
+            uint64_t a = wgmma_descriptor(shared_address(sm.probability), 16);
+            uint64_t b = wgmma_descriptor(shared_address(sm.half[half]), TILE);
+            wgmma_pin(o);
+            wgmma_fence();
+#pragma unroll
+            for (int step = 0; step < N / 16; step++)
+                wgmma_ss_mn256<FP16>(o, a + step * 2, b + step * 128);
+            wgmma_commit_group();
+            wgmma_wait_group<0>();
+            wgmma_pin(o);
+            if (lane == 0) mbarrier_arrive(shared_address(&sm.p_free));
+            named_barrier_sync<SIDE ? BARRIER_R : BARRIER_L, 128>();
+            load_half(p, map, sm, loader, 1 - SIDE, half, r.rope(), warp);
+            r.half.next();
+            if (SIDE == 0) r.half.next();
+            r.step++;
+        }
+        mbarrier_wait_parity(shared_address(&sm.end_full), r.end % 2);
+        float normalise[2] = {sm.normalise[own], sm.normalise[own + 8]};
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(shared_address(&sm.end_free));
+        r.end++;
+        store_out<FP16, DV / 2>(p, piece, first + own, SIDE * (DV / 2), normalise, o);
+    }
+}
+
+/* ---- the kernel ------------------------------------------------------------------------------ */
+
+/* The block's next pieces into sm.piece[]; false: there are none.  All threads call it. */
+ATTN_DEVICE bool find_pieces(const attn_decode_params &p, mla_smem &sm)
+{
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        int n = 0;
+        while (n < PIECES && decode_next(p, sm.start.walk, sm.piece[n]))
+            n++;
+        sm.pieces = n;
+    }
+    __syncthreads();
+    return sm.pieces > 0;
+}
+
+template <int FP16>
+ATTN_DEVICE void mla_decode_body(const attn_decode_params &p, const attn_mha_fwd_maps &maps)
+{
+    static_assert(sizeof(mla_smem) <= ATTN_MLA_DECODE_SMEM, "the host asks for less");
+    extern __shared__ __align__(1024) uint8_t raw[];
+    mla_smem &sm = *(mla_smem *)raw;
+
+    launch_dependents();
+    if (threadIdx.x == 0) {
+        int lanes = p.call.gather ? 32 : 1;
+        for (int i = 0; i < HALVES; i++)
+            mbarrier_init(shared_address(&sm.half_full[i]), 4 * lanes);
+        for (int i = 0; i < ROPES; i++)
+            mbarrier_init(shared_address(&sm.rope_full[i]), lanes);
+        mbarrier_init(shared_address(&sm.p_full), 4);
+        mbarrier_init(shared_address(&sm.p_free), 8);
+        mbarrier_init(shared_address(&sm.s_issued), 4);
+        mbarrier_init(shared_address(&sm.end_full), 4);
+        mbarrier_init(shared_address(&sm.end_free), 8);
+        fence_mbarrier_init();
+        prefetch_tensormap(&maps.k);
+        if (!p.splits) p.records[blockIdx.x].pieces = 0;
+    }
+    decode_start<THREADS>(p, sm.start);
+    int group = __shfl_sync(0xffffffff, (int)threadIdx.x / 128, 0);
+    step_ring r = {{0, 0}, 0, 0};
+    if (group == 0) {
+        while (find_pieces(p, sm))
+            score<FP16>(p, sm, r);
+    } else if (group == 1) {
+        while (find_pieces(p, sm))
+            accumulate<FP16, 0>(p, &maps.k, sm, r);
+    } else {
+        while (find_pieces(p, sm))
+            accumulate<FP16, 1>(p, &maps.k, sm, r);
+    }
+}
+
+/* The build compiles this file once a line of mla_decode.def, with the line's fields as macros. */
+#define ATTN_KERNEL(op, arch, dtype, dqk, dv, rows, keys)                                          \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1)                                       \
+        attn_##op##_##arch##_##dtype##_d##dqk##x##dv##_m##rows##n##keys(                           \
+            const __grid_constant__ attn_decode_params p,                                          \
+            const __grid_constant__ attn_mha_fwd_maps maps)                                        \
+    {                                                                                              \
+        static_assert(dqk == D && dv == DV && rows == M && keys == N, "the tile is fixed");        \
+        op##_body<DTYPE_##dtype>(p, maps);                                                         \
+    }
+#define ATTN_EXPAND(...) ATTN_KERNEL(__VA_ARGS__)
+ATTN_EXPAND(mla_decode, sm90, VARIANT_DTYPE, VARIANT_DQK, VARIANT_DV, VARIANT_ROWS, VARIANT_KEYS)

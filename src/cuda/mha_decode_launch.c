@@ -1,0 +1,179 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * Runs a checked mha_fwd problem through the decode kernels: parameters, tensor maps, one launch and
+ * the merging behind it.
+ */
+#include <string.h>
+
+#include "cuda/mha_decode_cuda.h"
+
+#define KERNELS_MAX 64
+#define THREADS 256
+#define COMBINE_THREADS 128
+#define COMBINE_THREADS_MAX 512
+#define COMBINE_BLOCKS_A_MULTIPROCESSOR 8
+#define ITEM_COST 2 /* steps that an item costs beside its keys: q, the first product, its rows */
+
+typedef struct attn_mha_fwd_problem problem_t;
+typedef struct attn_mha_decode_cuda_plan plan_t;
+
+static attn_status choose(const problem_t *p, const struct attn_cuda_device *device, plan_t *plan)
+{
+    struct attn_mha_fwd_cuda_tile tiles[KERNELS_MAX];
+    for (int i = 0; i < attn_mha_decode_kernel_count; i++) {
+        const struct attn_cuda_kernel *k = &attn_mha_decode_kernels[i];
+        tiles[i] = (struct attn_mha_fwd_cuda_tile){k->dtype, k->d_qk, k->d_v, k->rows, k->keys};
+    }
+    return attn_mha_decode_cuda_choose(p, tiles, attn_mha_decode_kernel_count,
+                                       device->multiprocessors, plan);
+}
+
+attn_status attn_mha_decode_cuda_plan(const problem_t *p, const struct attn_cuda_device *device,
+                                      struct attn_mha_fwd_plan *out)
+{
+    plan_t plan;
+    ATTN_TRY(choose(p, device, &plan));
+    out->splits = plan.splits > 1 ? plan.splits : 1;
+    out->piece = p->s_k;
+    out->workspace_bytes = plan.bytes;
+    out->tile[0] = plan.kernel;
+    out->tile[1] = plan.tiles;
+    out->tile[2] = plan.box_rows == 0;
+    out->tile[3] = plan.parts * plan.tiles;
+    strncpy(out->kernel, attn_mha_decode_kernels[plan.kernel].name, sizeof out->kernel - 1);
+    return ATTN_OK;
+}
+
+attn_status attn_mha_decode_cuda_check(const problem_t *p, const struct attn_cuda_device *device,
+                                       int64_t workspace_bytes)
+{
+    plan_t plan;
+    ATTN_TRY(choose(p, device, &plan));
+    ATTN_CHECK(plan.splits <= 1 || p->accum_splits == plan.splits, ATTN_E_VALUE,
+               "out_accum: expected %d splits, got %lld", plan.splits, (long long)p->accum_splits);
+    ATTN_CHECK(workspace_bytes >= plan.bytes, ATTN_E_WORKSPACE,
+               "workspace: expected %lld bytes for decode, got %lld: plan and run differ",
+               (long long)plan.bytes, (long long)workspace_bytes);
+    return ATTN_OK;
+}
+
+void attn_decode_fill_plan(const plan_t *plan, char *workspace, struct attn_decode_params *params)
+{
+    params->records = (struct attn_decode_record *)(void *)(workspace + plan->records);
+    params->partial_lse = (float *)(void *)(workspace + plan->lse);
+    params->partial_out = (float *)(void *)(workspace + plan->out);
+    params->tiles = plan->tiles;
+    params->parts = plan->parts;
+    params->splits = plan->splits;
+    params->slot_rows = plan->slot_rows;
+}
+
+static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static attn_status launch_combine(struct attn_decode_params *params,
+                                  const struct attn_cuda_device *device, cu_stream stream)
+{
+    const struct attn_cuda_driver *cu;
+    struct attn_cuda_kernel *kernel;
+    cu_kernel handle;
+    ATTN_TRY(attn_cuda_driver(&cu));
+    ATTN_TRY(attn_plain_kernel("attn_decode_combine_sm90", &kernel));
+    ATTN_TRY(attn_cuda_kernel_load(kernel, device->device, &handle));
+
+    /* Threads: d_v / 4 a row, times the groups that share a row of many pieces. */
+    int64_t heads = (int64_t)params->call.b * params->call.h_k;
+    int64_t items = params->splits ? heads : min64(heads, params->parts);
+    int64_t pieces = params->splits ? params->splits : params->parts / (items ? items : 1) + 1;
+    int sharers = 16, groups = 1;
+    while (sharers * 4 < params->call.d_v) sharers *= 2;
+    while (groups * 4 < pieces && sharers * groups < COMBINE_THREADS_MAX) groups *= 2;
+    int threads = sharers * groups > COMBINE_THREADS ? sharers * groups : COMBINE_THREADS;
+    int64_t rows = items * params->tiles * (params->splits ? ATTN_DECODE_ROWS : params->slot_rows);
+    int64_t blocks = (rows * sharers * groups + threads - 1) / threads;
+    params->combine_groups = groups;
+
+    struct cu_launch_attribute early = {.id = CU_LAUNCH_PROGRAMMATIC_STREAM_SERIALIZATION,
+                                        .value.programmatic = 1};
+    struct cu_launch_config config = {
+        .grid = {(unsigned)min64(blocks > 0 ? blocks : 1,
+                                 device->multiprocessors * COMBINE_BLOCKS_A_MULTIPROCESSOR),
+                 1, 1},
+        .block = {(unsigned)threads, 1, 1},
+        .shared_bytes = groups > 1 ? (unsigned)threads * ATTN_DECODE_MERGED_BYTES : 0,
+        .stream = stream,
+        .attributes = &early,
+        .attribute_count = 1,
+    };
+    void *arguments[] = {params};
+    return attn_cuda_status(cu->launch_kernel_ex(&config, handle, arguments, NULL), kernel->name);
+}
+
+attn_status attn_decode_launch(struct attn_decode_params *params,
+                               const struct attn_mha_fwd_maps *maps,
+                               struct attn_cuda_kernel *kernel, int threads,
+                               const struct attn_cuda_device *device, cu_stream stream)
+{
+    const struct attn_cuda_driver *cu;
+    cu_kernel handle;
+    ATTN_TRY(attn_cuda_driver(&cu));
+    ATTN_TRY(attn_cuda_kernel_load(kernel, device->device, &handle));
+    struct cu_launch_config config = {
+        .grid = {(unsigned)(params->parts * params->tiles), 1, 1},
+        .block = {(unsigned)threads, 1, 1},
+        .shared_bytes = (unsigned)kernel->shared_bytes,
+        .stream = stream,
+    };
+    void *arguments[] = {params, (void *)(uintptr_t)maps};
+    ATTN_TRY(
+        attn_cuda_status(cu->launch_kernel_ex(&config, handle, arguments, NULL), kernel->name));
+    bool merges = params->splits ? params->splits > 1 : params->parts > 1;
+    return merges ? launch_combine(params, device, stream) : ATTN_OK;
+}
+
+static void fill_params(const problem_t *p, const plan_t *plan, char *workspace,
+                        struct attn_decode_params *out)
+{
+    memset(out, 0, sizeof *out);
+    const struct attn_mha_fwd_cuda_plan call = {.gather = plan->box_rows == 0,
+                                                .box_rows = plan->box_rows,
+                                                .cluster = 1,
+                                                .section = 1};
+    attn_mha_fwd_fill_params(p, &call, &out->call);
+    attn_decode_fill_plan(plan, workspace, out);
+    out->q = p->q.data;
+    out->q_stride_b = p->q.batch;
+    out->q_stride_s = p->q.row;
+    out->q_stride_h = p->q.head;
+    out->lse_stride_s = 1;
+    out->item_cost = ITEM_COST;
+    out->fp16 = p->dtype == ATTN_F16;
+    if (plan->splits <= 1) return;
+    out->partial_out = (float *)(void *)p->out_accum.data;
+    out->partial_lse = p->lse_accum;
+    out->partial_out_stride_n = p->out_accum_split;
+    out->partial_out_stride_b = p->out_accum.batch;
+    out->partial_out_stride_s = p->out_accum.row;
+    out->partial_out_stride_h = p->out_accum.head;
+    out->partial_lse_stride_n = p->lse_accum_split;
+    out->partial_lse_stride_b = p->lse_accum_batch;
+    out->partial_lse_stride_h = p->lse_accum_head;
+}
+
+attn_status attn_mha_decode_cuda_launch(const problem_t *p, const struct attn_cuda_device *device,
+                                        char *workspace, cu_stream stream)
+{
+    struct attn_decode_params params;
+    struct attn_mha_fwd_maps maps;
+    plan_t plan;
+    ATTN_TRY(choose(p, device, &plan));
+    fill_params(p, &plan, workspace, &params);
+    memset(&maps, 0, sizeof maps);
+    if (plan.box_rows && params.call.s_k > 0) {
+        ATTN_TRY(attn_mha_fwd_encode_keys(p, plan.box_rows, &p->k, p->d_qk,
+                                          "k: cuTensorMapEncodeTiled", &maps.k));
+        ATTN_TRY(attn_mha_fwd_encode_keys(p, plan.box_rows, &p->v, p->d_v,
+                                          "v: cuTensorMapEncodeTiled", &maps.v));
+    }
+    return attn_decode_launch(&params, &maps, &attn_mha_decode_kernels[plan.kernel], THREADS,
+                              device, stream);
+}

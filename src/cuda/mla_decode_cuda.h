@@ -1,0 +1,17 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * MLA decode on Hopper.
+ */
+#ifndef ATTN_CUDA_MLA_DECODE_CUDA_H
+#define ATTN_CUDA_MLA_DECODE_CUDA_H
+
+#include "cuda/module.h"
+#include "ops/mla.h"
+
+/* The rows of struct attn_backend; ATTN_E_NOT_BUILT for the sparse ops, fp8 and other widths. */
+attn_status attn_mla_cuda_plan(const struct attn_mla_problem *problem, struct attn_mla_plan *plan);
+attn_status attn_mla_cuda_run(const struct attn_mla_problem *problem,
+                              const struct attn_mla_plan *plan, char *workspace,
+                              int64_t workspace_bytes, void *stream);
+
+#endif

@@ -1,0 +1,210 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * Runs a checked mla_decode problem: plan, parameters, one tensor map, the kernel and the merging.
+ */
+#include "cuda/mla_decode_cuda.h"
+
+#include <math.h>
+#include <string.h>
+
+#include "cuda/mha_decode_cuda.h"
+#include "cuda/tma.h"
+
+#define THREADS 384
+#define LOG2E 1.4426950408889634
+#define LENGTH_MAX ((int64_t)1 << 30)
+#define ITEM_COST 4 /* steps that an item costs beside its keys: q, the first product, its rows */
+
+typedef struct attn_mla_problem problem_t;
+typedef struct attn_mha_decode_cuda_plan plan_t;
+
+static bool multiple_of_16(int64_t bytes, int64_t extent) { return extent <= 1 || bytes % 16 == 0; }
+
+/* Every row starts on 16 bytes, the unit in which it is read or written; strides in bytes. */
+static attn_status check_rows(const char *name, const void *data, int64_t batch, int64_t batches,
+                              int64_t row, int64_t rows, int64_t head, int64_t heads)
+{
+    ATTN_CHECK((uintptr_t)data % 16 == 0 && multiple_of_16(batch, batches) &&
+                   multiple_of_16(row, rows) && multiple_of_16(head, heads),
+               ATTN_E_SHAPE,
+               "%s: expected rows that start on multiples of 16 bytes, got strides of %lld, %lld, "
+               "%lld bytes at %p",
+               name, (long long)batch, (long long)row, (long long)head, data);
+    return ATTN_OK;
+}
+
+static attn_status check_built(const problem_t *p)
+{
+    const struct attn_mla_cache *c = &p->cache[0];
+    ATTN_CHECK(p->op == ATTN_MLA_DECODE, ATTN_E_NOT_BUILT, "%s: not built for Hopper",
+               attn_mla_op_name(p->op));
+    ATTN_CHECK(p->dtype == ATTN_BF16 || p->dtype == ATTN_F16, ATTN_E_NOT_BUILT,
+               "q: %s is not built for mla_decode on Hopper; bf16 and fp16 are",
+               attn_dtype_name(p->dtype));
+    ATTN_CHECK(p->d_qk == 576 && p->d_v == 512, ATTN_E_NOT_BUILT,
+               "q: widths 576 and 512 are built for mla_decode on Hopper, got %lld and %lld",
+               (long long)p->d_qk, (long long)p->d_v);
+    ATTN_CHECK(p->s_q * p->h_q < LENGTH_MAX && p->max_pages * c->page < LENGTH_MAX,
+               ATTN_E_NOT_BUILT,
+               "q, block_table: fewer than 2^30 rows and keys are built for Hopper, got %lld and "
+               "%lld",
+               (long long)(p->s_q * p->h_q), (long long)(p->max_pages * c->page));
+    ATTN_TRY(check_rows("q", p->q.data, 2 * p->q.batch, p->b, 2 * p->q.row, p->s_q, 2 * p->q.head,
+                        p->h_q));
+    ATTN_TRY(check_rows("k_cache", c->data, c->page_stride, c->num_pages, c->row_stride, c->page,
+                        c->head_stride, p->h_k));
+    return check_rows("out", p->out.data, 2 * p->out.batch, p->b, 2 * p->out.row, p->s_q,
+                      2 * p->out.head, p->h_q);
+}
+
+/* Rows of the largest box that never straddles two pages; 0: rows are gathered. */
+static int box_rows(const problem_t *p)
+{
+    const struct attn_mla_cache *c = &p->cache[0];
+    const int64_t limit = (int64_t)1 << 40;
+    if ((c->num_pages > 1 && (c->page_stride <= 0 || c->page_stride >= limit)) ||
+        (c->page > 1 && (c->row_stride <= 0 || c->row_stride >= limit)) ||
+        (p->h_k > 1 && (c->head_stride <= 0 || c->head_stride >= limit)))
+        return 0;
+    for (int rows = ATTN_DECODE_KEYS; rows >= 8; rows /= 2)
+        if (c->page % rows == 0) return rows;
+    return 0;
+}
+
+static attn_status choose(const problem_t *p, const struct attn_cuda_device *device, plan_t *plan)
+{
+    ATTN_TRY(check_built(p));
+    memset(plan, 0, sizeof *plan);
+    plan->kernel = -1;
+    for (int i = 0; i < attn_mla_decode_kernel_count; i++)
+        if (attn_mla_decode_kernels[i].dtype == (int)p->dtype) plan->kernel = i;
+    ATTN_CHECK(plan->kernel >= 0, ATTN_E_NOT_BUILT,
+               "mla_decode: no Hopper kernel in this build, which was made without nvcc");
+    plan->box_rows = box_rows(p);
+    int64_t rows = p->s_q * (p->h_q / p->h_k), keys = p->max_pages * p->cache[0].page;
+    int64_t tiles = (rows + ATTN_DECODE_ROWS - 1) / ATTN_DECODE_ROWS;
+    attn_decode_share(tiles > 0 ? tiles : 1, p->b * p->h_k,
+                      (keys + ATTN_DECODE_KEYS - 1) / ATTN_DECODE_KEYS, rows, p->d_v,
+                      device->multiprocessors, plan);
+    return ATTN_OK;
+}
+
+static void fill_params(const problem_t *p, const plan_t *plan, char *workspace,
+                        struct attn_decode_params *out)
+{
+    const struct attn_mla_cache *c = &p->cache[0];
+    struct attn_mha_fwd_params *call = &out->call;
+    memset(out, 0, sizeof *out);
+    attn_decode_fill_plan(plan, workspace, out);
+    out->q = p->q.data;
+    out->q_stride_b = p->q.batch;
+    out->q_stride_s = p->q.row;
+    out->q_stride_h = p->q.head;
+    out->lse_stride_s = p->lse_row;
+    out->item_cost = ITEM_COST;
+    out->fp16 = p->dtype == ATTN_F16;
+
+    call->out = p->out.data;
+    call->lse = p->lse;
+    call->seqused_k = p->cache_seqlens;
+    call->page_table = p->block_table;
+    call->page_table_stride = p->block_table_row;
+    call->k = c->data;
+    call->out_stride_b = p->out.batch;
+    call->out_stride_s = p->out.row;
+    call->out_stride_h = p->out.head;
+    call->lse_stride_b = p->lse_batch;
+    call->lse_stride_h = p->lse_head;
+    call->k_stride_b = c->page_stride / 2;
+    call->k_stride_s = c->row_stride / 2;
+    call->k_stride_h = c->head_stride / 2;
+    call->b = (int32_t)p->b;
+    call->s_q = (int32_t)p->s_q;
+    call->s_k = c->num_pages > 0 ? (int32_t)(p->max_pages * c->page) : 0;
+    call->k_rows = (int32_t)p->b;
+    call->num_pages = (int32_t)c->num_pages;
+    call->h_k = (int32_t)p->h_k;
+    call->group = (int32_t)(p->h_q / p->h_k);
+    call->d_qk = (int32_t)p->d_qk;
+    call->d_v = (int32_t)p->d_v;
+    call->page = (int32_t)c->page;
+    call->box_rows = plan->box_rows;
+    call->gather = plan->box_rows == 0;
+    call->cluster = 1;
+    call->section = 1;
+    call->window_left = ATTN_WINDOW_OFF;
+    call->window_right = p->causal ? 0 : ATTN_WINDOW_OFF;
+    call->cp_world = 1;
+    call->score = p->scale > 0 ? ATTN_SCORE_PLAIN : ATTN_SCORE_SCALED;
+    call->score_scale = (float)p->scale;
+    call->exp_scale = (float)(p->scale > 0 ? p->scale * LOG2E : LOG2E);
+    call->lse_empty = INFINITY;
+}
+
+/* As the k of struct attn_mha_fwd_maps. */
+static attn_status encode_cache(const problem_t *p, int rows, struct attn_tensor_map *map)
+{
+    const struct attn_mla_cache *c = &p->cache[0];
+    int64_t row = c->page > 1 ? c->row_stride / 2 : 8; /* of a single row: anything */
+    return attn_tma_encode(&(struct attn_tma){.rank = 5,
+                                              .base = c->data - 2 * rows * row,
+                                              .extent = {p->d_qk, rows, c->page + 1, p->h_k,
+                                                         c->num_pages},
+                                              .stride = {row, row, c->head_stride / 2,
+                                                         c->page_stride / 2},
+                                              .box = {64, rows, 1, 1, 1}},
+                           p->dtype == ATTN_F16, "k_cache: cuTensorMapEncodeTiled", map);
+}
+
+static attn_status plan_on(const problem_t *p, const struct attn_cuda_device *device,
+                           struct attn_mla_plan *out)
+{
+    plan_t plan;
+    ATTN_TRY(choose(p, device, &plan));
+    out->workspace_bytes = plan.bytes;
+    out->tile[0] = plan.kernel;
+    out->tile[1] = plan.tiles;
+    out->tile[2] = plan.box_rows == 0;
+    out->tile[3] = plan.parts * plan.tiles;
+    strncpy(out->kernel, attn_mla_decode_kernels[plan.kernel].name, sizeof out->kernel - 1);
+    return ATTN_OK;
+}
+
+/* Pointers and strides may have changed since the plan was made: choosing again is cheap. */
+static attn_status run_on(const problem_t *p, const struct attn_cuda_device *device,
+                          char *workspace, int64_t workspace_bytes, cu_stream stream)
+{
+    struct attn_decode_params params;
+    struct attn_mha_fwd_maps maps;
+    plan_t plan;
+    ATTN_TRY(choose(p, device, &plan));
+    ATTN_CHECK(workspace_bytes >= plan.bytes, ATTN_E_WORKSPACE,
+               "workspace: expected %lld bytes, got %lld: plan and run differ",
+               (long long)plan.bytes, (long long)workspace_bytes);
+    fill_params(p, &plan, workspace, &params);
+    memset(&maps, 0, sizeof maps);
+    if (plan.box_rows && params.call.s_k > 0) ATTN_TRY(encode_cache(p, plan.box_rows, &maps.k));
+    return attn_decode_launch(&params, &maps, &attn_mla_decode_kernels[plan.kernel], THREADS,
+                              device, stream);
+}
+
+attn_status attn_mla_cuda_plan(const problem_t *p, struct attn_mla_plan *out)
+{
+    struct attn_cuda_device device;
+    ATTN_TRY(attn_cuda_enter(p->device.device_id, &device));
+    attn_status status = plan_on(p, &device, out);
+    attn_cuda_leave(&device);
+    return status;
+}
+
+attn_status attn_mla_cuda_run(const problem_t *p, const struct attn_mla_plan *planned,
+                              char *workspace, int64_t workspace_bytes, void *stream)
+{
+    struct attn_cuda_device device;
+    (void)planned;
+    if (p->s_q == 0 || p->h_q == 0) return ATTN_OK;
+    ATTN_TRY(attn_cuda_enter(p->device.device_id, &device));
+    attn_status status = run_on(p, &device, workspace, workspace_bytes, stream);
+    attn_cuda_leave(&device);
+    return status;
+}
