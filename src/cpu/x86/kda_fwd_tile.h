@@ -208,7 +208,7 @@ static void kda_pair_factors(const struct attn_kda_tokens *tokens, const struct 
 }
 
 /* The triangle up to the diagonal, as two A tiles; what lies above it becomes 0. */
-static void kda_put_rows(char *tiles, kda_block x)
+static void kda_put_rows(char *tiles, float (*x)[32])
 {
     for (int i = 0; i < KDA_CHUNK; ++i) {
         uint32_t lower = ~0u >> (31 - i);
@@ -274,7 +274,7 @@ VEC_INLINE void kda_pack_state(float *state, const float *decay, int32_t c, char
 
 /* X = V + (-kd S), packed. */
 VEC_INLINE void kda_pack_x(const struct attn_kda_scan *s, const struct attn_kda_part *p,
-                           kda_block c, char *to)
+                           float (*c)[32], char *to)
 {
     const char *v = p->v + 2 * s->v0;
     for (int i = 0; i < KDA_CHUNK; i += 2) {
@@ -293,7 +293,7 @@ VEC_INLINE void kda_pack_x(const struct attn_kda_scan *s, const struct attn_kda_
     }
 }
 
-VEC_INLINE void kda_pack_u(kda_block u, char *to)
+VEC_INLINE void kda_pack_u(float (*u)[32], char *to)
 {
     for (int i = 0; i < KDA_CHUNK; i += 2)
         for (int n = 0; n < 2; ++n)
@@ -303,7 +303,7 @@ VEC_INLINE void kda_pack_u(kda_block u, char *to)
 
 /* A slice of a row is a line of memory: written past the caches where it is aligned as one. */
 VEC_INLINE void kda_put_out(const struct attn_kda_scan *s, const struct attn_kda_part *p,
-                            kda_block out)
+                            float (*out)[32])
 {
     char *to = p->out + 2 * s->v0;
     vec scale = vec_set1(s->scale);
