@@ -30,6 +30,9 @@ typedef unsigned short uint16_t;
 typedef unsigned int uint32_t;
 typedef unsigned long long uint64_t;
 typedef unsigned long long uintptr_t;
+#define INT32_MAX 2147483647
+#define UINT32_MAX 4294967295u
+#define INT64_MAX 9223372036854775807ll
 """
 }
 MACROS = ("INFINITY=__int_as_float(0x7f800000)", "NAN=__int_as_float(0x7fffffff)")
