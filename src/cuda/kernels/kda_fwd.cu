@@ -52,10 +52,10 @@ template <int D> struct kda_factor {
     static constexpr int PANELS = D / 64, PANEL_BYTES = 4096;
     uint8_t kd_qd[PANELS * PANEL_BYTES]; /* a panel: 16 rows of kd, then 16 of qd */
     uint8_t kr_ki[PANELS * PANEL_BYTES];
-    uint8_t a[512], m[512];              /* 16 x 16, see wgmma_descriptor_16x16 */
-    float decay[D];                      /* 2^G_16; channels as decay_offset() says */
+    uint8_t a[512], m[512]; /* 16 x 16, see wgmma_descriptor_16x16 */
+    float decay[D];         /* 2^G_16; channels as decay_offset() says */
     float r[16], s[16], b[16];
-    float l[16 * 20];                    /* L, for the inverse */
+    float l[16 * 20]; /* L, for the inverse */
 };
 
 template <int D, int VB> struct kda_fwd_smem {
@@ -82,7 +82,9 @@ template <int D, int VB> struct kda_fwd_smem {
     uint64_t raw_full[RAW], raw_empty[RAW];
     uint64_t v_full[VALUES], v_empty[VALUES];
     uint64_t factor_full[FACTORS], factor_empty[FACTORS];
-    uint64_t factor_scaled[FACTORS]; /* one a producing warp: kd qd kr ki r are there */
+    uint64_t factor_scaled[FACTORS]; /* one a producing warp: kd qd kr ki are there */
+    uint64_t factor_normed[FACTORS]; /* 1: r is there */
+    uint64_t item_wanted;            /* 1 an item: its last load is under way */
     uint64_t item_full[ITEMS], item_empty[ITEMS];
 };
 
@@ -115,7 +117,8 @@ ATTN_DEVICE uint32_t decay_offset(uint32_t c)
 
 ATTN_DEVICE int64_t sequence_end(const attn_kda_fwd_params &p, int i)
 {
-    int64_t at = p.cu_is_64 ? ((const int64_t *)p.cu_seqlens)[i] : ((const int32_t *)p.cu_seqlens)[i];
+    int64_t at = p.cu_is_64 ? ((const int64_t *)p.cu_seqlens)[i]
+                            : ((const int32_t *)p.cu_seqlens)[i];
     return at < 0 ? 0 : at > p.t ? p.t : at;
 }
 
@@ -132,13 +135,12 @@ ATTN_DEVICE int64_t checkpoints_before(const attn_kda_fwd_params &p, int sequenc
     if (!p.cu_seqlens) return (int64_t)sequence * (p.t / p.every);
     int64_t sum = 0;
     int i = threadIdx.x % 32;
-    asm volatile("" : "+r"(i)); /* else four registers of addresses live across the scheduler's loop */
+    asm volatile(""
+                 : "+r"(i)); /* else four registers of addresses live across the scheduler's loop */
 #pragma unroll 1
-    for (; i < sequence; i += 32)
-        sum += sequence_length(p, i) / p.every;
+    for (; i < sequence; i += 32) sum += sequence_length(p, i) / p.every;
 #pragma unroll 1
-    for (int step = 16; step; step /= 2)
-        sum += __shfl_xor_sync(0xffffffff, sum, step);
+    for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);
     return sum;
 }
 
@@ -180,7 +182,8 @@ ATTN_DEVICE void schedule(const attn_kda_fwd_params &p, kda_fwd_smem<D, VB> &sm)
     int lane = threadIdx.x % 32;
     for (uint32_t turn = 0;; turn++) {
         int number = blockIdx.x + turn * gridDim.x;
-        if (p.ticket) {
+        if (p.ticket) { /* drawn late, so that whoever is done first gets the next */
+            if (turn) mbarrier_wait_parity(shared_address(&sm.item_wanted), ~turn & 1);
             if (lane == 0) number = atomicAdd(p.ticket, 1);
             number = __shfl_sync(0xffffffff, number, 0);
         }
@@ -189,8 +192,10 @@ ATTN_DEVICE void schedule(const attn_kda_fwd_params &p, kda_fwd_smem<D, VB> &sm)
         wait_empty<smem::ITEMS>(sm.item_empty, turn);
         const kda_item &before = sm.item[(turn + smem::ITEMS - 1) % smem::ITEMS];
         item.first = turn ? before.first + (before.length + 15) / 16 : 0;
-        if (!last) describe<D, VB>(p, number, item);
-        else item.length = -1;
+        if (!last)
+            describe<D, VB>(p, number, item);
+        else
+            item.length = -1;
         arrive<smem::ITEMS>(sm.item_full, turn);
         if (last) return;
     }
@@ -206,12 +211,14 @@ ATTN_DEVICE void load(const attn_kda_fwd_maps &maps, kda_fwd_smem<D, VB> &sm)
         const volatile kda_item &item = sm.item[turn % smem::ITEMS];
         int left = item.length, token = item.start;
         if (left < 0) return;
+        if (left == 0) mbarrier_arrive(shared_address(&sm.item_wanted));
 #pragma unroll 1
         for (; left > 0; left -= 16, token += 16, n++) {
             uint32_t full = shared_address(sm.raw_full + n % smem::RAW);
             uint32_t raw = shared_address(sm.raw[n % smem::RAW]);
             wait_empty<smem::RAW>(sm.raw_empty, n);
             mbarrier_arrive_expect_tx(full, 3 * smem::TILE_BYTES);
+            if (left <= 16) mbarrier_arrive(shared_address(&sm.item_wanted));
             int head = item.head, batch = item.batch;
             tma_load_5d(raw + 2 * smem::TILE_BYTES, &maps.g, full, 0, token, 0, head, batch);
             tma_load_5d(raw + smem::TILE_BYTES, &maps.k, full, 0, token, 0, head, batch);
@@ -250,8 +257,7 @@ ATTN_DEVICE void product_16x16(float (&d)[8], uint32_t x, uint32_t y)
     uint32_t lane_offset = fragment_offset();
     float odd[8]; /* even and odd k steps apart: chains of half the length */
 #pragma unroll
-    for (int i = 0; i < 8; i++)
-        d[i] = odd[i] = 0;
+    for (int i = 0; i < 8; i++) d[i] = odd[i] = 0;
 #pragma unroll
     for (int s = 0; s < D / 16; s++) {
         uint32_t a[4], b[4];
@@ -261,19 +267,16 @@ ATTN_DEVICE void product_16x16(float (&d)[8], uint32_t x, uint32_t y)
         mma_m16n8k16_bf16((s % 2 ? odd : d) + 4, a, b[1], b[3]);
     }
 #pragma unroll
-    for (int i = 0; i < 8; i++)
-        d[i] += odd[i];
+    for (int i = 0; i < 8; i++) d[i] += odd[i];
 }
 
 /* scale / |row| of the 16 rows of a raw tile, 0 from row `rows` on: the diagonal of X X^T. */
-template <int D>
-ATTN_DEVICE void inverse_norms(uint32_t tile, uint32_t to, float scale, int rows)
+template <int D> ATTN_DEVICE void inverse_norms(uint32_t tile, uint32_t to, float scale, int rows)
 {
     float d[8];
     uint32_t lane_offset = fragment_offset(), lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
 #pragma unroll
-    for (int i = 0; i < 8; i++)
-        d[i] = 0;
+    for (int i = 0; i < 8; i++) d[i] = 0;
 #pragma unroll
     for (int s = 0; s < D / 16; s++) {
         uint32_t a[4];
@@ -284,7 +287,8 @@ ATTN_DEVICE void inverse_norms(uint32_t tile, uint32_t to, float scale, int rows
     if (c == g / 2) {
         float upper = g % 2 ? d[1] : d[0], lower = g % 2 ? d[7] : d[6];
         shared_store_f(to + 4 * g, g < rows ? scale * rsqrt_approx(upper + EPSILON) : 0.0f);
-        shared_store_f(to + 4 * g + 32, g + 8 < rows ? scale * rsqrt_approx(lower + EPSILON) : 0.0f);
+        shared_store_f(to + 4 * g + 32,
+                       g + 8 < rows ? scale * rsqrt_approx(lower + EPSILON) : 0.0f);
     }
 }
 
@@ -349,8 +353,7 @@ ATTN_DEVICE void prepare_factors(const kda_item &item, float bound, int rows, ui
             if (i < rows - 4 * (int)group) continue;
             store_pairs(AT(from, i) + TILE_BYTES, zero);
 #pragma unroll
-            for (int c = 0; c < CHANNELS; c++)
-                step[i][c] = 0;
+            for (int c = 0; c < CHANNELS; c++) step[i][c] = 0;
         }
         fence_proxy_async_shared(); /* the next load writes there */
     }
@@ -367,8 +370,7 @@ ATTN_DEVICE void prepare_factors(const kda_item &item, float bound, int rows, ui
         up[c] = ex2_approx(-LIFT_LOG2 - (before + own));
         whole[c] = ex2_approx(pair + other);
 #pragma unroll
-        for (int i = 0; i < 4; i++)
-            step[i][c] = ex2_approx(step[i][c]);
+        for (int i = 0; i < 4; i++) step[i][c] = ex2_approx(step[i][c]);
     }
 #pragma unroll
     for (int c = 0; c < CHANNELS; c += 2) {
@@ -376,53 +378,56 @@ ATTN_DEVICE void prepare_factors(const kda_item &item, float bound, int rows, ui
             shared_store_2f(shared_address(factor.decay) + decay_offset(channel + c), whole[c],
                             whole[c + 1]);
     }
+    uint32_t k[2][PAIRS]; /* this token's and the next one's */
+    load_pairs(k[0], AT(from, 0) + TILE_BYTES);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        uint32_t q[PAIRS], k[PAIRS];
+        uint32_t q[PAIRS], scaled[PAIRS];
         load_pairs(q, AT(from, i));
-        load_pairs(k, AT(from, i) + TILE_BYTES);
+        if (i < 3) load_pairs(k[1 - i % 2], AT(from, i + 1) + TILE_BYTES);
 #pragma unroll
-        for (int c = 0; c < CHANNELS; c++)
-            down[c] *= step[i][c];
+        for (int c = 0; c < CHANNELS; c++) down[c] *= step[i][c];
 #pragma unroll
         for (int c = 0; c < PAIRS; c++) {
             uint32_t power = pack_16x2<0>(down[2 * c], down[2 * c + 1]);
-            k[c] = mul_bf16x2(k[c], power);
+            scaled[c] = mul_bf16x2(k[i % 2][c], power);
             q[c] = mul_bf16x2(q[c], power);
         }
-        store_pairs(AT(kd, i), k);
+        store_pairs(AT(kd, i), scaled);
         store_pairs(AT(kd, i) + 2048, q);
     }
+    /* k[1] still has the last token */
 #pragma unroll
     for (int i = 3; i >= 0; i--) {
-        uint32_t k[PAIRS], rising[PAIRS];
-        load_pairs(k, AT(from, i) + TILE_BYTES);
+        uint32_t rising[PAIRS], falling[PAIRS];
+        if (i > 0) load_pairs(k[1 - i % 2], AT(from, i - 1) + TILE_BYTES);
 #pragma unroll
         for (int c = 0; c < PAIRS; c++) {
             float x = up[2 * c], y = up[2 * c + 1];
-            rising[c] = mul_bf16x2(k[c], pack_16x2<0>(x, y));
-            k[c] = mul_bf16x2(k[c], pack_16x2<0>(x * whole[2 * c], y * whole[2 * c + 1]));
+            rising[c] = mul_bf16x2(k[i % 2][c], pack_16x2<0>(x, y));
+            falling[c] = mul_bf16x2(k[i % 2][c],
+                                    pack_16x2<0>(x * whole[2 * c], y * whole[2 * c + 1]));
         }
-        store_pairs(AT(kr, i), k);
+        store_pairs(AT(kr, i), falling);
         store_pairs(AT(kr, i) + 2048, rising);
 #pragma unroll
-        for (int c = 0; c < CHANNELS; c++)
-            up[c] *= step[i][c];
+        for (int c = 0; c < CHANNELS; c++) up[c] *= step[i][c];
     }
 #undef AT
 }
 
-/* A from kd, ki, r and the logits of beta: L, then the rows of A, a lane each.  One warp. */
+/* A from kd, ki, r and b of token `lane`: L, then the rows of A, a lane each.  One warp. */
 template <int D>
-ATTN_DEVICE void prepare_inverse(kda_factor<D> &factor, float beta, bool activated, int rows)
+ATTN_DEVICE void prepare_inverse(kda_factor<D> &factor, float beta, const uint64_t *normed,
+                                 uint32_t now)
 {
     uint32_t lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
     uint32_t l = shared_address(factor.l), r = shared_address(factor.r);
     float d[8], x[16];
-    if (!activated) beta = rcp_approx(1.0f + ex2_approx(-LOG2E * beta));
-    if ((int)lane >= rows) beta = 0;
     if (lane < 16) factor.b[lane] = beta;
-    product_16x16<D, 4096, 4096>(d, shared_address(factor.kd_qd), shared_address(factor.kr_ki) + 2048);
+    product_16x16<D, 4096, 4096>(d, shared_address(factor.kd_qd),
+                                 shared_address(factor.kr_ki) + 2048);
+    wait_full<ATTN_KDA_FACTOR_STAGES>(normed, now);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         uint32_t i = g + 8 * half;
@@ -441,8 +446,7 @@ ATTN_DEVICE void prepare_inverse(kda_factor<D> &factor, float beta, bool activat
     uint32_t row = lane % 16;
     float own = LIFT * __uint_as_float(shared_load_32(r + 4 * row));
 #pragma unroll
-    for (int j = 0; j < 16; j++)
-        x[j] = j == row ? own : 0.0f;
+    for (int j = 0; j < 16; j++) x[j] = j == row ? own : 0.0f;
 #pragma unroll
     for (int j = 15; j > 0; j--) {
 #pragma unroll
@@ -487,41 +491,62 @@ template <int D> ATTN_DEVICE void prepare_scores(kda_factor<D> &factor)
         }
 }
 
-/* Warpgroup `group` of the producers prepares chunks group, group + PRODUCERS, .. */
+/* Warpgroup `group` of the producers prepares chunks group, group + PRODUCERS, ..  Of its four warps one
+ * has the inverse of a chunk, one the scores, two the norms, in turn; inverse and scores need what all
+ * four scale, and wait for it best by scaling their part of the chunk after first. */
 template <int D, int VB>
 ATTN_DEVICE void produce(const attn_kda_fwd_params &p, kda_fwd_smem<D, VB> &sm, int group)
 {
     typedef kda_fwd_smem<D, VB> smem;
     int lane = threadIdx.x % 32;
     uint32_t now = group; /* the next chunk */
+    float b = 0; /* of token `lane` of the chunk before, where its inverse is this warp's */
     for (uint32_t turn = 0;; turn++) {
         wait_full<smem::ITEMS>(sm.item_full, turn);
         const kda_item &item = sm.item[turn % smem::ITEMS];
         if (item.length < 0) return;
+        bool owes = false; /* inverse or scores of the chunk before, now - PRODUCERS */
 #pragma unroll 1
-        for (; 16 * (int)(now - item.first) < item.length; now += smem::PRODUCERS) {
+        for (;; now += smem::PRODUCERS) {
             int done = 16 * (int)(now - item.first), rows = item.length - done;
-            /* Moves from warp to warp: none waits for the slowest, and the schedulers share. */
             uint32_t duty = (threadIdx.x / 32 + now / smem::PRODUCERS + 2 * group) % 4;
-            kda_factor<D> &factor = *(kda_factor<D> *)sm.factor[now % smem::FACTORS];
-            uint32_t raw = shared_address(sm.raw[now % smem::RAW]);
             uint32_t logit = 0;
-            if (duty == 0 && lane < 16 && lane < rows)
-                logit = ((const uint16_t *)p.beta)[item.beta + (done + lane) * p.beta_t];
-            wait_empty<smem::FACTORS>(sm.factor_empty, now);
-            wait_full<smem::RAW>(sm.raw_full, now);
-            if (duty == 2)
-                inverse_norms<D>(raw + smem::TILE_BYTES, shared_address(factor.r), 1.0f, rows);
-            if (duty == 3) inverse_norms<D>(raw, shared_address(factor.s), p.scale, rows);
-            prepare_factors<D>(item, p.bound, rows, raw, factor);
-            arrive<smem::RAW>(sm.raw_empty, now);
-            arrive<smem::FACTORS>(sm.factor_scaled, now);
-            if (duty < 2) wait_full<smem::FACTORS>(sm.factor_scaled, now);
-            if (duty == 0)
-                prepare_inverse<D>(factor, __uint_as_float(logit << 16), p.beta_activated, rows);
-            if (duty == 1) prepare_scores<D>(factor);
-            fence_proxy_async_shared();
-            arrive<smem::FACTORS>(sm.factor_full, now);
+            if (rows > 0) {
+                kda_factor<D> &factor = *(kda_factor<D> *)sm.factor[now % smem::FACTORS];
+                uint32_t raw = shared_address(sm.raw[now % smem::RAW]);
+                if (duty == 0 && lane < 16 && lane < rows)
+                    logit = ((const uint16_t *)p.beta)[item.beta + (done + lane) * p.beta_t];
+                wait_empty<smem::FACTORS>(sm.factor_empty, now);
+                wait_full<smem::RAW>(sm.raw_full, now);
+                prepare_factors<D>(item, p.bound, rows, raw, factor);
+                arrive<smem::FACTORS>(sm.factor_scaled, now);
+                if (duty == 2) {
+                    inverse_norms<D>(raw + smem::TILE_BYTES, shared_address(factor.r), 1.0f, rows);
+                    arrive<smem::FACTORS>(sm.factor_normed, now);
+                }
+                if (duty == 3) inverse_norms<D>(raw, shared_address(factor.s), p.scale, rows);
+                arrive<smem::RAW>(sm.raw_empty, now);
+                if (duty >= 2) {
+                    fence_proxy_async_shared();
+                    arrive<smem::FACTORS>(sm.factor_full, now);
+                }
+            }
+            if (owes) {
+                uint32_t before = now - smem::PRODUCERS;
+                kda_factor<D> &factor = *(kda_factor<D> *)sm.factor[before % smem::FACTORS];
+                wait_full<smem::FACTORS>(sm.factor_scaled, before);
+                if (duty == 1)
+                    prepare_inverse<D>(factor, b, sm.factor_normed, before);
+                else
+                    prepare_scores<D>(factor);
+                fence_proxy_async_shared();
+                arrive<smem::FACTORS>(sm.factor_full, before);
+            }
+            if (rows <= 0) break;
+            owes = duty < 2;
+            b = __uint_as_float(logit << 16);
+            if (!p.beta_activated) b = rcp_approx(1.0f + ex2_approx(-LOG2E * b));
+            if (lane >= rows) b = 0;
         }
         arrive<smem::ITEMS>(sm.item_empty, turn);
     }
@@ -544,7 +569,8 @@ ATTN_DEVICE void load_state(float (&state)[D / 2], const void *from, int64_t off
             float2 pair;
             if (is_bf16) {
                 uint32_t bits = *(const uint32_t *)((const uint16_t *)from + at);
-                pair = make_float2(__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u));
+                pair = make_float2(__uint_as_float(bits << 16),
+                                   __uint_as_float(bits & 0xffff0000u));
             } else {
                 pair = *(const float2 *)((const float *)from + at);
             }
@@ -579,10 +605,38 @@ ATTN_DEVICE uint32_t v_offset(uint32_t token, uint32_t half)
     return token * 128 + (threadIdx.x / 32 % 4 * 2 + half ^ token % 8) * 16;
 }
 
-/* Sixteen tokens of the recurrence on 64 value rows; o packs their outputs, transposed. */
+/* Sixteen outputs a thread on their way: packed as accumulators, to be stored as rows. */
+struct kda_outputs {
+    uint32_t packed[4];
+    uint16_t *to; /* this lane's half of its token's row */
+    int rows;     /* tokens of the chunk that there are */
+};
+
+/* Through this warp's 16 tokens x 32 bytes of shared memory; the halves of a token swap in rows 4..7
+ * and 12..15, so that both ways are free of bank conflicts. */
+ATTN_DEVICE void store_outputs(const kda_outputs &o, uint32_t stage, int aligned)
+{
+    uint32_t lane = threadIdx.x % 32, token = lane / 2, to_row = lane % 8 + lane / 16 * 8;
+    stmatrix_x4_trans(stage + to_row * 32 + (lane / 8 % 2 ^ to_row / 4 % 2) * 16, o.packed);
+    __syncwarp();
+    uint4 row = shared_load_128(stage + token * 32 + (lane % 2 ^ token / 4 % 2) * 16);
+    if ((int)token < o.rows) {
+        if (aligned) {
+            *(uint4 *)o.to = row;
+        } else {
+            const uint32_t pair[4] = {row.x, row.y, row.z, row.w};
+#pragma unroll
+            for (int i = 0; i < 8; i++) o.to[i] = (uint16_t)(pair[i / 2] >> i % 2 * 16);
+        }
+    }
+    __syncwarp();
+}
+
+/* Sixteen tokens of the recurrence on 64 value rows.  The outputs of the chunk before are stored under
+ * the first product; those of this one take their place. */
 template <int D>
-ATTN_DEVICE void recur(float (&state)[D / 2], uint32_t (&o)[4], const kda_factor<D> &factor,
-                       uint32_t v_tile)
+ATTN_DEVICE void recur(float (&state)[D / 2], kda_outputs &o, uint32_t stage, int aligned,
+                       const kda_factor<D> &factor, uint32_t v_tile)
 {
     constexpr int STEPS = D / 16;
     int lane = threadIdx.x % 32, c = lane % 4;
@@ -604,6 +658,7 @@ ATTN_DEVICE void recur(float (&state)[D / 2], uint32_t (&o)[4], const kda_factor
         wgmma_rs_n32(p, a[s], wgmma_descriptor(kd + s / 4 * 4096 + s % 4 * 32, 16), s != 0);
     wgmma_commit_group();
 
+    store_outputs(o, stage, aligned);
     uint32_t decay = shared_address(factor.decay) + c * 16;
 #pragma unroll
     for (int j = 0; j < STEPS; j++) {
@@ -628,12 +683,12 @@ ATTN_DEVICE void recur(float (&state)[D / 2], uint32_t (&o)[4], const kda_factor
 #pragma unroll
     for (int j = 0; j < 4; j++)
         left[j] = pack_16x2<0>(fmaf(-r[j / 2].x, p[2 * j], __uint_as_float(v[j] << 16)),
-                               fmaf(-r[j / 2].y, p[2 * j + 1], __uint_as_float(v[j] & 0xffff0000u)));
+                               fmaf(-r[j / 2].y, p[2 * j + 1],
+                                    __uint_as_float(v[j] & 0xffff0000u)));
     float u[8], out[8];
     /* A copy: with the upper half of p itself as accumulator ptxas serialises every wgmma. */
 #pragma unroll
-    for (int i = 0; i < 8; i++)
-        out[i] = p[8 + i];
+    for (int i = 0; i < 8; i++) out[i] = p[8 + i];
     wgmma_pin(out);
     wgmma_fence();
     wgmma_rs_n16(u, left, wgmma_descriptor_16x16(shared_address(factor.a)), 0);
@@ -642,8 +697,7 @@ ATTN_DEVICE void recur(float (&state)[D / 2], uint32_t (&o)[4], const kda_factor
     wgmma_pin(u);
 
 #pragma unroll
-    for (int j = 0; j < 4; j++)
-        left[j] = pack_16x2<0>(u[2 * j], u[2 * j + 1]);
+    for (int j = 0; j < 4; j++) left[j] = pack_16x2<0>(u[2 * j], u[2 * j + 1]);
     wgmma_pin(state);
     wgmma_fence();
     wgmma_rs_n16(out, left, wgmma_descriptor_16x16(shared_address(factor.m)), 1);
@@ -652,12 +706,13 @@ ATTN_DEVICE void recur(float (&state)[D / 2], uint32_t (&o)[4], const kda_factor
     wgmma_commit_group();
     float2 s[2] = {shared_load_2f(shared_address(factor.s) + 8 * c),
                    shared_load_2f(shared_address(factor.s) + 8 * c + 32)};
-    wgmma_wait_group<0>();
+    wgmma_wait_group<1>();
     wgmma_pin(out);
-    wgmma_pin(state);
 #pragma unroll
     for (int j = 0; j < 4; j++)
-        o[j] = pack_16x2<0>(out[2 * j] * s[j / 2].x, out[2 * j + 1] * s[j / 2].y);
+        o.packed[j] = pack_16x2<0>(out[2 * j] * s[j / 2].x, out[2 * j + 1] * s[j / 2].y);
+    wgmma_wait_group<0>();
+    wgmma_pin(state);
 }
 
 /* Warpgroup `group` of the consumers: value rows 64 group .. of the block's. */
@@ -667,10 +722,6 @@ ATTN_DEVICE void consume(const attn_kda_fwd_params &p, kda_fwd_smem<D, VB> &sm, 
     typedef kda_fwd_smem<D, VB> smem;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, token = lane / 2;
     uint32_t stage = shared_address(sm.out[group * 4 + warp]);
-    /* 16 tokens x 32 bytes; the halves of a token swap in rows 4..7 and 12..15 */
-    uint32_t to_row = lane % 8 + lane / 16 * 8;
-    uint32_t to = stage + to_row * 32 + (lane / 8 % 2 ^ to_row / 4 % 2) * 16;
-    uint32_t from = stage + token * 32 + (lane % 2 ^ token / 4 % 2) * 16;
     float state[D / 2];
     for (uint32_t turn = 0, n = 0;; turn++) {
         wait_full<smem::ITEMS>(sm.item_full, turn);
@@ -683,11 +734,10 @@ ATTN_DEVICE void consume(const attn_kda_fwd_params &p, kda_fwd_smem<D, VB> &sm, 
             load_state<D>(state, p.state_in, item.state_in + group * 64 * D, p.state_is_bf16);
         } else {
 #pragma unroll
-            for (int i = 0; i < D / 2; i++)
-                state[i] = 0;
+            for (int i = 0; i < D / 2; i++) state[i] = 0;
         }
-        for (; left > 0; left -= 16, n++, out += 16 * p.out_t) {
-            uint32_t o[4];
+        kda_outputs o = {{}, out, 0};
+        for (; left > 0; left -= 16, n++) {
             wait_full<smem::VALUES>(sm.v_full, n);
             wait_full<smem::FACTORS>(sm.factor_full, n);
             uint32_t v_tile = shared_address(sm.v[n % smem::VALUES]) + group * 2048;
@@ -696,23 +746,12 @@ ATTN_DEVICE void consume(const attn_kda_fwd_params &p, kda_fwd_smem<D, VB> &sm, 
                 fence_proxy_async_shared(); /* the next load writes there */
                 __syncwarp();
             }
-            recur<D>(state, o, *(const kda_factor<D> *)sm.factor[n % smem::FACTORS], v_tile);
+            recur<D>(state, o, stage, p.out_aligned,
+                     *(const kda_factor<D> *)sm.factor[n % smem::FACTORS], v_tile);
             arrive<smem::FACTORS>(sm.factor_empty, n);
             arrive<smem::VALUES>(sm.v_empty, n);
-            stmatrix_x4_trans(to, o);
-            __syncwarp();
-            uint4 row = shared_load_128(from);
-            if (token < left) {
-                const uint32_t pair[4] = {row.x, row.y, row.z, row.w};
-                if (p.out_aligned) {
-                    *(uint4 *)out = row;
-                } else {
-#pragma unroll
-                    for (int i = 0; i < 8; i++)
-                        out[i] = (uint16_t)(pair[i / 2] >> i % 2 * 16);
-                }
-            }
-            __syncwarp();
+            if (o.rows) o.to += 16 * p.out_t;
+            o.rows = left;
             if (p.checkpoints && left >= 16) {
                 int done = item.length - left + 16;
                 int64_t row = item.saved + done / p.every - 1;
@@ -722,6 +761,7 @@ ATTN_DEVICE void consume(const attn_kda_fwd_params &p, kda_fwd_smem<D, VB> &sm, 
                                    p.checkpoint_is_bf16);
             }
         }
+        store_outputs(o, stage, p.out_aligned);
         if (item.state_out >= 0)
             store_state<D>(state, p.state_out, item.state_out + group * 64 * D, p.state_is_bf16);
         arrive<smem::ITEMS>(sm.item_empty, turn);
@@ -751,6 +791,7 @@ ATTN_DEVICE void kda_fwd_body(const attn_kda_fwd_params &p, const attn_kda_fwd_m
         }
         for (uint32_t i = 0; i < smem::FACTORS; i++) {
             mbarrier_init(shared_address(sm.factor_scaled + i), 4);
+            mbarrier_init(shared_address(sm.factor_normed + i), 1);
             mbarrier_init(shared_address(sm.factor_full + i), 4);
             mbarrier_init(shared_address(sm.factor_empty + i), 4 * smem::CONSUMERS);
         }
@@ -759,6 +800,7 @@ ATTN_DEVICE void kda_fwd_body(const attn_kda_fwd_params &p, const attn_kda_fwd_m
             mbarrier_init(shared_address(sm.item_empty + i),
                           4 * (smem::PRODUCERS + smem::CONSUMERS) + 1);
         }
+        mbarrier_init(shared_address(&sm.item_wanted), 1);
         fence_mbarrier_init();
         prefetch_tensormap(&maps.q);
         prefetch_tensormap(&maps.k);

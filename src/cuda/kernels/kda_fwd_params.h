@@ -67,7 +67,7 @@ struct attn_kda_fwd_params {
 #define ATTN_KDA_FWD_SMEM(d, vb)                                                                   \
     (ATTN_KDA_FACTOR_STAGES * ATTN_KDA_FACTOR_BYTES(d) + ATTN_KDA_RAW_STAGES * 96 * (d) +          \
      ATTN_KDA_VALUE_STAGES * 32 * (vb) + (vb) * 32 + ATTN_KDA_ITEM_STAGES * ATTN_KDA_ITEM_BYTES +  \
-     512)
+     1024)
 
 #ifdef __cplusplus
 static_assert(sizeof(struct attn_kda_fwd_maps) == 512, "four tensor maps");

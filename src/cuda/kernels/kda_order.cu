@@ -13,7 +13,8 @@
 
 ATTN_DEVICE int64_t boundary(const attn_kda_order_params &p, int i)
 {
-    int64_t at = p.cu_is_64 ? ((const int64_t *)p.cu_seqlens)[i] : ((const int32_t *)p.cu_seqlens)[i];
+    int64_t at = p.cu_is_64 ? ((const int64_t *)p.cu_seqlens)[i]
+                            : ((const int32_t *)p.cu_seqlens)[i];
     return at < 0 ? 0 : at > p.t ? p.t : at;
 }
 
@@ -34,8 +35,7 @@ extern "C" __global__ void __launch_bounds__(1024)
     if (thread < BUCKETS) place[thread] = 0;
     if (thread == 0) *p.ticket = 0;
     __syncthreads();
-    for (int i = thread; i < p.n; i += 1024)
-        atomicAdd(&place[bucket(p, i)], 1);
+    for (int i = thread; i < p.n; i += 1024) atomicAdd(&place[bucket(p, i)], 1);
     __syncthreads();
     if (thread < 32) { /* counts to first places, eight buckets a lane */
         int count[BUCKETS / 32], sum = 0;
@@ -52,6 +52,5 @@ extern "C" __global__ void __launch_bounds__(1024)
             place[thread * (BUCKETS / 32) + i] = before - sum + count[i];
     }
     __syncthreads();
-    for (int i = thread; i < p.n; i += 1024)
-        p.order[atomicAdd(&place[bucket(p, i)], 1)] = i;
+    for (int i = thread; i < p.n; i += 1024) p.order[atomicAdd(&place[bucket(p, i)], 1)] = i;
 }

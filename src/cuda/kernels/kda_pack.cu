@@ -15,8 +15,7 @@ extern "C" __global__ void __launch_bounds__(256)
                                row % p.h * p.from_h + at % (p.d / 8) * 8;
         uint32_t pair[4];
 #pragma unroll
-        for (int i = 0; i < 4; i++)
-            pair[i] = from[2 * i] | (uint32_t)from[2 * i + 1] << 16;
+        for (int i = 0; i < 4; i++) pair[i] = from[2 * i] | (uint32_t)from[2 * i + 1] << 16;
         ((uint4 *)p.to)[at] = make_uint4(pair[0], pair[1], pair[2], pair[3]);
     }
 }

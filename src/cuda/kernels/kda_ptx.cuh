@@ -79,7 +79,10 @@ ATTN_DEVICE uint32_t shared_load_32(uint32_t address)
 ATTN_DEVICE uint2 shared_load_64(uint32_t address)
 {
     uint2 x;
-    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(address) : "memory");
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];"
+                 : "=r"(x.x), "=r"(x.y)
+                 : "r"(address)
+                 : "memory");
     return x;
 }
 

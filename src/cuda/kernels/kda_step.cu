@@ -23,10 +23,7 @@ ATTN_DEVICE uint16_t *row_at(const attn_kda_rows &r, int64_t batch, int64_t toke
     return (uint16_t *)r.data + batch * r.b + token * r.t + head * r.h;
 }
 
-ATTN_DEVICE float bf16_float(uint32_t bits)
-{
-    return __uint_as_float(bits << 16);
-}
+ATTN_DEVICE float bf16_float(uint32_t bits) { return __uint_as_float(bits << 16); }
 
 ATTN_DEVICE void load_four(float (&x)[4], const uint16_t *from, int aligned)
 {
@@ -52,8 +49,7 @@ ATTN_DEVICE float dot_four(const float (&x)[4], const float (&y)[4])
 template <int LANES> ATTN_DEVICE float row_sum(float x)
 {
 #pragma unroll
-    for (int step = LANES / 2; step; step /= 2)
-        x += __shfl_xor_sync(0xffffffff, x, step);
+    for (int step = LANES / 2; step; step /= 2) x += __shfl_xor_sync(0xffffffff, x, step);
     return x;
 }
 
@@ -72,14 +68,14 @@ template <int LANES, int R> ATTN_DEVICE float row_sums(float (&x)[R], int at)
         }
     }
     float sum = x[0];
-    for (; step; step /= 2)
-        sum += __shfl_xor_sync(0xffffffff, sum, step);
+    for (; step; step /= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);
     return sum;
 }
 
 ATTN_DEVICE int64_t boundary(const attn_kda_step_params &p, int i)
 {
-    int64_t at = p.cu_is_64 ? ((const int64_t *)p.cu_seqlens)[i] : ((const int32_t *)p.cu_seqlens)[i];
+    int64_t at = p.cu_is_64 ? ((const int64_t *)p.cu_seqlens)[i]
+                            : ((const int32_t *)p.cu_seqlens)[i];
     return at < 0 ? 0 : at > p.t ? p.t : at;
 }
 
@@ -139,8 +135,7 @@ template <int D> ATTN_DEVICE void kda_step_body(const attn_kda_step_params &p)
             k[c] *= over_k;
             q[c] *= over_q;
 #pragma unroll
-            for (int i = 0; i < R; i++)
-                s[i][c] *= decay;
+            for (int i = 0; i < R; i++) s[i][c] *= decay;
         }
 #pragma unroll
         for (int i = 0; i < R; i++) {
@@ -150,24 +145,23 @@ template <int D> ATTN_DEVICE void kda_step_body(const attn_kda_step_params &p)
         float u = b * (v - row_sums<LANES, R>(along_k, at));
         float o = fmaf(u, both, row_sums<LANES, R>(along_q, at));
         if (at % (LANES / R) == 0)
-            row_at(p.out, batch, token, head)[first + own] =
-                (uint16_t)pack_16x2<0>(o, 0.0f);
+            row_at(p.out, batch, token, head)[first + own] = (uint16_t)pack_16x2<0>(o, 0.0f);
 #pragma unroll
         for (int i = 0; i < R; i++) {
             float from = __shfl_sync(0xffffffff, u, lane / LANES * LANES + i * (LANES / R));
 #pragma unroll
-            for (int c = 0; c < 4; c++)
-                s[i][c] = fmaf(from, k[c], s[i][c]);
+            for (int c = 0; c < 4; c++) s[i][c] = fmaf(from, k[c], s[i][c]);
         }
     }
 #pragma unroll
     for (int i = 0; i < R; i++) {
         if (p.state_is_bf16)
-            *(uint2 *)((uint16_t *)p.state + place + i * ACROSS * D) =
-                make_uint2(pack_16x2<0>(s[i][0], s[i][1]), pack_16x2<0>(s[i][2], s[i][3]));
+            *(uint2 *)((uint16_t *)p.state + place +
+                       i * ACROSS * D) = make_uint2(pack_16x2<0>(s[i][0], s[i][1]),
+                                                    pack_16x2<0>(s[i][2], s[i][3]));
         else
-            *(float4 *)((float *)p.state + place + i * ACROSS * D) =
-                make_float4(s[i][0], s[i][1], s[i][2], s[i][3]);
+            *(float4 *)((float *)p.state + place + i * ACROSS * D) = make_float4(s[i][0], s[i][1],
+                                                                                 s[i][2], s[i][3]);
     }
 }
 
