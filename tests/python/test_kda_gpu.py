@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: MIT
+"""flash_kda on a Hopper GPU beyond what the device fixture covers: sizes that fill the machine, the same
+bits twice, replayed graphs, wild values in what only the device reads."""
+
+import flash_kda
+import pytest
+import torch
+from kda_cases import draw, rms_ratio
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+        reason="needs a Hopper GPU",
+    ),
+]
+SIX = [1300, 547, 2048, 963, 271, 3063]
+SHAPES = {  # lengths, heads
+    "T8192 H96": ([8192], 96),
+    "six H96": (SIX, 96),
+    "8 x 1024 H96": ([1024] * 8, 96),
+    "T8192 H64": ([8192], 64),
+    "8 x 1024 H64": ([1024] * 8, 64),
+    "T32768 H32": ([32768], 32),
+    "16 x 4096 H32": ([4096] * 16, 32),
+    "1000 x 17 H4": ([17] * 1000, 4),
+    "T131072 H1": ([131072], 1),
+}
+
+
+def large(lengths, heads):
+    """Arguments of fwd, drawn on the GPU."""
+    tokens, n = sum(lengths), len(lengths)
+    generator = torch.Generator("cuda").manual_seed(tokens + heads)
+
+    def randn(*size):
+        return torch.randn(*size, device="cuda", generator=generator)
+
+    q, k, v, g = (randn(1, tokens, heads, 128).bfloat16() for _ in range(4))
+    return {
+        "q": q,
+        "k": k,
+        "v": v,
+        "g": g,
+        "beta": randn(1, tokens, heads).bfloat16(),
+        "scale": 128**-0.5,
+        "A_log": torch.rand(heads, device="cuda", generator=generator),
+        "dt_bias": torch.rand(heads, 128, device="cuda", generator=generator),
+        "lower_bound": -5.0,
+        "initial_state": randn(n, heads, 128, 128),
+        "cu_seqlens": torch.tensor([0, *lengths]).cumsum(0).cuda() if n > 1 else None,
+    }
+
+
+def run(call):
+    out = torch.full_like(call["v"], torch.nan)
+    final = torch.full_like(call["initial_state"], torch.nan)
+    flash_kda.fwd(out=out, final_state=final, **call)
+    return out, final
+
+
+def recurrence(call, head, begin, end, sequence):
+    """out [t, V] and the state [V, K] of one head of one sequence, in fp64."""
+    q, k, v, g = (call[name][0, begin:end, head].double().cpu() for name in "qkvg")
+    slope, bias = call["A_log"][head].double().exp().cpu(), call["dt_bias"][head].double().cpu()
+    q = call["scale"] * q / (q.square().sum(-1, True) + 1e-6).sqrt()
+    k = k / (k.square().sum(-1, True) + 1e-6).sqrt()
+    decay = (call["lower_bound"] * torch.sigmoid(slope * (g + bias))).exp()
+    b = torch.sigmoid(call["beta"][0, begin:end, head].double().cpu())
+    state = call["initial_state"][sequence, head].double().cpu()
+    out = torch.empty_like(v)
+    for t in range(end - begin):
+        state = state * decay[t]
+        state = state + torch.outer(b[t] * (v[t] - state @ k[t]), k[t])
+        out[t] = state @ q[t]
+    return out, state
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_that_fill_the_machine(name):
+    """The last sequence's last head against fp64 (its first 2048 tokens), and all bits twice."""
+    lengths, heads = SHAPES[name]
+    call = large(lengths, heads)
+    out, final = run(call)
+    again, final_again = run(call)
+    assert torch.equal(out, again) and torch.equal(final, final_again)
+    assert out.isfinite().all() and final.isfinite().all()
+    begin = sum(lengths[:-1])
+    end = min(begin + 2048, begin + lengths[-1])
+    want, state = recurrence(call, heads - 1, begin, end, len(lengths) - 1)
+    assert rms_ratio(out[0, begin:end, heads - 1], want) <= 0.006
+    if end == begin + lengths[-1]:
+        assert rms_ratio(final[-1, heads - 1], state) <= 0.006
+
+
+def test_heads_are_apart():
+    """A head alone gives the bits it gives among others, whichever kernel runs it."""
+    call = large([300, 45, 700], 64)
+    out, final = run(call)
+    own = {name: call[name][:, :, 5:6].contiguous() for name in ("q", "k", "v", "g", "beta")}
+    own["initial_state"] = call["initial_state"][:, 5:6].contiguous()
+    own |= {name: call[name][5:6].contiguous() for name in ("A_log", "dt_bias")}
+    alone, state = run({**call, **own})
+    assert torch.equal(alone, out[:, :, 5:6]) and torch.equal(state, final[:, 5:6])
+
+
+@pytest.mark.parametrize("heads", [2, 40])
+def test_graph_replays_with_other_lengths(heads):
+    call = large([300, 45, 700, 55], heads)
+    out, final = torch.empty_like(call["v"]), torch.empty_like(call["initial_state"])
+    flash_kda.fwd(out=out, final_state=final, **call)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        flash_kda.fwd(out=out, final_state=final, **call)
+    for ends in ([0, 300, 345, 1045, 1100], [0, 0, 17, 1000, 1100], [0, 1100, 1100, 1100, 1100]):
+        call["cu_seqlens"].copy_(torch.tensor(ends))
+        want, want_state = run(call)
+        out.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(out, want) and torch.equal(final, want_state)
+
+
+def test_wild_values_stay_inside():
+    """Lengths past the tensor, falling ones and slots that are not there touch nothing outside."""
+    call = large([64, 64, 64], 2)
+    for ends in ([0, 64, 10**12, 192], [-(10**12), 64, 32, 192], [192, 128, 64, 0]):
+        run({**call, "cu_seqlens": torch.tensor(ends, device="cuda")})
+    slots = torch.tensor([7, -5, 1], dtype=torch.int32, device="cuda")
+    _, final = run({**call, "state_indices": slots})
+    assert final[0].isnan().all() and final[1].isfinite().all() and final[2].isnan().all()
+    torch.cuda.synchronize()
+
+
+def test_a_step_of_each_width():
+    for d in (64, 128):
+        problem = draw((3, 5, 2), d, state="fp32", device="cuda")
+        out, final = problem.run()
+        state = problem.initial_state.clone()
+        stepped = torch.empty_like(problem.v)
+        flash_kda.step(out=stepped, state=state, **problem.inputs())
+        assert rms_ratio(stepped, out.double().cpu()) <= 0.01
+        assert rms_ratio(state, final.double().cpu()) <= 0.01
