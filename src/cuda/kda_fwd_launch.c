@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT
  *
- * Runs a checked kda_fwd problem on the current device: copies of what the copy engine cannot address,
- * for ragged batches the order of their sequences, then the kernel.
+ * Runs a checked kda_fwd problem on the current device: copies of what the copy engine cannot
+ * address, for ragged batches the order of their sequences, then the kernel.
  */
 #include <string.h>
 

@@ -10,8 +10,8 @@
 
 #include "mha_fwd_params.h" /* struct attn_tensor_map */
 
-/* bf16, each (64 columns, t, d / 64 panels, h, b): a box holds 16 tokens of one head, panel by panel;
- * rows past t arrive as zero. */
+/* bf16, each (64 columns, t, d / 64 panels, h, b): a box holds 16 tokens of one head, panel by
+ * panel; rows past t arrive as zero. */
 struct attn_kda_fwd_maps {
     struct attn_tensor_map q, k, g, v;
 };

@@ -2,9 +2,9 @@
  *
  * kda_order: sequences by falling length, before the kda_fwd of a ragged batch.
  *
- * One block sorts by counting: lengths fall into 256 buckets, eight an octave, so that neighbours in
- * the order differ by an eighth at most.  Which of a bucket comes first is left open: every sequence
- * is computed alone, and its bits do not depend on it.
+ * One block sorts by counting: lengths fall into 256 buckets, eight an octave, so that neighbours
+ * in the order differ by an eighth at most.  Which of a bucket comes first is left open: every
+ * sequence is computed alone, and its bits do not depend on it.
  */
 #include "kda_order_params.h"
 #include "ptx.cuh"

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT
  *
- * The instructions only the KDA kernels use: ldmatrix, stmatrix, mma.sync, narrow wgmma, packed bf16.
+ * The instructions only the KDA kernels use: ldmatrix, stmatrix, mma.sync, narrow wgmma, packed
+ * bf16.
  */
 #pragma once
 #include "wgmma.cuh"

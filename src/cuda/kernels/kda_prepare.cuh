@@ -1,0 +1,324 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * The producers of kda_fwd: from q k g and beta of a chunk to the factors of the recurrence.  The
+ * formulas are at the top of kda_fwd.cu.
+ */
+#pragma once
+#include "kda_smem.cuh"
+
+/* The 16 x 16 fragments of k step s of a tile: rows 0..7, 8..15 by columns 0..7, then 8..15: the
+ * operand A of mma, and (0, 2), (1, 3) the operands B of its two halves of rows. */
+template <int PANEL_BYTES>
+ATTN_DEVICE void load_fragment(uint32_t (&r)[4], uint32_t tile, uint32_t lane_offset, int s)
+{
+    ldmatrix_x4(r, (tile + lane_offset ^ s % 4 * 32) + s / 4 * PANEL_BYTES);
+}
+
+/* Rows of 128 bytes: this lane's part of the address of a fragment. */
+ATTN_DEVICE uint32_t fragment_offset()
+{
+    uint32_t lane = threadIdx.x % 32, row = lane % 16;
+    return row * 128 + ((lane / 16 ^ row % 8) * 16);
+}
+
+/* d[n tile * 4 + i] = X[16][D] . Y[16][D]^T */
+template <int D, int X_PANEL, int Y_PANEL>
+ATTN_DEVICE void product_16x16(float (&d)[8], uint32_t x, uint32_t y)
+{
+    uint32_t lane_offset = fragment_offset();
+    float odd[8]; /* even and odd k steps apart: chains of half the length */
+#pragma unroll
+    for (int i = 0; i < 8; i++) d[i] = odd[i] = 0;
+#pragma unroll
+    for (int s = 0; s < D / 16; s++) {
+        uint32_t a[4], b[4];
+        load_fragment<X_PANEL>(a, x, lane_offset, s);
+        load_fragment<Y_PANEL>(b, y, lane_offset, s);
+        mma_m16n8k16_bf16(s % 2 ? odd : d, a, b[0], b[2]);
+        mma_m16n8k16_bf16((s % 2 ? odd : d) + 4, a, b[1], b[3]);
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i++) d[i] += odd[i];
+}
+
+/* scale / |row| of the 16 rows of a raw tile, 0 from row `rows` on: the diagonal of X X^T. */
+template <int D> ATTN_DEVICE void inverse_norms(uint32_t tile, uint32_t to, float scale, int rows)
+{
+    float d[8];
+    uint32_t lane_offset = fragment_offset(), lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
+#pragma unroll
+    for (int i = 0; i < 8; i++) d[i] = 0;
+#pragma unroll
+    for (int s = 0; s < D / 16; s++) {
+        uint32_t a[4];
+        load_fragment<2048>(a, tile, lane_offset, s);
+        mma_m16n8k16_bf16(d, a, a[0], a[2]);
+        mma_m16n8k16_bf16(d + 4, a, a[1], a[3]);
+    }
+    if (c == g / 2) {
+        float upper = g % 2 ? d[1] : d[0], lower = g % 2 ? d[7] : d[6];
+        shared_store_f(to + 4 * g, g < rows ? scale * rsqrt_approx(upper + EPSILON) : 0.0f);
+        shared_store_f(to + 4 * g + 32,
+                       g + 8 < rows ? scale * rsqrt_approx(lower + EPSILON) : 0.0f);
+    }
+}
+
+template <int PAIRS> ATTN_DEVICE void load_pairs(uint32_t (&r)[PAIRS], uint32_t address)
+{
+    if constexpr (PAIRS == 2) {
+        uint2 x = shared_load_64(address);
+        r[0] = x.x;
+        r[1] = x.y;
+    } else {
+        r[0] = shared_load_32(address);
+    }
+}
+
+template <int PAIRS> ATTN_DEVICE void store_pairs(uint32_t address, const uint32_t (&r)[PAIRS])
+{
+    if constexpr (PAIRS == 2)
+        shared_store_64(address, r[0], r[1]);
+    else
+        shared_store_32(address, r[0]);
+}
+
+/* Gates, decays and the four factors of a chunk: channels of this thread for its four tokens. */
+template <int D>
+ATTN_DEVICE void prepare_factors(const kda_item &item, float bound, int rows, uint32_t raw,
+                                 kda_factor<D> &factor)
+{
+    constexpr int CHANNELS = D / 32, PAIRS = CHANNELS / 2;
+    constexpr int TILE_BYTES = 32 * D;
+    uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, group = lane / 8;
+    uint32_t channel = warp * (D / 4) + lane % 8 * CHANNELS, in_row = channel * 2 % 128;
+    /* token 4 group + i: at + 128 i with i in bits 4 and 5 flipped */
+    uint32_t at = group * 512 + (in_row / 16 ^ group % 2 * 4) * 16 + in_row % 16;
+    uint32_t from = raw + channel / 64 * 2048 + at;
+    uint32_t kd = shared_address(factor.kd_qd) + channel / 64 * 4096 + at;
+    uint32_t kr = kd + (uint32_t)sizeof factor.kd_qd;
+#define AT(base, i) (((base) ^ (i) * 16) + (i) * 128)
+
+    float bias[CHANNELS], slope = item.slope;
+#pragma unroll
+    for (int c = 0; c < CHANNELS; c += 2) {
+        float2 pair = shared_load_2f(shared_address(item.bias + channel + c));
+        bias[c] = pair.x;
+        bias[c + 1] = pair.y;
+    }
+    float step[4][CHANNELS]; /* gamma, then 2^gamma */
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        uint32_t g[PAIRS];
+        load_pairs(g, AT(from, i) + 2 * TILE_BYTES);
+#pragma unroll
+        for (int c = 0; c < CHANNELS; c++) {
+            float x = __uint_as_float(c % 2 ? g[c / 2] & 0xffff0000u : g[c / 2] << 16);
+            float e = ex2_approx(fmaf(x, slope, bias[c]));
+            step[i][c] = bound * rcp_approx(1.0f + e);
+        }
+    }
+    if (rows < 16) { /* every thread clears what it will read itself */
+        const uint32_t zero[PAIRS] = {};
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            if (i < rows - 4 * (int)group) continue;
+            store_pairs(AT(from, i) + TILE_BYTES, zero);
+#pragma unroll
+            for (int c = 0; c < CHANNELS; c++) step[i][c] = 0;
+        }
+        fence_proxy_async_shared(); /* the next load writes there */
+    }
+
+    float down[CHANNELS], up[CHANNELS], whole[CHANNELS];
+#pragma unroll
+    for (int c = 0; c < CHANNELS; c++) {
+        float own = (step[0][c] + step[1][c]) + (step[2][c] + step[3][c]);
+        float other = __shfl_xor_sync(0xffffffff, own, 8), pair = own + other;
+        float before = group % 2 ? other : 0.0f;
+        other = __shfl_xor_sync(0xffffffff, pair, 16);
+        before += group / 2 ? other : 0.0f;
+        down[c] = ex2_approx(before);
+        up[c] = ex2_approx(-LIFT_LOG2 - (before + own));
+        whole[c] = ex2_approx(pair + other);
+#pragma unroll
+        for (int i = 0; i < 4; i++) step[i][c] = ex2_approx(step[i][c]);
+    }
+#pragma unroll
+    for (int c = 0; c < CHANNELS; c += 2) {
+        if (group == 0)
+            shared_store_2f(shared_address(factor.decay) + decay_offset(channel + c), whole[c],
+                            whole[c + 1]);
+    }
+    uint32_t k[2][PAIRS]; /* this token's and the next one's */
+    load_pairs(k[0], AT(from, 0) + TILE_BYTES);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        uint32_t q[PAIRS], scaled[PAIRS];
+        load_pairs(q, AT(from, i));
+        if (i < 3) load_pairs(k[1 - i % 2], AT(from, i + 1) + TILE_BYTES);
+#pragma unroll
+        for (int c = 0; c < CHANNELS; c++) down[c] *= step[i][c];
+#pragma unroll
+        for (int c = 0; c < PAIRS; c++) {
+            uint32_t power = pack_16x2<0>(down[2 * c], down[2 * c + 1]);
+            scaled[c] = mul_bf16x2(k[i % 2][c], power);
+            q[c] = mul_bf16x2(q[c], power);
+        }
+        store_pairs(AT(kd, i), scaled);
+        store_pairs(AT(kd, i) + 2048, q);
+    }
+    /* k[1] still has the last token */
+#pragma unroll
+    for (int i = 3; i >= 0; i--) {
+        uint32_t rising[PAIRS], falling[PAIRS];
+        if (i > 0) load_pairs(k[1 - i % 2], AT(from, i - 1) + TILE_BYTES);
+#pragma unroll
+        for (int c = 0; c < PAIRS; c++) {
+            float x = up[2 * c], y = up[2 * c + 1];
+            rising[c] = mul_bf16x2(k[i % 2][c], pack_16x2<0>(x, y));
+            falling[c] = mul_bf16x2(k[i % 2][c],
+                                    pack_16x2<0>(x * whole[2 * c], y * whole[2 * c + 1]));
+        }
+        store_pairs(AT(kr, i), falling);
+        store_pairs(AT(kr, i) + 2048, rising);
+#pragma unroll
+        for (int c = 0; c < CHANNELS; c++) up[c] *= step[i][c];
+    }
+#undef AT
+}
+
+/* A from kd, ki, r and b of token `lane`: L, then the rows of A, a lane each.  One warp. */
+template <int D>
+ATTN_DEVICE void prepare_inverse(kda_factor<D> &factor, float beta, const uint64_t *normed,
+                                 uint32_t now)
+{
+    uint32_t lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
+    uint32_t l = shared_address(factor.l), r = shared_address(factor.r);
+    float d[8], x[16];
+    if (lane < 16) factor.b[lane] = beta;
+    product_16x16<D, 4096, 4096>(d, shared_address(factor.kd_qd),
+                                 shared_address(factor.kr_ki) + 2048);
+    wait_full<ATTN_KDA_FACTOR_STAGES>(normed, now);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        uint32_t i = g + 8 * half;
+        float row = LIFT * __shfl_sync(0xffffffff, beta, i) *
+                    __uint_as_float(shared_load_32(r + 4 * i));
+#pragma unroll
+        for (int tile = 0; tile <= half; tile++) {
+            uint32_t j = 8 * tile + 2 * c;
+            float2 column = shared_load_2f(r + 4 * j);
+            float first = d[4 * tile + 2 * half] * row * column.x;
+            float second = d[4 * tile + 2 * half + 1] * row * column.y;
+            shared_store_2f(l + 80 * i + 4 * j, j < i ? first : 0.0f, j + 1 < i ? second : 0.0f);
+        }
+    }
+    __syncwarp();
+    uint32_t row = lane % 16;
+    float own = LIFT * __uint_as_float(shared_load_32(r + 4 * row));
+#pragma unroll
+    for (int j = 0; j < 16; j++) x[j] = j == row ? own : 0.0f;
+#pragma unroll
+    for (int j = 15; j > 0; j--) {
+#pragma unroll
+        for (int i = 0; i < j; i += 4) {
+            float4 entry = shared_load_4f(l + 80 * j + 4 * i);
+            x[i] -= x[j] * entry.x;
+            if (i + 1 < j) x[i + 1] -= x[j] * entry.y;
+            if (i + 2 < j) x[i + 2] -= x[j] * entry.z;
+            if (i + 3 < j) x[i + 3] -= x[j] * entry.w;
+        }
+    }
+    uint32_t packed[8];
+#pragma unroll
+    for (int j = 0; j < 16; j += 4) {
+        float4 b = shared_load_4f(shared_address(factor.b) + 4 * j);
+        packed[j / 2] = pack_16x2<0>(x[j] * b.x, x[j + 1] * b.y);
+        packed[j / 2 + 1] = pack_16x2<0>(x[j + 2] * b.z, x[j + 3] * b.w);
+    }
+    if (lane < 16) {
+        uint32_t to = shared_address(factor.a) + row / 8 * 256 + row % 8 * 16;
+        shared_store_128(to, packed[0], packed[1], packed[2], packed[3]);
+        shared_store_128(to + 128, packed[4], packed[5], packed[6], packed[7]);
+    }
+}
+
+/* M from qd and ki.  One warp. */
+template <int D> ATTN_DEVICE void prepare_scores(kda_factor<D> &factor)
+{
+    uint32_t lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
+    float d[8];
+    product_16x16<D, 4096, 4096>(d, shared_address(factor.kd_qd) + 2048,
+                                 shared_address(factor.kr_ki) + 2048);
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+#pragma unroll
+        for (int tile = 0; tile < 2; tile++) {
+            uint32_t i = g + 8 * half, j = 8 * tile + 2 * c;
+            float first = j <= i ? d[4 * tile + 2 * half] : 0.0f;
+            float second = j + 1 <= i ? d[4 * tile + 2 * half + 1] : 0.0f;
+            shared_store_32(shared_address(factor.m) + 256 * half + 128 * tile + 4 * lane,
+                            pack_16x2<0>(first, second));
+        }
+}
+
+/* Warpgroup `group` of the producers prepares chunks group, group + PRODUCERS, ..  Of its four
+ * warps one has the inverse of a chunk, one the scores, two the norms, in turn; inverse and scores
+ * need what all four scale, and wait for it best by scaling their part of the next chunk first. */
+template <int D, int VB>
+ATTN_DEVICE void produce(const attn_kda_fwd_params &p, kda_fwd_smem<D, VB> &sm, int group)
+{
+    typedef kda_fwd_smem<D, VB> smem;
+    int lane = threadIdx.x % 32;
+    uint32_t now = group; /* the next chunk */
+    float b = 0; /* of token `lane` of the chunk before, where its inverse is this warp's */
+    for (uint32_t turn = 0;; turn++) {
+        wait_full<smem::ITEMS>(sm.item_full, turn);
+        const kda_item &item = sm.item[turn % smem::ITEMS];
+        if (item.length < 0) return;
+        bool owes = false; /* inverse or scores of the chunk before, now - PRODUCERS */
+#pragma unroll 1
+        for (;; now += smem::PRODUCERS) {
+            int done = 16 * (int)(now - item.first), rows = item.length - done;
+            uint32_t duty = (threadIdx.x / 32 + now / smem::PRODUCERS + 2 * group) % 4;
+            uint32_t logit = 0;
+            if (rows > 0) {
+                kda_factor<D> &factor = *(kda_factor<D> *)sm.factor[now % smem::FACTORS];
+                uint32_t raw = shared_address(sm.raw[now % smem::RAW]);
+                if (duty == 0 && lane < 16 && lane < rows)
+                    logit = ((const uint16_t *)p.beta)[item.beta + (done + lane) * p.beta_t];
+                wait_empty<smem::FACTORS>(sm.factor_empty, now);
+                wait_full<smem::RAW>(sm.raw_full, now);
+                prepare_factors<D>(item, p.bound, rows, raw, factor);
+                arrive<smem::FACTORS>(sm.factor_scaled, now);
+                if (duty == 2) {
+                    inverse_norms<D>(raw + smem::TILE_BYTES, shared_address(factor.r), 1.0f, rows);
+                    arrive<smem::FACTORS>(sm.factor_normed, now);
+                }
+                if (duty == 3) inverse_norms<D>(raw, shared_address(factor.s), p.scale, rows);
+                arrive<smem::RAW>(sm.raw_empty, now);
+                if (duty >= 2) {
+                    fence_proxy_async_shared();
+                    arrive<smem::FACTORS>(sm.factor_full, now);
+                }
+            }
+            if (owes) {
+                uint32_t before = now - smem::PRODUCERS;
+                kda_factor<D> &factor = *(kda_factor<D> *)sm.factor[before % smem::FACTORS];
+                wait_full<smem::FACTORS>(sm.factor_scaled, before);
+                if (duty == 1)
+                    prepare_inverse<D>(factor, b, sm.factor_normed, before);
+                else
+                    prepare_scores<D>(factor);
+                fence_proxy_async_shared();
+                arrive<smem::FACTORS>(sm.factor_full, before);
+            }
+            if (rows <= 0) break;
+            owes = duty < 2;
+            b = __uint_as_float(logit << 16);
+            if (!p.beta_activated) b = rcp_approx(1.0f + ex2_approx(-LOG2E * b));
+            if (lane >= rows) b = 0;
+        }
+        arrive<smem::ITEMS>(sm.item_empty, turn);
+    }
+}
