@@ -14,6 +14,9 @@ cc -fsyntax-only $flags -I"$cuda/include" tests/unit_cuda/test_driver_abi.c
 cc -O1 $flags tests/unit_cuda/test_plan.c \
     src/cuda/mha_fwd_plan.c src/cuda/mha_decode_plan.c src/core/status.c -o "$out/test_plan"
 "$out/test_plan"
+cc -O1 $flags tests/unit_cuda/test_kda_plan.c \
+    src/cuda/kda_plan.c src/core/status.c -o "$out/test_kda_plan"
+"$out/test_kda_plan"
 python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || exit 0
 "$cuda/bin/nvcc" -gencode arch=compute_90a,code=sm_90a -std=c++17 -Isrc/cuda/kernels \
     tests/unit_cuda/test_helpers.cu -o "$out/test_helpers"
