@@ -440,6 +440,7 @@ template <int D, int N> static void test_boxes(int cluster, int page)
     p.page = page;
     p.page_table = page ? on_device(table) : NULL;
     p.page_table_stride = 40;
+    p.num_pages = batches;
     attn_tensor_map map;
     cuuint64_t extent[5] = {(cuuint64_t)width, (cuuint64_t)p.box_rows, (cuuint64_t)rows + 1,
                             (cuuint64_t)heads, (cuuint64_t)batches};
