@@ -50,7 +50,9 @@ def test_the_rows_of_a_head_stand_together():
 @pytest.mark.parametrize("counts", [[1, 1, 1], [2, 2, 2], [4, 4, 4]])
 def test_both_ways_give_the_same(device, counts, dtype):
     gen = generator(len(counts), counts[0])
-    w_uk, w_uv = (x.to(dtype).to(device) for x in weights(gen))
+    d_nope, d_v = 128, 128  # what a GPU has prefill for
+    w = torch.randn(H * (d_nope + d_v), R, generator=gen, dtype=torch.float64) / 20
+    w_uk, w_uv = layer.split_kv_b_proj(w.to(dtype).to(device), H, d_nope, d_v)
     store = layer.PagedLatentCache(1, 30, 16, R + 64, dtype, device)
     first = store.step(dict(enumerate([40, 7, 3])))
     flat = store[0].view(-1, R + 64)
@@ -58,9 +60,9 @@ def test_both_ways_give_the_same(device, counts, dtype):
     step = store.step(dict(enumerate(counts)))
     t = sum(counts)
     flat[step.slots] = (cases.noise(gen, t, R + 64, dtype=torch.float32) / 2).to(dtype).to(device)
-    q_nope = cases.noise(gen, t, H, D_NOPE, dtype=torch.float32).to(dtype).to(device)
+    q_nope = cases.noise(gen, t, H, d_nope, dtype=torch.float32).to(dtype).to(device)
     q_rope = cases.noise(gen, t, H, 64, dtype=torch.float32).to(dtype).to(device)
-    scale = layer.softmax_scale(D_NOPE, 64)
+    scale = layer.softmax_scale(d_nope, 64)
     one = cases.maybe_on_cuda(
         device, lambda: layer.attend_absorbed(q_nope, q_rope, store[0], w_uk, w_uv, step, scale)
     )
@@ -68,7 +70,7 @@ def test_both_ways_give_the_same(device, counts, dtype):
     two = cases.maybe_on_cuda(
         device, lambda: layer.attend_expanded(q_nope, q_rope, rows, w_uk, w_uv, step, scale)
     )
-    assert one.shape == two.shape == (t, H, D_V) and one.dtype == two.dtype == dtype
+    assert one.shape == two.shape == (t, H, d_v) and one.dtype == two.dtype == dtype
     near = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
     torch.testing.assert_close(one, two, rtol=near, atol=near)
 
