@@ -102,7 +102,7 @@ static void fill_params(const problem_t *p, const plan_t *plan, char *workspace,
     out->t = (int32_t)p->t;
     out->splits = plan->splits;
     out->out_aligned = plan->out_aligned;
-    out->every = (int32_t)(p->checkpoint_every > INT32_MAX ? INT32_MAX : p->checkpoint_every);
+    out->every = (int32_t)p->checkpoint_every;
     out->cu_is_64 = p->cu_wide;
     out->state_is_bf16 = any->dtype == ATTN_BF16;
     out->checkpoint_is_bf16 = p->checkpoint.dtype == ATTN_BF16;
@@ -171,8 +171,9 @@ static attn_status launch_copies(const problem_t *p, const plan_t *plan, char *w
     return ATTN_OK;
 }
 
+/* Pointers and strides may have changed since the plan was made: choosing again is cheap. */
 static attn_status launch(const problem_t *p, const struct attn_cuda_device *device,
-                          char *workspace, cu_stream stream)
+                          char *workspace, int64_t workspace_bytes, cu_stream stream)
 {
     const struct attn_cuda_driver *cu;
     struct attn_cuda_kernel *kernel;
@@ -182,6 +183,9 @@ static attn_status launch(const problem_t *p, const struct attn_cuda_device *dev
     struct attn_kda_fwd_params params;
     struct attn_kda_fwd_maps maps;
     ATTN_TRY(choose(p, device->multiprocessors, &plan, &kernel));
+    ATTN_CHECK(workspace_bytes >= plan.workspace_bytes, ATTN_E_WORKSPACE,
+               "workspace: expected %lld bytes, got %lld: plan and run differ",
+               (long long)plan.workspace_bytes, (long long)workspace_bytes);
     ATTN_TRY(attn_cuda_driver(&cu));
     ATTN_TRY(attn_cuda_kernel_load(kernel, device->device, &handle));
     fill_params(p, &plan, workspace, &params);
@@ -206,10 +210,10 @@ attn_status attn_kda_fwd_cuda_run(const problem_t *p, const struct attn_kda_fwd_
                                   char *workspace, int64_t workspace_bytes, void *stream)
 {
     struct attn_cuda_device device;
-    (void)plan, (void)workspace_bytes;
+    (void)plan;
     if (p->n * p->h == 0) return ATTN_OK;
     ATTN_TRY(attn_cuda_enter(p->device.device_id, &device));
-    attn_status status = launch(p, &device, workspace, stream);
+    attn_status status = launch(p, &device, workspace, workspace_bytes, stream);
     attn_cuda_leave(&device);
     return status;
 }
