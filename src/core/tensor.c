@@ -72,18 +72,18 @@ attn_status attn_tensor_check(const DLTensor *t, const char *name, int32_t ndim,
                ATTN_E_DTYPE, "%s: expected one lane of 8 to 64 bits, got %u lanes of %u", name,
                (unsigned)t->dtype.lanes, (unsigned)t->dtype.bits);
 
-    int64_t bytes = t->dtype.bits / 8, span = 0, count = 1;
+    int64_t bytes = t->dtype.bits / 8, span = 0, count = 1; /* count: an extent of 0 as 1 */
     bool fits = true;
     for (int32_t i = 0; i < ndim; ++i) {
         ATTN_CHECK(t->shape[i] >= 0 && t->shape[i] <= ATTN_EXTENT_MAX, ATTN_E_SHAPE,
                    "%s: expected %s with extents in [0, 2^31), got %s", name, wish,
                    attn_tensor_shape_text(t, text));
-        fits = fits && !__builtin_mul_overflow(count, t->shape[i], &count);
+        fits = fits && !__builtin_mul_overflow(count, t->shape[i] ? t->shape[i] : 1, &count);
     }
     ATTN_CHECK(fits && count <= INT64_MAX / 16, ATTN_E_SHAPE,
                "%s: expected %s whose bytes fit 63 bits, got %s", name, wish,
                attn_tensor_shape_text(t, text));
-    if (count == 0) return ATTN_OK;
+    if (attn_tensor_empty(t)) return ATTN_OK;
 
     for (int32_t i = 0; i < ndim; ++i) {
         int64_t stride = attn_tensor_stride(t, i), part = 0;
@@ -116,4 +116,39 @@ attn_status attn_index_check(const DLTensor *t, const char *name, int64_t n, DLD
                "%s: expected contiguous, got stride %lld", name,
                (long long)attn_tensor_stride(t, 0));
     return attn_device_check(t, name, device);
+}
+
+attn_status attn_distinct_check(const DLTensor *t, const char *name)
+{
+    for (int32_t i = 0; i < t->ndim; ++i)
+        ATTN_CHECK(t->shape[i] <= 1 || attn_tensor_empty(t) || attn_tensor_stride(t, i) > 0,
+                   ATTN_E_SHAPE, "%s: expected strides > 0, got 0 in dimension %d", name, (int)i);
+    return ATTN_OK;
+}
+
+/* Bytes [from, to) that a tensor's elements lie in; empty for an absent or empty one. */
+struct span {
+    uintptr_t from, to;
+};
+
+static struct span tensor_span(const DLTensor *t)
+{
+    if (!t || attn_tensor_empty(t)) return (struct span){0, 0};
+    struct span s = {(uintptr_t)attn_tensor_data(t), 0};
+    int64_t last = 0;
+    for (int32_t i = 0; i < t->ndim; ++i) last += (t->shape[i] - 1) * attn_tensor_stride(t, i);
+    s.to = s.from + (uintptr_t)((last + 1) * (t->dtype.bits / 8));
+    return s;
+}
+
+attn_status attn_apart_check(const DLTensor *read, const char *name, const DLTensor *const *written,
+                             int count)
+{
+    struct span r = tensor_span(read);
+    for (int i = 0; r.to && i < count; ++i) {
+        struct span w = tensor_span(written[i]);
+        ATTN_CHECK(r.from >= w.to || w.from >= r.to, ATTN_E_VALUE,
+                   "%s: expected apart from what the call writes, got memory shared with it", name);
+    }
+    return ATTN_OK;
 }

@@ -40,12 +40,20 @@ static inline bool attn_tensor_empty(const DLTensor *t)
     return false;
 }
 
-/* Rank (against `wish`, the shape in words), extents in [0, ATTN_EXTENT_MAX], strides >= 0, byte
- * span within int64, a pointer aligned to the element and not NULL unless the tensor is empty. */
+/* Rank (against `wish`, the shape in words), extents in [0, ATTN_EXTENT_MAX] whose product without
+ * zeros fits, strides >= 0, byte span within int64, a pointer aligned to the element and not NULL
+ * unless the tensor is empty. */
 attn_status attn_tensor_check(const DLTensor *t, const char *name, int32_t ndim, const char *wish);
 
 /* attn_tensor_check and int32 elements on `device`; one dimension of extent n, contiguous. */
 attn_status attn_index_check(const DLTensor *t, const char *name, int64_t n, DLDevice device);
+
+/* An output's elements share no memory: no stride 0 where the extent is above 1. */
+attn_status attn_distinct_check(const DLTensor *t, const char *name);
+
+/* `read`, which a call reads more than once, shares no memory with what it writes; any may be NULL. */
+attn_status attn_apart_check(const DLTensor *read, const char *name, const DLTensor *const *written,
+                             int count);
 
 /* The same device as q's. */
 attn_status attn_device_check(const DLTensor *t, const char *name, DLDevice device);

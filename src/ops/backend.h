@@ -28,11 +28,11 @@ struct attn_backend {
                                const struct attn_kda_fwd_plan *plan, char *workspace,
                                int64_t workspace_bytes, void *stream);
     attn_status (*kda_step_run)(const struct attn_kda_problem *problem, void *stream);
-    /* The three mla ops: p->op says which.  NULL: not built; plan fills workspace_bytes, tile and
-     * kernel. */
+    /* The three mla ops: problem->op says which.  The plan as in kda_fwd. */
     attn_status (*mla_plan)(const struct attn_mla_problem *problem, struct attn_mla_plan *plan);
     attn_status (*mla_run)(const struct attn_mla_problem *problem, const struct attn_mla_plan *plan,
                            char *workspace, int64_t workspace_bytes, void *stream);
+    /* NULL: not built. */
     attn_status (*mla_cache_quantize_run)(const struct attn_mla_cache_problem *problem,
                                           void *stream);
     attn_status (*mla_cache_dequantize_run)(const struct attn_mla_cache_problem *problem,

@@ -66,15 +66,6 @@ static attn_status check_stride(const DLTensor *t, const char *name, int32_t dim
     return ATTN_OK;
 }
 
-/* An output's elements must not share memory: no stride 0 where the extent is above 1. */
-static attn_status check_distinct(const DLTensor *t, const char *name)
-{
-    for (int32_t i = 0; i < t->ndim; ++i)
-        ATTN_CHECK(t->shape[i] <= 1 || attn_tensor_empty(t) || attn_tensor_stride(t, i) > 0,
-                   ATTN_E_SHAPE, "%s: expected strides > 0, got 0 in dimension %d", name, (int)i);
-    return ATTN_OK;
-}
-
 /* A [b, t, h, d] tensor of the problem's dtype. */
 static attn_status check_rows(const DLTensor *t, const char *name, const problem_t *p,
                               struct attn_rows *rows)
@@ -185,7 +176,7 @@ static attn_status check_inputs(const struct inputs *a, problem_t *p)
 static attn_status check_out(const DLTensor *out, problem_t *p)
 {
     ATTN_TRY(check_rows(out, "out", p, &p->out));
-    return check_distinct(out, "out");
+    return attn_distinct_check(out, "out");
 }
 
 /* States [slots, h, V, K], fp32 or bf16; slots < 0: any number. */
@@ -218,7 +209,7 @@ static attn_status check_fwd_states(const struct attn_kda_fwd_args *a, problem_t
     }
     if (a->final_state) {
         ATTN_TRY(check_states(a->final_state, "final_state", p->slots, p, &p->final));
-        ATTN_TRY(check_distinct(a->final_state, "final_state"));
+        ATTN_TRY(attn_distinct_check(a->final_state, "final_state"));
         p->slots = a->final_state->shape[0];
         ATTN_CHECK(!a->initial_state || p->initial.dtype == p->final.dtype, ATTN_E_DTYPE,
                    "final_state: expected initial_state's dtype %s, got %s",
@@ -235,40 +226,12 @@ static attn_status check_fwd_states(const struct attn_kda_fwd_args *a, problem_t
                CHECKPOINT_UNIT, CHECKPOINT_UNIT, (long long)a->checkpoint_every);
     p->checkpoint_every = a->checkpoint_every;
     ATTN_TRY(check_states(a->checkpoint_states, "checkpoint_states", -1, p, &p->checkpoint));
-    ATTN_TRY(check_distinct(a->checkpoint_states, "checkpoint_states"));
+    ATTN_TRY(attn_distinct_check(a->checkpoint_states, "checkpoint_states"));
     p->checkpoint_rows = a->checkpoint_states->shape[0];
     int64_t need = p->b * (p->t / p->checkpoint_every);
     ATTN_CHECK(p->cu_seqlens || p->checkpoint_rows >= need, ATTN_E_SHAPE,
                "checkpoint_states: expected at least %lld states, got %lld", (long long)need,
                (long long)p->checkpoint_rows);
-    return ATTN_OK;
-}
-
-/* Bytes [from, to) that a tensor's elements lie in; empty for an absent or empty one. */
-struct span {
-    uintptr_t from, to;
-};
-
-static struct span tensor_span(const DLTensor *t)
-{
-    if (!t || attn_tensor_empty(t)) return (struct span){0, 0};
-    struct span s = {(uintptr_t)attn_tensor_data(t), 0};
-    int64_t last = 0;
-    for (int32_t i = 0; i < t->ndim; ++i) last += (t->shape[i] - 1) * attn_tensor_stride(t, i);
-    s.to = s.from + (uintptr_t)((last + 1) * (t->dtype.bits / 8));
-    return s;
-}
-
-/* Index tensors are read, trusted and read again: no output may lie on one. */
-static attn_status check_apart(const DLTensor *index, const char *name,
-                               const DLTensor *const written[3])
-{
-    struct span r = tensor_span(index);
-    for (int i = 0; i < 3; ++i) {
-        struct span w = tensor_span(written[i]);
-        ATTN_CHECK(r.from >= w.to || w.from >= r.to, ATTN_E_VALUE,
-                   "%s: expected apart from what the call writes, got memory shared with it", name);
-    }
     return ATTN_OK;
 }
 
@@ -305,8 +268,8 @@ attn_status attn_kda_fwd_check(const struct attn_kda_fwd_args *a, problem_t *p, 
     if (!outputs && !a->out) return ATTN_OK;
     ATTN_TRY(check_out(a->out, p));
     const DLTensor *const written[3] = {a->out, a->final_state, a->checkpoint_states};
-    ATTN_TRY(check_apart(a->cu_seqlens, "cu_seqlens", written));
-    return check_apart(a->state_indices, "state_indices", written);
+    ATTN_TRY(attn_apart_check(a->cu_seqlens, "cu_seqlens", written, 3));
+    return attn_apart_check(a->state_indices, "state_indices", written, 3);
 }
 
 attn_status attn_kda_step_check(const struct attn_kda_step_args *a, problem_t *p)
@@ -335,13 +298,13 @@ attn_status attn_kda_step_check(const struct attn_kda_step_args *a, problem_t *p
                (long long)p->t);
     ATTN_CHECK(a->state, ATTN_E_VALUE, "state: expected a tensor, got none");
     ATTN_TRY(check_states(a->state, "state", a->state_indices ? -1 : p->n, p, &p->initial));
-    ATTN_TRY(check_distinct(a->state, "state"));
+    ATTN_TRY(attn_distinct_check(a->state, "state"));
     p->final = p->initial;
     p->slots = a->state->shape[0];
     ATTN_TRY(check_out(a->out, p));
-    const DLTensor *const written[3] = {a->out, a->state, NULL};
-    ATTN_TRY(check_apart(a->cu_seqlens, "cu_seqlens", written));
-    return check_apart(a->state_indices, "state_indices", written);
+    const DLTensor *const written[2] = {a->out, a->state};
+    ATTN_TRY(attn_apart_check(a->cu_seqlens, "cu_seqlens", written, 2));
+    return attn_apart_check(a->state_indices, "state_indices", written, 2);
 }
 
 void attn_kda_fwd_shape(const problem_t *p, int64_t shape[8])

@@ -58,15 +58,6 @@ static attn_status check_rows(const DLTensor *t, const char *name, const char *w
     return ATTN_OK;
 }
 
-/* An output's rows must not share memory: no stride 0 where the extent is above 1. */
-static attn_status check_distinct(const DLTensor *t, const char *name)
-{
-    for (int32_t i = 0; i < t->ndim; ++i)
-        ATTN_CHECK(t->shape[i] <= 1 || attn_tensor_empty(t) || attn_tensor_stride(t, i) > 0,
-                   ATTN_E_SHAPE, "%s: expected strides > 0, got 0 in dimension %d", name, (int)i);
-    return ATTN_OK;
-}
-
 static attn_status check_index(const DLTensor *t, const char *name, int64_t n, const problem_t *p,
                                const int32_t **out)
 {
@@ -232,8 +223,8 @@ static attn_status check_append(const args_t *a, problem_t *p)
     p->t_new = packed ? p->s_new : p->b * p->s_new;
     ATTN_TRY(check_rows(a->v_new, "v_new", wish, packed, p, p->dtype,
                         (int64_t[]){b, p->s_new, p->h_k, p->d_v}, &p->v_new));
-    ATTN_TRY(check_distinct(a->k, "k"));
-    ATTN_TRY(check_distinct(a->v, "v"));
+    ATTN_TRY(attn_distinct_check(a->k, "k"));
+    ATTN_TRY(attn_distinct_check(a->v, "v"));
     ATTN_TRY(
         check_index(a->cu_seqlens_k_new, "cu_seqlens_k_new", p->b + 1, p, &p->cu_seqlens_k_new));
 
@@ -441,7 +432,7 @@ static attn_status check_lse(const DLTensor *t, const char *name, const problem_
     ATTN_CHECK(rows <= 1 || attn_tensor_empty(t) || attn_tensor_stride(t, ndim - 1) == 1,
                ATTN_E_SHAPE, "%s: expected last stride 1, got %lld", name,
                (long long)attn_tensor_stride(t, ndim - 1));
-    ATTN_TRY(check_distinct(t, name));
+    ATTN_TRY(attn_distinct_check(t, name));
     *data = (float *)attn_tensor_data(t);
     *split = pieces ? attn_tensor_stride(t, 0) : 0;
     *batch = packed ? 0 : attn_tensor_stride(t, ndim - 3);
@@ -458,7 +449,7 @@ static attn_status check_outputs(const args_t *a, problem_t *p)
     ATTN_CHECK(a->lse, ATTN_E_VALUE, "lse: expected a tensor, got none");
     ATTN_TRY(check_rows(a->out, "out", packed ? "[t_q, h_q, d_v]" : "[b, s_q, h_q, d_v]", packed, p,
                         p->out_dtype, (int64_t[]){p->b, rows, p->h_q, p->d_v}, &p->out));
-    ATTN_TRY(check_distinct(a->out, "out"));
+    ATTN_TRY(attn_distinct_check(a->out, "out"));
     ATTN_TRY(check_lse(a->lse, "lse", p, -1, &p->lse, &unused, &p->lse_batch, &p->lse_head));
 
     ATTN_CHECK(!a->out_accum == !a->lse_accum, ATTN_E_VALUE,
@@ -479,28 +470,13 @@ static attn_status check_outputs(const args_t *a, problem_t *p)
     ATTN_CHECK(attn_tensor_empty(t) || attn_tensor_stride(t, n - 1) == 1, ATTN_E_SHAPE,
                "out_accum: expected last stride 1, got %lld",
                (long long)attn_tensor_stride(t, n - 1));
-    ATTN_TRY(check_distinct(t, "out_accum"));
+    ATTN_TRY(attn_distinct_check(t, "out_accum"));
     p->accum_splits = t->shape[0];
     p->out_accum = (struct attn_rows){attn_tensor_data(t), packed ? 0 : attn_tensor_stride(t, 1),
                                       attn_tensor_stride(t, n - 2), attn_tensor_stride(t, n - 3)};
     p->out_accum_split = attn_tensor_stride(t, 0);
     return check_lse(a->lse_accum, "lse_accum", p, p->accum_splits, &p->lse_accum,
                      &p->lse_accum_split, &p->lse_accum_batch, &p->lse_accum_head);
-}
-
-/* Bytes [from, to) that a tensor's elements lie in; empty for an absent or empty one. */
-struct span {
-    uintptr_t from, to;
-};
-
-static struct span tensor_span(const DLTensor *t)
-{
-    if (!t || attn_tensor_empty(t)) return (struct span){0, 0};
-    struct span s = {(uintptr_t)attn_tensor_data(t), 0};
-    int64_t last = 0;
-    for (int32_t i = 0; i < t->ndim; ++i) last += (t->shape[i] - 1) * attn_tensor_stride(t, i);
-    s.to = s.from + (uintptr_t)((last + 1) * (t->dtype.bits / 8));
-    return s;
 }
 
 /* Index tensors are read, trusted and read again: no output may lie on one. */
@@ -519,15 +495,9 @@ static attn_status check_overlaps(const args_t *a)
     const DLTensor *written[] = {
         a->out, a->lse, a->out_accum, a->lse_accum, a->k_new ? a->k : NULL, a->k_new ? a->v : NULL,
     };
-    for (size_t i = 0; i < sizeof read / sizeof *read; ++i) {
-        struct span r = tensor_span(read[i].tensor);
-        for (size_t j = 0; r.to && j < sizeof written / sizeof *written; ++j) {
-            struct span w = tensor_span(written[j]);
-            ATTN_CHECK(r.from >= w.to || w.from >= r.to, ATTN_E_VALUE,
-                       "%s: expected apart from what the call writes, got memory shared with it",
-                       read[i].name);
-        }
-    }
+    for (size_t i = 0; i < sizeof read / sizeof *read; ++i)
+        ATTN_TRY(attn_apart_check(read[i].tensor, read[i].name, written,
+                                  sizeof written / sizeof *written));
     return ATTN_OK;
 }
 

@@ -122,15 +122,6 @@ attn_status attn_mla_sink_check(const DLTensor *sink, struct attn_mla_problem *p
     return ATTN_OK;
 }
 
-/* An output's elements must not share memory. */
-static attn_status check_distinct(const DLTensor *t, const char *name)
-{
-    for (int32_t i = 0; i < t->ndim; ++i)
-        ATTN_CHECK(t->shape[i] <= 1 || attn_tensor_empty(t) || attn_tensor_stride(t, i) > 0,
-                   ATTN_E_SHAPE, "%s: expected strides > 0, got 0 in dimension %d", name, (int)i);
-    return ATTN_OK;
-}
-
 attn_status attn_mla_float_check(const DLTensor *t, const char *name, const char *wish,
                                  int32_t ndim, const int64_t *want, DLDevice device, float **data)
 {
@@ -139,7 +130,7 @@ attn_status attn_mla_float_check(const DLTensor *t, const char *name, const char
     ATTN_CHECK(t->dtype.code == kDLFloat && t->dtype.bits == 32, ATTN_E_DTYPE,
                "%s: expected dtype fp32, got %s", name, attn_tensor_dtype_text(t, text));
     *data = (float *)(void *)attn_tensor_data(t);
-    return check_distinct(t, name);
+    return attn_distinct_check(t, name);
 }
 
 attn_status attn_mla_out_check(const DLTensor *t, const char *wish, int32_t ndim,
@@ -151,36 +142,13 @@ attn_status attn_mla_out_check(const DLTensor *t, const char *wish, int32_t ndim
     ATTN_CHECK(got == p->out_dtype, ATTN_E_DTYPE, "out: expected dtype %s, got %s",
                attn_dtype_name(p->out_dtype), attn_dtype_name(got));
     ATTN_TRY(attn_mla_last_stride_check(t, "out"));
-    return check_distinct(t, "out");
-}
-
-/* Bytes [from, to) that a tensor's elements lie in; empty for an absent or empty one. */
-struct span {
-    uintptr_t from, to;
-};
-
-static struct span tensor_span(const DLTensor *t)
-{
-    if (!t || attn_tensor_empty(t)) return (struct span){0, 0};
-    struct span s = {(uintptr_t)attn_tensor_data(t), 0};
-    int64_t last = 0;
-    for (int32_t i = 0; i < t->ndim; ++i) last += (t->shape[i] - 1) * attn_tensor_stride(t, i);
-    s.to = s.from + (uintptr_t)((last + 1) * (t->dtype.bits / 8));
-    return s;
+    return attn_distinct_check(t, "out");
 }
 
 attn_status attn_mla_apart_check(const DLTensor *const *read, const char *const *names, int reads,
                                  const DLTensor *const *written, int writes)
 {
-    for (int i = 0; i < reads; ++i) {
-        struct span r = tensor_span(read[i]);
-        for (int j = 0; r.to && j < writes; ++j) {
-            struct span w = tensor_span(written[j]);
-            ATTN_CHECK(r.from >= w.to || w.from >= r.to, ATTN_E_VALUE,
-                       "%s: expected apart from what the call writes, got memory shared with it",
-                       names[i]);
-        }
-    }
+    for (int i = 0; i < reads; ++i) ATTN_TRY(attn_apart_check(read[i], names[i], written, writes));
     return ATTN_OK;
 }
 
@@ -212,8 +180,6 @@ attn_status attn_mla_plan_problem(const struct attn_mla_problem *p, struct attn_
     ATTN_CHECK(plan->size == sizeof *plan, ATTN_E_VERSION,
                "plan.size: expected %zu (libattn %s), got %u: caller and library differ",
                sizeof *plan, ATTN_VERSION_STRING, (unsigned)plan->size);
-    ATTN_CHECK(backend->mla_plan, ATTN_E_NOT_BUILT, "%s: not built for GPUs, only for CPUs",
-               attn_mla_op_name(p->op));
     memset(plan, 0, sizeof *plan);
     plan->size = sizeof *plan;
     shape_of(p, plan->shape);

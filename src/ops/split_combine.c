@@ -23,14 +23,6 @@ static attn_status check_part(const DLTensor *t, const char *name, const char *w
     return ATTN_OK;
 }
 
-static attn_status check_output_strides(const DLTensor *t, const char *name)
-{
-    for (int32_t i = 0; i < t->ndim; ++i)
-        ATTN_CHECK(t->shape[i] <= 1 || attn_tensor_empty(t) || attn_tensor_stride(t, i) > 0,
-                   ATTN_E_SHAPE, "%s: expected strides > 0, got 0 in dimension %d", name, (int)i);
-    return ATTN_OK;
-}
-
 attn_status attn_split_combine_check(const struct attn_split_combine_args *a,
                                      struct attn_split_combine_problem *p)
 {
@@ -53,8 +45,8 @@ attn_status attn_split_combine_check(const struct attn_split_combine_args *a,
     ATTN_TRY(check_part(a->lse_partial, "lse_partial", "[splits, b, s, h]", 4, s, x->device, true));
     ATTN_TRY(check_part(a->out, "out", "[b, s, h, d_v]", 4, s + 1, x->device, false));
     ATTN_TRY(check_part(a->lse, "lse", "[b, s, h]", 3, s + 1, x->device, true));
-    ATTN_TRY(check_output_strides(a->out, "out"));
-    ATTN_TRY(check_output_strides(a->lse, "lse"));
+    ATTN_TRY(attn_distinct_check(a->out, "out"));
+    ATTN_TRY(attn_distinct_check(a->lse, "lse"));
     *p = (struct attn_split_combine_problem){
         .device = x->device,
         .threads = a->threads,
