@@ -31,7 +31,9 @@ void attn_decode_share(int64_t tiles, int64_t items, int64_t steps, int64_t rows
                        int multiprocessors, struct attn_mha_decode_cuda_plan *plan)
 {
     int64_t parts = clamp(multiprocessors / tiles, 1, RECORDS_MAX / tiles > 1 ? RECORDS_MAX : 1);
-    int64_t pieces = items * (plan->splits ? plan->splits : steps > 0 ? steps : 1);
+    int64_t pieces = clamp(items, 0, RECORDS_MAX) * (plan->splits ? plan->splits
+                                                     : steps > 0  ? steps
+                                                                  : 1);
     parts = clamp(parts, 1, pieces > 1 ? pieces : 1);
     plan->tiles = (int)tiles;
     plan->parts = (int)parts;
