@@ -3,8 +3,8 @@
 #
 # venv.sh build|demo|test|cuda: brings .venv to what a part of the Makefile needs, adding only what is
 # missing.  `build` holds the build tools (cmake, ninja, the tvm-ffi headers), `demo` adds torch and
-# what the demo reads its model with, `test` adds the test and lint tools, `cuda` the CUDA compiler that CUDA=pip
-# builds with.
+# what the demo reads its model with, `test` adds the test and lint tools, `cuda` the CUDA compiler
+# that CUDA=pip builds with.
 #   PYTHON         the interpreter to make it from (python3)
 #   TORCH_VERSION  the torch to install when that interpreter has none (2.13.0)
 set -eu

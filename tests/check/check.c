@@ -233,9 +233,9 @@ double check_seconds(void)
 static const char usage[] =
     "attn_check: tests of libattn's CPU kernels\n"
     "  --op NAME       one of: dtype rotary split_combine mha_kernel control mha_fwd mha_plan\n"
-    "                  hostile threads\n"
+    "                  hostile mla mla_hostile kda threads\n"
     "  --kernel PART   kernels whose name holds PART (ops that test kernels alone, and --bench)\n"
-    "  --isa NAME      c, ref, avx2, avx512 or amx\n"
+    "  --isa NAME      c, ref, avx2, avx512, avx512bf16, amx or sm90\n"
     "  --dtype NAME    fp32, bf16, fp16 or fp8\n"
     "  --test PART     tests whose name holds PART\n"
     "  --seed N        default: the time; printed\n"
