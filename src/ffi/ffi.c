@@ -304,12 +304,9 @@ void ffi_scratch_give(ffi_scratch *scratch)
 
 /* ---- version --------------------------------------------------------------------------------- */
 
-FFI_EXPORT int __tvm_ffi_version(void *self, const TVMFFIAny *args, int32_t count,
-                                 TVMFFIAny *result);
-
 /* version() -> str: the header this binding was built from.  Raises VersionError when the libattn
  * it runs on was built from another one. */
-int __tvm_ffi_version(void *self, const TVMFFIAny *args, int32_t count, TVMFFIAny *result)
+FFI_FUNCTION(version)
 {
     (void)self;
     const ffi_args in = ffi_begin("version", args, count);

@@ -25,6 +25,12 @@
 
 #define FFI_EXPORT __attribute__((visibility("default")))
 
+/* Declares and begins the function `name`. */
+#define FFI_FUNCTION(name)                                                                         \
+    FFI_EXPORT int __tvm_ffi_##name(void *self, const TVMFFIAny *args, int32_t count,              \
+                                    TVMFFIAny *result);                                            \
+    int __tvm_ffi_##name(void *self, const TVMFFIAny *args, int32_t count, TVMFFIAny *result)
+
 /* ---- arguments ------------------------------------------------------------------------------- */
 
 typedef struct ffi_args {

@@ -34,11 +34,6 @@ static void read_kda_fwd(struct attn_kda_fwd_args *a, ffi_args *in)
     a->beta_activated = ffi_bool(in, "beta_activated");
 }
 
-#define FFI_FUNCTION(name)                                                                         \
-    FFI_EXPORT int __tvm_ffi_##name(void *self, const TVMFFIAny *args, int32_t count,              \
-                                    TVMFFIAny *result);                                            \
-    int __tvm_ffi_##name(void *self, const TVMFFIAny *args, int32_t count, TVMFFIAny *result)
-
 /* kda_fwd(...): the workspace is scratch of the binding's. */
 FFI_FUNCTION(kda_fwd)
 {

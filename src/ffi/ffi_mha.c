@@ -143,11 +143,6 @@ static int run_in_scratch(struct attn_mha_fwd_args *a, const struct attn_mha_fwd
 
 /* ---- functions ----------------------------------------------------------------------------------- */
 
-#define FFI_FUNCTION(name)                                                                         \
-    FFI_EXPORT int __tvm_ffi_##name(void *self, const TVMFFIAny *args, int32_t count,              \
-                                    TVMFFIAny *result);                                            \
-    int __tvm_ffi_##name(void *self, const TVMFFIAny *args, int32_t count, TVMFFIAny *result)
-
 /* mha_fwd(...) -> int.  0: done.  n > 1: nothing ran, as the caller wants the partial
  * results of what will be n splits; call again with out_accum and lse_accum. */
 FFI_FUNCTION(mha_fwd)

@@ -7,11 +7,6 @@
 
 #include <stdio.h>
 
-#define FFI_FUNCTION(name)                                                                         \
-    FFI_EXPORT int __tvm_ffi_##name(void *self, const TVMFFIAny *args, int32_t count,              \
-                                    TVMFFIAny *result);                                            \
-    int __tvm_ffi_##name(void *self, const TVMFFIAny *args, int32_t count, TVMFFIAny *result)
-
 static int return_plan(TVMFFIAny *result, const struct attn_mla_plan *plan)
 {
     char text[sizeof plan->kernel + 32];
