@@ -34,7 +34,6 @@ enum { TILE_KERNEL, TILE_ROWS, TILE_TARGET, TILE_THREADS, TILE_SCRATCH }; /* pla
 
 #define PIECE_MIN 256
 #define SMALL_WORK 4e6 /* FLOP below which waking threads costs more */
-#define FINISH_ROWS 8  /* a task of the combination */
 #define LOG2E 1.4426950408889634
 
 static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -52,7 +52,8 @@ attn_status attn_mla_query_check(const DLTensor *q, int32_t ndim, const char *sh
     ATTN_CHECK(allowed >> p->dtype & 1, ATTN_E_DTYPE, "q: expected dtype %s, got %s", dtypes,
                attn_dtype_name(p->dtype));
     ATTN_CHECK(p->dtype != ATTN_F32 || p->device.device_type == kDLCPU, ATTN_E_DTYPE,
-               "q: expected dtype %s on a GPU, got fp32", "bf16, fp16 or fp8 e4m3fn");
+               "q: expected dtype %s on a GPU, got fp32",
+               allowed >> ATTN_F8 & 1 ? "bf16, fp16 or fp8 e4m3fn" : "bf16 or fp16");
     p->out_dtype = attn_dtype_out(p->dtype);
     ATTN_TRY(attn_tensor_check(q, "q", ndim, shape));
     ATTN_TRY(attn_mla_last_stride_check(q, "q"));
