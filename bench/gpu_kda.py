@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""flash_kda on a GPU: the shapes of its issue, with states in and out, L2 flushed before every call.
+"""flash_kda on a GPU, long and short sequences, states in and out, L2 flushed before every call.
 
     python bench/gpu_kda.py [--calls 9] [--only T8192]
 
