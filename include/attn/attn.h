@@ -159,7 +159,7 @@ ATTN_API attn_status attn_mha_fwd_run(const struct attn_mha_fwd_args *args,
 ATTN_API attn_status attn_mha_fwd_ref(const struct attn_mha_fwd_args *args);
 
 /* Length of the tensor that flash_attn_interface.get_scheduler_metadata returns for these static
- * sizes and this mask (section 3.2 of the interface): plain arithmetic, cannot fail. */
+ * sizes and this mask: plain arithmetic, cannot fail. */
 ATTN_API int64_t attn_mha_metadata_length(int64_t b, int64_t s_q, int64_t s_k, int64_t d_qk,
                                           int32_t paged, int32_t causal, int64_t window_left,
                                           int64_t window_right, int64_t attention_chunk);

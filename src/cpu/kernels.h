@@ -3,8 +3,8 @@
  * The table of CPU kernels and what a kernel is given.
  *
  * A kernel computes one task and knows nothing of batches, threads or argument checking: the
- * drivers (mha_fwd.c, split_combine.c, kv_append.c) cut an op into tasks, and everything that the
- * specification calls a mask arrives here as one interval of visible keys a row.
+ * drivers (mha_fwd.c, split_combine.c, kv_append.c) cut an op into tasks, and every mask of
+ * the interface arrives here as one interval of visible keys a row.
  *
  * What a kernel may rely on: pointers are as aligned as their element type, scratch and packed
  * blocks are 64-byte aligned, MXCSR is round-to-nearest with denormals flushed, AMX permission was

@@ -21,7 +21,7 @@ static int64_t floor_div(int64_t a, int64_t b)
     return a % b < 0 ? q - 1 : q;
 }
 
-/* Section 2.1 and 2.10 of the specification, word for word. */
+/* Each mask by the predicate that defines it, not by its interval. */
 static bool visible(const struct attn_mha_fwd_problem *p, const struct attn_cpu_seq *seq, int64_t i,
                     int64_t j)
 {

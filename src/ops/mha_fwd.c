@@ -325,7 +325,7 @@ struct mask {
     bool is_causal, is_local;
 };
 
-/* The normal form of section 2.1, on the static maxima. */
+/* A mask in its normal form, on the static maxima. */
 static struct mask normalise_mask(int64_t s_q, int64_t s_k, int64_t d_qk, bool paged, bool causal,
                                   int64_t left, int64_t right, int64_t chunk)
 {
@@ -479,7 +479,7 @@ static attn_status check_outputs(const args_t *a, problem_t *p)
                      &p->lse_accum_split, &p->lse_accum_batch, &p->lse_accum_head);
 }
 
-/* Index tensors are read, trusted and read again: no output may lie on one. */
+/* Index tensors are read more than once: no output may lie on one. */
 static attn_status check_overlaps(const args_t *a)
 {
     const struct {
@@ -501,7 +501,7 @@ static attn_status check_overlaps(const args_t *a)
     return ATTN_OK;
 }
 
-/* What a GPU kernel is ever built for, section 4.1; a CPU takes any pair up to 512. */
+/* What a GPU kernel is ever built for; a CPU takes any pair up to 512. */
 static attn_status check_gpu_widths(const problem_t *p)
 {
     int64_t d = p->d_qk, dv = p->d_v;

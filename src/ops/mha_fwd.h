@@ -57,7 +57,7 @@ struct attn_mha_fwd_problem {
     enum attn_dtype sinks_dtype;
 
     double scale, softcap; /* softcap 0: off */
-    /* The mask, normalised as section 2.1 of the specification: at most one of causal and local. */
+    /* The mask in its normal form: at most one of causal and local. */
     int64_t window_left, window_right; /* -1: unlimited; causal has window_right 0 */
     int64_t chunk;                     /* 0: off */
     bool causal, is_causal, is_local;

@@ -36,7 +36,7 @@ static bool with(const struct mha_case *c, unsigned feature)
 
 /* ---- numbers --------------------------------------------------------------------------------- */
 
-/* Drops what the specification does not let stand together and adds what a feature rests on. */
+/* Drops what the interface does not let stand together and adds what a feature rests on. */
 static unsigned consistent(unsigned f, enum attn_dtype dtype)
 {
     if (f & (WITH_rotary | WITH_append_packed)) f |= WITH_append;

@@ -105,7 +105,7 @@ float *mha_lse_at(const struct mha_case *c, int64_t b, int64_t i, int64_t h);
 char *mha_cache_at(const struct mha_case *c, int argument, int64_t b, int64_t x, int64_t h);
 char *mha_new_at(const struct mha_case *c, int argument, int64_t b, int64_t t, int64_t h);
 
-/* The mask, as section 2.1 and 2.10 of the specification have it. */
+/* The mask, by the predicates that define it. */
 bool mha_visible(const struct mha_case *c, int64_t b, int64_t i, int64_t j);
 int64_t mha_keys(const struct mha_case *c, int64_t b);
 

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT
  *
  * The oracle of a mha_fwd case: addresses, the mask, rotary, the append and every live row, all
- * taken from the specification and from nothing in the library; and the comparison of what a run
+ * taken from the definition and from nothing in the library; and the comparison of what a run
  * left behind, to the last byte of every tensor it may write.
  */
 #include <math.h>
@@ -91,7 +91,7 @@ bool mha_visible(const struct mha_case *c, int64_t b, int64_t i, int64_t j)
     return true;
 }
 
-/* Whether queries advance through the rotary table: section 2.4 by the normal form of 2.1. */
+/* Whether queries advance through the rotary table: by the normal form of the mask. */
 static bool queries_advance(const struct mha_case *c)
 {
     const struct attn_mha_fwd_args *a = &c->args;

@@ -308,7 +308,7 @@ def entries(case):
     if not case.sinks and case.cp == 1:
         ways.append("op")
     if case.qv and case.scale is None:
-        ways = []  # the op's default scale is another one: section 1.3
+        ways = []  # the op's default scale is another one
     cache = case.k_kind in ("cache", "paged")
     if not case.ragged and case.k_kind == "dense" and not (case.q_used or case.k_used):
         ways.append("func")
@@ -354,7 +354,7 @@ def run(problem, entry):
 
 
 def takes(case, device):
-    """Whether section 4.1 of the specification lets a device run the case; the CPU runs them all."""
+    """Whether the interface lets a device run the case; the CPU runs them all."""
     if device == "cpu":
         return True
     d, d_v = case.d, case.d_v
@@ -380,7 +380,7 @@ def refused(what, call):
 
 
 def verify(case, entry=None, device="cpu"):
-    """Builds, calls, compares everything that the specification says of the call."""
+    """Builds, calls, compares everything that is said of the call."""
     if not takes(case, device):
         return None
     problem = build(case, device)

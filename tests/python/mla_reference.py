@@ -17,7 +17,7 @@ import torch
 INF = float("inf")
 FP8 = torch.float8_e4m3fn
 
-# Section 4.3 of the specification: (absolute, relative, cosine).
+# Tolerances: (absolute, relative, cosine).
 DENSE_OUT = (8e-4, 2.01 / 128, 5e-6)
 SPARSE_OUT = (1e-3, 2.01 / 128, 5e-6)
 DECODE_LSE = (1e-6, 8.01 / 65536, 1e-7)

@@ -38,7 +38,7 @@ class Result:
 
 
 def visible(s_q, s_k, causal=False, window=(-1, -1), chunk=0, cp=None):
-    """The mask [s_q, s_k] of section 2.1; cp is (world, rank, total keys of the sequence)."""
+    """The mask [s_q, s_k]; cp is (world, rank, total keys of the sequence)."""
     i = torch.arange(s_q)[:, None]
     j = torch.arange(s_k)[None, :]
     if cp is not None:

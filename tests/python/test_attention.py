@@ -209,7 +209,7 @@ def test_out_of_varlen_func():
 
 
 def test_positional_order():
-    """Clients call positionally: section 1.2 is binding."""
+    """Clients call positionally: the order of the arguments is binding."""
     q, k, v = (torch.randn(1, 40, 2, 32) for _ in range(3))
     got = fa.flash_attn_func(
         q, k, v, 0.3, True, None, None, None, None, (7, 0), 0, 5.0, 1, None, False, 0, True
@@ -605,7 +605,7 @@ def test_no_grad_costs_no_graph():
 
 
 def test_quick_start_calls(device):
-    """The forms in which clients of section 5 call: nothing is imported beyond the public names."""
+    """The forms in which clients call: nothing is imported beyond the public names."""
     q = torch.randn(2, 16, 4, 64, dtype=torch.bfloat16, device=device)
     k = torch.randn(2, 16, 2, 64, dtype=torch.bfloat16, device=device)
     v = torch.randn(2, 16, 2, 64, dtype=torch.bfloat16, device=device)

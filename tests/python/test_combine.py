@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""flash_attn_combine: section 3.1."""
+"""flash_attn_combine: merging the partial results of splits."""
 
 import flash_attn_interface as fa
 import pytest

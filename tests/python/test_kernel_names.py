@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""With AVX2 or better no call of the specification runs a plain-C kernel.
+"""With AVX2 or better no call of the interface runs a plain-C kernel.
 
 One subprocess a rung (ATTN_CPU is read once) makes a call for every feature and dtype with
 ATTN_LOG=1; the log names the kernels.  The calls are also compared with the oracle, so that each

@@ -173,7 +173,7 @@ def test_positional_as_transformers_calls():
 
 
 def test_ignored_arguments():
-    """What upstream ignores we ignore: section 5's last line."""
+    """What upstream ignores we ignore."""
     k, v = caches()
     q = torch.randn(2, 3, 4, 32)
     want = kvcache(q, k, v, cache_seqlens=int32(7, 9))
@@ -216,7 +216,7 @@ def test_append_through_the_op_mutates_the_cache():
 
 
 def test_append_stores_what_no_query_sees():
-    """[R] of section 2.2: a window that hides the new tokens, and sequences without queries."""
+    """A window that hides the new tokens, and sequences without queries."""
     k, v = caches(s=60)
     k_new, v_new = caches(s=30)
     kvcache(torch.randn(2, 1, 2, 32), k, v, k_new, v_new, cache_seqlens=int32(5, 20), window_size=(2, 0))
@@ -301,7 +301,7 @@ def test_rotary_flag_defaults():
 
 
 def test_rotary_with_an_over_estimate():
-    """Whether queries rotate one by one follows from max_seqlen_q as given: section 2.1, 2.4."""
+    """Whether queries rotate one by one follows from max_seqlen_q as given."""
     q, (k, v), (k_new, v_new) = torch.randn(2, 2, 32), caches(b=1), caches(b=1, s=1)
     angle = torch.rand(40, 16)
     args = {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""get_scheduler_metadata: its length (section 3.2), and that it changes no result."""
+"""get_scheduler_metadata: its length, and that it changes no result."""
 
 import flash_attn_interface as fa
 import pytest
@@ -14,7 +14,7 @@ def int32(*x):
 
 
 def blocks(s_q, s_k, d, paged, causal, window, chunk):
-    """n of `b4 * n + 1`, from the flags after section 2.1's normalisation."""
+    """n of `b4 * n + 1`, from the flags of the mask's normal form."""
     left, right = window
     if left >= s_k - 1:
         left = -1

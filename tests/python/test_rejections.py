@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Every rejected combination of the specification's table 4.2: the type, and a message that names it.
+"""Every rejected combination of arguments: the type, and a message that names it.
 
 Rows about head dims and dtypes that a CPU takes are for CUDA only; the CPU's own bounds stand beside.
 """

@@ -39,7 +39,7 @@ GUARD = 12345.0
 
 
 def visible(case, i, s_q, s_k, total):
-    """bool [s_q, s_k], straight from section 2.1 and 2.10 of the specification."""
+    """bool [s_q, s_k], by the predicates that define the masks."""
     p = torch.arange(s_q)[:, None] + s_k - s_q
     j = torch.arange(s_k)[None, :]
     seen = torch.ones(s_q, s_k, dtype=torch.bool)

@@ -65,7 +65,7 @@ def forward(q, k, v, cu_qo, cu_kv, max_qo, max_kv, softmax_scale, causal, is_var
 
 
 class FlashAttnVarlenFunc(torch.autograd.Function):
-    """flash_attn_varlen_func with gradients; those are not built yet."""
+    """flash_attn_varlen_func where a gradient is asked for: there is none."""
 
     @staticmethod
     def forward(ctx, q, k, v, *lengths_and_options):
