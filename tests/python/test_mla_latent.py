@@ -172,6 +172,7 @@ def paged(**change):
             lambda: paged(k_cache=(c := torch.zeros(6, 64, 576).to(torch.int8)), v_cache=c[..., :512]),
             "k_scale_tensor, v_scale_tensor: expected tensors with an int8 cache",
         ),
+        (lambda: paged(k_scale_tensor=torch.ones(1)), "k_scale_tensor, v_scale_tensor: expected None"),
         (
             lambda: interface_fused.flash_mla_decode_fused(
                 X[:, 0], X[:, :, 0], X[:, 0], X[:, :, 0], torch.ones(9, 128), torch.ones(9, 128), 9, 0.1

@@ -101,6 +101,8 @@ def paged_decode(
             )
         sm_scale, v_scale = sm_scale * float(k_scale_tensor), float(v_scale_tensor)
         k_cache, block_table = live_pages(k_cache, block_table, seq_lens, q.dtype)
+    elif k_scale_tensor is not None or v_scale_tensor is not None:
+        raise ArgumentError(f"k_scale_tensor, v_scale_tensor: expected None with a {k_cache.dtype} cache")
     out, lse = flash_mla_with_kvcache(
         q.unsqueeze(1),
         k_cache.unsqueeze(2),
