@@ -65,8 +65,9 @@ def test_packed(d, d_v):
         run(g, g(400, 4, d), g(500, 2, d), g(500, 2, d_v), max_seqlen_q=400, max_seqlen_k=500, **features)
 
 
+@pytest.mark.parametrize("s_q", [2, 70], ids=["decode", "prefill"])
 @pytest.mark.parametrize("page", [0, 1, 16, 80, 256])
-def test_caches(page):
+def test_caches(page, s_q):
     for _ in range(20):
         g = Guarded()
         features = {"seqused_k": wild(5), "kv_batch_idx": wild(5)}
@@ -81,7 +82,7 @@ def test_caches(page):
             features["seqused_q"] = wild(5)
         if sometimes(0.2):
             features |= {"cp_world_size": 2, "cp_rank": 1, "cp_tot_seqused_k": wild(5)}
-        run(g, g(5, 70, 4, 128), k, v, **features)
+        run(g, g(5, s_q, 4, 128), k, v, **features)
 
 
 @pytest.mark.parametrize("page", [0, 16])
