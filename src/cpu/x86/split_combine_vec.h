@@ -5,14 +5,18 @@
  *   M = max(lse_s, sink)      w_s = e^(lse_s - M)      L = sum_s w_s + e^(sink - M)
  *   out = sum_s w_s o_s / L   lse = M + ln L           nothing but -inf: out 0, lse -inf
  *
- * Splits add up in their order.  One whose lse is -inf saw no key: its o is not read.
+ * Splits add up in their order, sixteen at a time and then those sums, so that rounding grows with
+ * n / 16 + 16 terms and not with n = 256.  One whose lse is -inf saw no key: its o is not read.
  */
 #ifndef ATTN_CPU_X86_SPLIT_COMBINE_VEC_H
 #define ATTN_CPU_X86_SPLIT_COMBINE_VEC_H
 
 #include "cpu/kernels.h"
 
-enum { COLUMNS = 4 }; /* vectors of a row that are summed in one walk over the splits */
+enum {
+    COLUMNS = 4,  /* vectors of a row that are summed in one walk over the splits */
+    TOGETHER = 16 /* splits that are summed before their sum joins the others */
+};
 
 struct partials {
     const float *o, *lse; /* [splits][d_v], [splits] */
@@ -31,15 +35,23 @@ VEC_INLINE void combine_columns(const struct partials *p, int32_t c, int vectors
     vec sum[COLUMNS];
     VEC_UNROLL
     for (int i = 0; i < vectors; i++) sum[i] = vec_zero();
-    for (int32_t s = 0; s < p->splits; s++) {
-        const float lse = p->lse[s * p->lse_split], *o = p->o + s * p->o_split + c;
-        if (lse == -INFINITY) continue;
-        vec w = weight(lse - p->max);
+    for (int32_t first = 0; first < p->splits; first += TOGETHER) {
+        const int32_t end = first + TOGETHER < p->splits ? first + TOGETHER : p->splits;
+        vec few[COLUMNS];
         VEC_UNROLL
-        for (int i = 0; i < vectors; i++) {
-            vec x = part ? vec_load_part_f32(o, part) : vec_load_f32(o + i * VEC_LANES);
-            sum[i] = vec_fma(w, x, sum[i]);
+        for (int i = 0; i < vectors; i++) few[i] = vec_zero();
+        for (int32_t s = first; s < end; s++) {
+            const float lse = p->lse[s * p->lse_split], *o = p->o + s * p->o_split + c;
+            if (lse == -INFINITY) continue;
+            vec w = weight(lse - p->max);
+            VEC_UNROLL
+            for (int i = 0; i < vectors; i++) {
+                vec x = part ? vec_load_part_f32(o, part) : vec_load_f32(o + i * VEC_LANES);
+                few[i] = vec_fma(w, x, few[i]);
+            }
         }
+        VEC_UNROLL
+        for (int i = 0; i < vectors; i++) sum[i] = vec_add(sum[i], few[i]);
     }
     const int64_t size = attn_dtype_bytes(type);
     VEC_UNROLL
@@ -67,8 +79,12 @@ static void combine(const float *o, int64_t o_split, const float *lse, int64_t l
         *lse_out = -INFINITY;
     } else {
         total = sink ? weight(*sink - p.max) : vec_zero();
-        for (int32_t s = 0; s < splits; s++)
-            total = vec_add(total, weight(lse[s * lse_split] - p.max));
+        for (int32_t first = 0; first < splits; first += TOGETHER) {
+            vec few = vec_zero();
+            for (int32_t s = first; s < splits && s < first + TOGETHER; s++)
+                few = vec_add(few, weight(lse[s * lse_split] - p.max));
+            total = vec_add(total, few);
+        }
         *lse_out = p.max + logf(vec_reduce_max(total));
     }
 
