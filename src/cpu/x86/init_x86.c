@@ -47,6 +47,7 @@ void attn_cpu_init_x86(struct attn_cpu_kernels *t, unsigned have)
     t->mha_fwd[ATTN_BF16] = &attn_mha_fwd_bf16_amx;
     t->kda_fwd[ATTN_BF16] = &attn_kda_fwd_bf16_amx;
     t->mha_fwd[ATTN_F16] = &attn_mha_fwd_fp16_amx;
+    t->mha_fwd[ATTN_F32] = &attn_mha_fwd_fp32_amx;
     t->mha_fwd[ATTN_F8] = &attn_mha_fwd_fp8_amx;
     for (int i = 0; i < ATTN_MLA_FORMATS; ++i)
         if (attn_mla_amx[i].run) t->mla[i] = &attn_mla_amx[i];

@@ -12,7 +12,7 @@ extern const struct attn_mha_kernel attn_mha_fwd_avx2[ATTN_DTYPES];
 extern const struct attn_mha_kernel attn_mha_fwd_avx512[ATTN_DTYPES];
 extern const struct attn_mha_kernel attn_mha_fwd_bf16_avx512bf16, attn_mha_fwd_fp8_avx512bf16;
 extern const struct attn_mha_kernel attn_mha_fwd_bf16_amx, attn_mha_fwd_fp16_amx,
-    attn_mha_fwd_fp8_amx;
+    attn_mha_fwd_fp8_amx, attn_mha_fwd_fp32_amx;
 
 extern const struct attn_mha_kernel attn_mha_decode_avx2[ATTN_DTYPES];
 extern const struct attn_mha_kernel attn_mha_decode_avx512[ATTN_DTYPES];

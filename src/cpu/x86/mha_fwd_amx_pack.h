@@ -10,8 +10,9 @@
  *   S, C    [32 queries]             [2 x 16 keys][2 x 16 queries]   [16 keys][16 queries] fp32
  *   O, C    [32 queries][d_v / 32]   [2 x 16 d][2 x 16 queries]      [16 d][16 queries] fp32
  *
- * Tiles hold bf16.  bf16 itself, and fp8, which is exact in it, have one plane.  fp16 has two: x is
- * exactly the sum of high = bf16(x) and low = x - high.  The low plane of an infinity or NaN is 0.
+ * Tiles hold bf16.  bf16 itself, and fp8, which is exact in it, have one plane.  fp16 has two
+ * and fp32 three: x is exactly the sum of x1 = bf16(x), x2 = bf16(x - x1) and x3 = x - x1 - x2.  Of
+ * an infinity or NaN all planes but the first are 0.
  *
  * A packed block of n keys is its K tiles, its V tiles and 64 bytes with a bit for every key whose V
  * row, and then whose K row, has an infinity or a NaN.  V's are packed as zeros, since 0 * NaN would
@@ -111,52 +112,96 @@ static inline __m512i bf16_from_f8(__m256i bytes)
     return _mm512_or_si512(x, _mm512_and_si512(w, _mm512_set1_epi16((short)0x8000)));
 }
 
-/* Those of 32 elements from x on that the mask names, others 0, as 16-bit words: fp8 as bf16.  x may
- * lie outside its row where lanes are masked. */
-static inline __m512i load_lanes(enum attn_dtype t, __mmask32 lanes, const char *x)
+/* 32 elements as they are loaded: words of 16 bits (fp8 as bf16), or fp32 in two halves. */
+enum { PARTS = PLANES == 3 ? 2 : 1 };
+
+struct elements {
+    __m512i part[PARTS];
+};
+
+/* Those of 32 elements from x on that the mask names, others 0.  x may lie outside its row where
+ * lanes are masked. */
+static inline struct elements load_lanes(enum attn_dtype t, __mmask32 lanes, const char *x)
 {
-    if (t == ATTN_F8) return bf16_from_f8(_mm256_maskz_loadu_epi8(lanes, x));
-    return _mm512_maskz_loadu_epi16(lanes, x);
+    struct elements e;
+    switch (t) {
+    case ATTN_F32:
+        e.part[0] = _mm512_maskz_loadu_epi32((__mmask16)lanes, x);
+        e.part[PARTS - 1] = _mm512_maskz_loadu_epi32((__mmask16)(lanes >> 16), x + 64);
+        break;
+    case ATTN_F8: e.part[0] = bf16_from_f8(_mm256_maskz_loadu_epi8(lanes, x)); break;
+    default: e.part[0] = _mm512_maskz_loadu_epi16(lanes, x);
+    }
+    return e;
 }
 
-/* Elements [32 s, 32 s + 32) of the row x[d_x] followed by y[d_y] (NULL: none), then zeros. */
-static inline __m512i load_row(enum attn_dtype t, const char *x, int64_t d_x, const char *y,
-                               int64_t d_y, int64_t s)
+/* Elements [32 s, 32 s + 32) of the row x[d_x] followed by y[d_y] (NULL: none), then zeros; all
+ * zeros where x is NULL. */
+static inline struct elements load_row(enum attn_dtype t, const char *x, int64_t d_x, const char *y,
+                                       int64_t d_y, int64_t s)
 {
     const int64_t bytes = attn_dtype_bytes(t);
+    if (!x) return (struct elements){{_mm512_setzero_si512()}};
     const char *from = x + 32 * bytes * s;
     if (32 * s + 32 <= d_x) return load_lanes(t, 0xffffffff, from);
-    __m512i row = load_lanes(t, lanes_within(s, 0, d_x), from);
-    if (!y) return row;
+    struct elements e = load_lanes(t, lanes_within(s, 0, d_x), from), more;
+    if (!y) return e;
     from = (const char *)((uintptr_t)y + (uintptr_t)(bytes * (32 * s - d_x)));
-    return _mm512_or_si512(row, load_lanes(t, lanes_within(s, d_x, d_x + d_y), from));
+    more = load_lanes(t, lanes_within(s, d_x, d_x + d_y), from);
+    for (int i = 0; i < PARTS; i++) e.part[i] = _mm512_or_si512(e.part[i], more.part[i]);
+    return e;
 }
 
-/* Doubled words r + r drop the sign; from here on they were infinities and NaNs. */
-static inline __m512i least_not_finite(enum attn_dtype t)
+/* The lanes that are infinities or NaNs. */
+static inline __mmask32 not_finite(enum attn_dtype t, struct elements e)
 {
-    return _mm512_set1_epi16((short)(t == ATTN_F16 ? 0xf800 : 0xff00));
+    if (t == ATTN_F32) {
+        __mmask16 low = _mm512_fpclass_ps_mask(_mm512_castsi512_ps(e.part[0]), 0x99);
+        __mmask16 high = _mm512_fpclass_ps_mask(_mm512_castsi512_ps(e.part[PARTS - 1]), 0x99);
+        return _mm512_kunpackw(high, low);
+    }
+    /* Doubled, which drops the sign. */
+    __m512i least = _mm512_set1_epi16((short)(t == ATTN_F16 ? 0xf800 : 0xff00));
+    return _mm512_cmpge_epu16_mask(_mm512_add_epi16(e.part[0], e.part[0]), least);
 }
 
-static inline __mmask32 not_finite(enum attn_dtype t, __m512i r)
+static inline __m512i to_bf16(const __m512 f[2])
 {
-    return _mm512_cmpge_epu16_mask(_mm512_add_epi16(r, r), least_not_finite(t));
+    return (__m512i)_mm512_cvtne2ps_pbh(f[1], f[0]);
 }
 
-/* The planes of 32 elements as load_lanes gives them. */
-static inline void split_planes(enum attn_dtype t, __m512i x, __m512i plane[PLANES])
+static inline void subtract_bf16(__m512 f[2], __m512i plane)
 {
-    plane[0] = x;
-    if (t != ATTN_F16) return;
-    __m512 f[2] = {_mm512_cvtph_ps(_mm512_castsi512_si256(x)),
-                   _mm512_cvtph_ps(_mm512_extracti64x4_epi64(x, 1))};
-    plane[0] = (__m512i)_mm512_cvtne2ps_pbh(f[1], f[0]);
-    __m512i high[2] = {_mm512_cvtepu16_epi32(_mm512_castsi512_si256(plane[0])),
-                       _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(plane[0], 1))};
+    __m512i high[2] = {_mm512_cvtepu16_epi32(_mm512_castsi512_si256(plane)),
+                       _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(plane, 1))};
     for (int i = 0; i < 2; i++)
         f[i] = _mm512_sub_ps(f[i], _mm512_castsi512_ps(_mm512_slli_epi32(high[i], 16)));
-    plane[PLANES - 1] = _mm512_maskz_mov_epi16((__mmask32)~not_finite(t, x),
-                                               (__m512i)_mm512_cvtne2ps_pbh(f[1], f[0]));
+}
+
+/* The planes of 32 elements.  Of fp32 what would round to infinity is cut off instead. */
+static inline void split_planes(enum attn_dtype t, struct elements e, __m512i plane[PLANES])
+{
+    const __m512 most = _mm512_castsi512_ps(_mm512_set1_epi32(0x7f7f0000));
+    if (PLANES == 1) {
+        plane[0] = e.part[0];
+        return;
+    }
+    __mmask32 bad = not_finite(t, e);
+    __m512 f[2], within[2];
+    for (int i = 0; i < 2; i++) {
+        if (t == ATTN_F16)
+            within[i] = f[i] = _mm512_cvtph_ps(i ? _mm512_extracti64x4_epi64(e.part[0], 1)
+                                                 : _mm512_castsi512_si256(e.part[0]));
+        else
+            f[i] = _mm512_castsi512_ps(e.part[PARTS == 2 ? i : 0]);
+        if (t == ATTN_F32) /* the smaller magnitude, with the sign of f */
+            within[i] = _mm512_mask_range_ps(f[i], (__mmask16)(~bad >> 16 * i), f[i], most, 0x2);
+    }
+    plane[0] = to_bf16(within);
+    for (int i = 1; i < PLANES; i++) {
+        subtract_bf16(f, plane[i - 1]);
+        plane[i] = _mm512_maskz_mov_epi16((__mmask32)~bad, to_bf16(f));
+    }
 }
 
 /* 32 rows of K (and V, with qv) to A tiles.  A NULL row is zeros.  Returns the keys that have an
@@ -172,10 +217,10 @@ static inline __attribute__((always_inline)) uint32_t pack_k_step(enum attn_dtyp
     for (int64_t j = 0; j < STEP_KEYS; j++) {
         char *to = tiles + j / 16 * TILE_BYTES + j % 16 * TILE_ROW_BYTES;
         for (int64_t s = 0; s < steps; s++, to += OPERAND_BYTES) {
-            __m512i x = _mm512_setzero_si512(), plane[PLANES];
-            if (k[j]) x = load_row(t, k[j], d_qk, qv ? v[j] : NULL, d_v, s);
-            if (PLANES > 1 && not_finite(t, x)) keys |= 1u << j;
-            split_planes(t, x, plane);
+            __m512i plane[PLANES];
+            struct elements e = load_row(t, k[j], d_qk, qv ? v[j] : NULL, d_v, s);
+            if (PLANES > 1 && not_finite(t, e)) keys |= 1u << j;
+            split_planes(t, e, plane);
             for (int i = 0; i < PLANES; i++) _mm512_store_si512(to + i * PAIR_BYTES, plane[i]);
         }
     }
@@ -210,32 +255,18 @@ static inline __attribute__((always_inline)) uint32_t pack_v_step(enum attn_dtyp
 {
     uint32_t keys = 0;
     for (int64_t s = 0; s < width_steps(d_v); s++) {
-        __m512i row[STEP_KEYS], most = _mm512_setzero_si512();
+        __m512i plane[PLANES][STEP_KEYS];
         for (int j = 0; j < STEP_KEYS; j++) {
-            row[j] = v[j] ? load_row(t, v[j], d_v, NULL, 0, s) : _mm512_setzero_si512();
-            most = _mm512_max_epu16(most, _mm512_add_epi16(row[j], row[j]));
+            __m512i mine[PLANES];
+            struct elements e = load_row(t, v[j], d_v, NULL, 0, s);
+            __mmask32 bad = not_finite(t, e);
+            if (bad) keys |= 1u << j;
+            split_planes(t, e, mine);
+            for (int i = 0; i < PLANES; i++)
+                plane[i][j] = _mm512_maskz_mov_epi16((__mmask32)~bad, mine[i]);
         }
-        if (_mm512_cmpge_epu16_mask(most, least_not_finite(t))) {
-            for (int j = 0; j < STEP_KEYS; j++) {
-                __mmask32 bad = not_finite(t, row[j]);
-                if (bad) keys |= 1u << j;
-                row[j] = _mm512_maskz_mov_epi16((__mmask32)~bad, row[j]);
-            }
-        }
-        char *to = tiles + s * BLOCK_STEPS * OPERAND_BYTES;
-        if (PLANES == 1) {
-            transpose_v(row, to);
-            continue;
-        }
-        __m512i high[STEP_KEYS], low[STEP_KEYS];
-        for (int j = 0; j < STEP_KEYS; j++) {
-            __m512i plane[PLANES];
-            split_planes(t, row[j], plane);
-            high[j] = plane[0];
-            low[j] = plane[PLANES - 1];
-        }
-        transpose_v(high, to);
-        transpose_v(low, to + PAIR_BYTES);
+        for (int i = 0; i < PLANES; i++)
+            transpose_v(plane[i], tiles + s * BLOCK_STEPS * OPERAND_BYTES + i * PAIR_BYTES);
     }
     return keys;
 }
@@ -251,11 +282,11 @@ pack_q_rows(enum attn_dtype t, const char *const q[16], const char *const qv[16]
     for (int64_t s = 0; s < width_steps(qv ? d_qk + d_v : d_qk); s++) {
         __m512i r[PLANES][16];
         for (int i = 0; i < 16; i++) {
-            __m512i x = _mm512_setzero_si512(), plane[PLANES];
-            if (q[i]) x = load_row(t, q[i], d_qk, qv ? qv[i] : NULL, d_v, s);
-            bad = bad || (PLANES > 1 && not_finite(t, x));
-            split_planes(t, _mm512_xor_si512(x, sign), plane);
-            for (int k = 0; k < PLANES; k++) r[k][i] = plane[k];
+            __m512i plane[PLANES];
+            struct elements e = load_row(t, q[i], d_qk, qv ? qv[i] : NULL, d_v, s);
+            bad = bad || (PLANES > 1 && not_finite(t, e));
+            split_planes(t, e, plane);
+            for (int k = 0; k < PLANES; k++) r[k][i] = _mm512_xor_si512(plane[k], sign);
         }
         for (int k = 0; k < PLANES; k++) {
             transpose16(r[k]);

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT
  *
- * mha_fwd on AMX tiles: one body for bf16 and fp8 (mha_fwd_amx.c) and fp16 (mha_fwd_fp16_amx.c).
+ * mha_fwd on AMX tiles: one body for bf16 and fp8 (mha_fwd_amx.c), fp16 (mha_fwd_fp16_amx.c) and
+ * fp32 (mha_fwd_fp32_amx.c).
  *
  * Math, keys down and queries across, so that a lane is a query everywhere:
  *   S^T = K Q^T                     fp32, tiles of 16 keys x 16 queries
@@ -9,7 +10,8 @@
  *   out = O out_scale / l,  lse = (m + log2 l) ln 2       l: sum of P before it is rounded
  * Tiles multiply bf16.  fp8 is decoded to it when it is packed.  fp16, and P with it, is cut in two
  * planes, a = a1 + a2: K Q has all four products of planes, V P is a1 b2 + a1 b1 + a2 b1, which
- * leaves out 2^-18 of |a| |b|.
+ * leaves out 2^-18 of |a| |b|.  fp32 is cut in three, of 8 bits each, and of the nine products the
+ * six largest are taken, which leaves out 2^-26 of |a| |b|: less than fp32's own rounding.
  *
  * A partial result, which is fp32, is divided by the sum of the rounded P instead: a row ruled by
  * one key then gives that key's V to fp32's accuracy.
@@ -30,7 +32,7 @@
  *           |                          O += P V of unit 0      a quarter of the unit's products
  *   vectors |      P0   P1   P2   P3   P4   P5   P6   P7       exp of the beat before
  * Within a beat tiles and vectors are interleaved in source order: after every step of a tile
- * product (four TDPBF16PS, 64 clocks) come chunks of exp (8 keys x 16 queries), since the scheduler
+ * product (four TDPBF16PS, 64 clocks) come chunks of exp (8 keys x 16 queries, or 4), since the scheduler
  * is too small to find the overlap by itself.  The results of a product are stored during the first
  * step of the next one.  S is a ring of three steps, P a double buffer of units.
  *
@@ -54,12 +56,12 @@ enum {
     PAIRS_MAX = ROWS_MAX / 32,
     BEAT_STEPS = 2,
     S_STEPS = 3, /* S of the steps being made and being used */
-    CHUNK_KEYS = 8,
+    CHUNK_KEYS = PLANES == 1 ? 8 : 4, /* of exp, after a step of a product */
     VECTORS = 4,                          /* keys whose exponentials are taken together */
     TILE_CHUNKS = STEP_KEYS / CHUNK_KEYS, /* of a tile of queries in a step */
     STEP_CHUNKS = 2 * TILE_CHUNKS,
-    S_PRODUCTS = PLANES * PLANES, /* of planes, in a product K Q; */
-    PV_PRODUCTS = 2 * PLANES - 1, /* in one of V P */
+    S_PRODUCTS = PLANES == 2 ? 4 : PLANES * (PLANES + 1) / 2, /* of planes, in a product K Q; */
+    PV_PRODUCTS = PLANES * (PLANES + 1) / 2,                  /* in one of V P */
 };
 
 #define M_NONE (-0x1p120f)
@@ -114,7 +116,7 @@ struct work {
     int32_t all_lo[ROWS_MAX / 16], all_hi[ROWS_MAX / 16]; /* keys that all 16 queries see */
     int64_t begin[PAIRS_MAX], end[PAIRS_MAX];             /* steps that some query sees */
     bool o_used[PAIRS_MAX];                               /* O holds sums */
-    bool q_bad[PAIRS_MAX]; /* two planes: q of the pair has infinities or NaNs */
+    bool q_bad[PAIRS_MAX]; /* more planes: q of the pair has infinities or NaNs */
     float cap_table[TANH_TERMS][TANH_PIECES] __attribute__((aligned(64))); /* cap log2(e) tanh */
 };
 
@@ -272,15 +274,17 @@ static inline bool is_plain(const struct work *w, int tile, int64_t step)
 /* Stores the bf16 planes of P of two keys, a pair each lane. */
 static inline void store_p(char *p, __m512 e0, __m512 e1)
 {
-    __m512i high = bf16_pairs(e0, e1);
-    _mm512_store_si512(p, high);
-    if (PLANES == 1) return;
-    __m512 h0 = _mm512_castsi512_ps(_mm512_slli_epi32(high, 16));
-    __m512 h1 = _mm512_castsi512_ps(_mm512_and_si512(high, _mm512_set1_epi32(-0x10000)));
-    _mm512_store_si512(p + PAIR_BYTES, bf16_pairs(_mm512_sub_ps(e0, h0), _mm512_sub_ps(e1, h1)));
+    VEC_UNROLL
+    for (int i = 0; i < PLANES; i++) {
+        __m512i high = bf16_pairs(e0, e1);
+        _mm512_store_si512(p + i * PAIR_BYTES, high);
+        e0 = _mm512_sub_ps(e0, _mm512_castsi512_ps(_mm512_slli_epi32(high, 16)));
+        high = _mm512_and_si512(high, _mm512_set1_epi32(-0x10000));
+        e1 = _mm512_sub_ps(e1, _mm512_castsi512_ps(high));
+    }
 }
 
-/* One chunk: 8 keys x 16 queries from s[8][16] to p[4][16 pairs].  Exponentials are exact for rows
+/* One chunk: some keys x 16 queries from s[keys][16] to p[keys / 2][16 pairs].  Exponentials are exact for rows
  * that do not see all keys of the step: such a row may see few, and the error of each is that of its
  * lse.  Which these are is asked row by row, since no row may depend on its neighbours. */
 static inline __attribute__((always_inline)) void
@@ -340,13 +344,12 @@ static inline __attribute__((always_inline)) void exp_chunk(struct work *w, int 
 {
     int at = chunk / STEP_CHUNKS, side = chunk / TILE_CHUNKS % 2, c = chunk % TILE_CHUNKS;
     int64_t step = w->exp.begin + at;
-    int tile = 2 * w->exp.pair + side;
-    const float *s = (const float *)(const void *)(s_quad(w, &w->exp, step) + c / 2 * PAIR_BYTES +
-                                                   side * TILE_BYTES +
-                                                   c % 2 * CHUNK_KEYS * TILE_ROW_BYTES);
+    int tile = 2 * w->exp.pair + side, j = c * CHUNK_KEYS;
+    const float *s = (const float *)(const void *)(s_quad(w, &w->exp, step) + j / 16 * PAIR_BYTES +
+                                                   side * TILE_BYTES + j % 16 * TILE_ROW_BYTES);
     char *p = w->p + (w->exp.parity * BLOCK_STEPS + step % BLOCK_STEPS) * OPERAND_BYTES +
-              side * TILE_BYTES + c * CHUNK_KEYS / 2 * TILE_ROW_BYTES;
-    int32_t key = (int32_t)step * STEP_KEYS + c * CHUNK_KEYS;
+              side * TILE_BYTES + j / 2 * TILE_ROW_BYTES;
+    int32_t key = (int32_t)step * STEP_KEYS + j;
     bool plain = is_plain(w, tile, step);
     if (w->cap > 0)
         exp_rows_capped(w, tile, key, s, p, plain);
@@ -379,33 +382,44 @@ static inline void store_pending(struct work *w)
     w->pending = NULL;
 }
 
-/* The rest of a step of a product with two planes: the first plane of A is in tiles 4 and 5, and has
- * met the second one of B. */
+/* The planes of a step after the first product of two.  A's first plane is in tiles 4 and 5 and has
+ * met B's last one.  `all`: with two planes also the second of A and B. */
 static inline __attribute__((always_inline)) void other_planes(struct work *w, const char *a,
                                                                const char *b, bool all)
 {
-    tile_load(6, b);
-    tile_dpbf16(0, 4, 6);
-    tile_load(7, b + TILE_BYTES);
-    tile_dpbf16(1, 4, 7);
-    tile_dpbf16(2, 5, 6);
-    tile_dpbf16(3, 5, 7);
-    tick(w);
-    tile_load_once(4, a + PAIR_BYTES);
-    tile_dpbf16(0, 4, 6);
-    tile_dpbf16(1, 4, 7);
-    tile_load_once(5, a + PAIR_BYTES + TILE_BYTES);
-    tile_dpbf16(2, 5, 6);
-    tile_dpbf16(3, 5, 7);
-    tick(w);
-    if (!all) return;
-    tile_load(6, b + PAIR_BYTES);
-    tile_dpbf16(0, 4, 6);
-    tile_load(7, b + PAIR_BYTES + TILE_BYTES);
-    tile_dpbf16(1, 4, 7);
-    tile_dpbf16(2, 5, 6);
-    tile_dpbf16(3, 5, 7);
-    tick(w);
+#define LOAD_A(plane)                                                                              \
+    tile_load_once(4, a + (plane) * PAIR_BYTES);                                                   \
+    tile_load_once(5, a + (plane) * PAIR_BYTES + TILE_BYTES)
+#define LOAD_B(plane)                                                                              \
+    tile_load(6, b + (plane) * PAIR_BYTES);                                                        \
+    tile_load(7, b + (plane) * PAIR_BYTES + TILE_BYTES)
+#define MULTIPLY                                                                                   \
+    tile_dpbf16(0, 4, 6);                                                                          \
+    tile_dpbf16(1, 4, 7);                                                                          \
+    tile_dpbf16(2, 5, 6);                                                                          \
+    tile_dpbf16(3, 5, 7);                                                                          \
+    tick(w)
+
+    LOAD_B(0);
+    MULTIPLY;
+    if (PLANES == 3) {
+        LOAD_B(1);
+        MULTIPLY;
+    }
+    LOAD_A(1);
+    MULTIPLY;
+    if (PLANES == 3) {
+        LOAD_B(0);
+        MULTIPLY;
+        LOAD_A(2);
+        MULTIPLY;
+    } else if (all) {
+        LOAD_B(1);
+        MULTIPLY;
+    }
+#undef LOAD_A
+#undef LOAD_B
+#undef MULTIPLY
 }
 
 /* c[2 x 2 tiles] = (accumulate ? c : 0) + sum over steps of a[2 tiles] b[2 tiles].  A is K or V,
@@ -577,7 +591,7 @@ static __m512 plain_score(const struct work *w, int pair, int64_t step, int j, i
     return sum;
 }
 
-/* With two planes an infinity meets zeros and other signs in the second ones, and gives NaN where
+/* With more planes an infinity meets zeros and other signs in the second ones, and gives NaN where
  * its score is infinite.  The first planes alone tell which it is; finite scores stay. */
 static void mend_scores(struct work *w, const struct beat *b)
 {
@@ -736,7 +750,9 @@ static void load_q(struct work *w, int tile)
     const char *const *more = t->qv ? qv : NULL;
     bool negate = t->score_scale[0] < 0, bad;
     char *to = q_tiles(w, tile / 2) + tile % 2 * TILE_BYTES;
-    if (PLANES > 1)
+    if (PLANES == 3)
+        bad = pack_q_rows(ATTN_F32, q, more, t->d_qk, t->d_v, negate, to);
+    else if (PLANES == 2)
         bad = pack_q_rows(ATTN_F16, q, more, t->d_qk, t->d_v, negate, to);
     else if (w->dtype == ATTN_F8)
         bad = pack_q_rows(ATTN_F8, q, more, t->d_qk, t->d_v, negate, to);
@@ -766,7 +782,8 @@ static void fetch_for(struct work *w, const struct beat *b)
         fetch_rows(w, t->q, t->q_row, row + 32, row + 64, attn_dtype_bytes(w->dtype) * t->d_qk);
     }
     if (b->begin / BLOCK_STEPS == (w->end[b->pair] - 1) / BLOCK_STEPS)
-        fetch_rows(w, t->out, t->out_row, row + share, row + share + 8, 2 * t->d_v);
+        fetch_rows(w, t->out, t->out_row, row + share, row + share + 8,
+                   attn_dtype_bytes(attn_dtype_out(w->dtype)) * t->d_v);
 }
 
 /* All units: blocks of keys, in each the pairs that see some of it. */
@@ -824,7 +841,7 @@ static void add_not_finite(struct work *w, int64_t begin, int64_t end)
 static inline __m512i round_out(__m512i low, __m512i high)
 {
     __m512 x = _mm512_castsi512_ps(low), y = _mm512_castsi512_ps(high);
-    if (PLANES == 1) return (__m512i)_mm512_cvtne2ps_pbh(y, x);
+    if (PLANES != 2) return (__m512i)_mm512_cvtne2ps_pbh(y, x);
 #define NEAREST (_MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
     __m256i first = _mm512_cvtps_ph(x, NEAREST), second = _mm512_cvtps_ph(y, NEAREST);
 #undef NEAREST
@@ -876,7 +893,7 @@ static void finish_tile(struct work *w, int tile)
         __mmask32 live = lanes_within(s, 0, t->d_v);
         for (int i = 0; i < rows; i++) {
             char *out = t->out + t->out_row[16 * tile + i];
-            if (t->partial) {
+            if (t->partial || w->dtype == ATTN_F32) {
                 _mm512_mask_storeu_epi32(out + 128 * s, (__mmask16)live, low[i]);
                 _mm512_mask_storeu_epi32(out + 128 * s + 64, (__mmask16)(live >> 16), high[i]);
             } else {
