@@ -13,9 +13,9 @@ SDPA does not have, stand beside our own causal bf16 row of the same sizes.  Dec
 caches as make ROTATE_BYTES, more than a last-level cache holds.
 
 The ceiling is measured in the same run by bench/ceiling.c: of all threads together the multiply-adds
-in registers that the dtype could use (bf16: the best of tiles, bf16 dot products and fp32; fp16: fp32,
-or a third of the tiles' rate, as it is exact in two bf16 halves; fp32: fp32), and for decode the rate
-of reading memory.  Without a C compiler torch's matmul and sum stand in, and the row says so.
+in registers that the dtype could use (bf16: the best of tiles, bf16 dot products and fp32; fp16 and
+fp32: fp32, or a third and a sixth of the tiles' rate, as they are exact in two and in three planes of
+bf16), and for decode the rate of reading memory.  Without a C compiler torch's matmul and sum stand in, and the row says so.
 The `call` row also says what Python and binding add: its time less that of the same problem run by
 bench/smallest.c.
 """
@@ -121,8 +121,9 @@ def ceiling(dtype: torch.dtype, memory: bool) -> tuple[str, float]:
     usable = {"fma_fp32": rates["fma_fp32"]}
     if dtype in (torch.bfloat16, torch.float8_e4m3fn):
         usable |= {name: rates[name] for name in ("dp_bf16", "amx_bf16") if name in rates}
-    if dtype == torch.float16 and "amx_bf16" in rates:
-        usable["amx_bf16 / 3"] = rates["amx_bf16"] / 3
+    products = {torch.float16: 3, torch.float32: 6}.get(dtype)
+    if products and "amx_bf16" in rates:
+        usable[f"amx_bf16 / {products}"] = rates["amx_bf16"] / products
     return max(usable.items(), key=lambda item: item[1])
 
 

@@ -55,8 +55,8 @@ enum {
     ROWS_MAX = 256,
     PAIRS_MAX = ROWS_MAX / 32,
     BEAT_STEPS = 2,
-    S_STEPS = 3, /* S of the steps being made and being used */
-    CHUNK_KEYS = PLANES == 1 ? 8 : 4, /* of exp, after a step of a product */
+    S_STEPS = 3,                          /* S of the steps being made and being used */
+    CHUNK_KEYS = PLANES == 1 ? 8 : 4,     /* of exp, after a step of a product */
     VECTORS = 4,                          /* keys whose exponentials are taken together */
     TILE_CHUNKS = STEP_KEYS / CHUNK_KEYS, /* of a tile of queries in a step */
     STEP_CHUNKS = 2 * TILE_CHUNKS,
