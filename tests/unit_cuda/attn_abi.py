@@ -112,6 +112,43 @@ class MlaPlan(C.Structure):
     ]
 
 
+KDA_TENSORS = [
+    "q",
+    "k",
+    "v",
+    "g",
+    "beta",
+    "out",
+    "A_log",
+    "dt_bias",
+    "initial_state",
+    "final_state",
+    "cu_seqlens",
+    "state_indices",
+    "checkpoint_states",
+]
+
+
+class KdaArgs(C.Structure):
+    _fields_ = (
+        [("size", C.c_uint32), ("threads", C.c_int32)]
+        + [(name, C.POINTER(DLTensor)) for name in KDA_TENSORS]
+        + [("scale", C.c_double), ("lower_bound", C.c_double), ("checkpoint_every", C.c_int64)]
+        + [("gate_activated", C.c_int32), ("beta_activated", C.c_int32)]
+    )
+
+
+class KdaPlan(C.Structure):
+    _fields_ = [
+        ("size", C.c_uint32),
+        ("reserved", C.c_int32),
+        ("workspace_bytes", C.c_int64),
+        ("shape", C.c_int64 * 8),
+        ("tile", C.c_int64 * 8),
+        ("kernel", C.c_char * 96),
+    ]
+
+
 class CombineArgs(C.Structure):
     _fields_ = [("size", C.c_uint32), ("threads", C.c_int32)] + [
         (name, C.POINTER(DLTensor)) for name in ("out_partial", "lse_partial", "out", "lse")
@@ -141,6 +178,14 @@ def load():
     lib.attn_mla_decode_run.argtypes = [
         C.POINTER(MlaArgs),
         C.POINTER(MlaPlan),
+        C.c_void_p,
+        C.c_int64,
+        C.c_void_p,
+    ]
+    lib.attn_kda_fwd_plan.argtypes = [C.POINTER(KdaArgs), C.POINTER(KdaPlan)]
+    lib.attn_kda_fwd_run.argtypes = [
+        C.POINTER(KdaArgs),
+        C.POINTER(KdaPlan),
         C.c_void_p,
         C.c_int64,
         C.c_void_p,
@@ -178,11 +223,11 @@ class Call:
     """One prepared mha_fwd call: `run()` launches it on the current stream."""
 
     ARGS, PLAN, DEFAULTS = Args, Plan, DEFAULTS
-    OP = "attn_mha_fwd"
+    OP, SCALE = "attn_mha_fwd", "softmax_scale"
 
     def __init__(self, **arguments):
         values = {**self.DEFAULTS, **arguments}
-        values.setdefault("softmax_scale", values["q"].shape[-1] ** -0.5)
+        values.setdefault(self.SCALE, values["q"].shape[-1] ** -0.5)
         self.args = self.ARGS(size=C.sizeof(self.ARGS))
         self.function = getattr(LIB, self.OP + "_run")
         self.keep = []
@@ -210,16 +255,11 @@ class Call:
         return self.plan.kernel.decode()
 
     def run(self):
+        self.run_in(self.workspace, self.plan.workspace_bytes)
+
+    def run_in(self, workspace, size):
         stream = torch.cuda.current_stream().cuda_stream
-        self._check(
-            self.function(
-                C.byref(self.args),
-                C.byref(self.plan),
-                self.workspace.data_ptr(),
-                self.plan.workspace_bytes,
-                stream,
-            )
-        )
+        self._check(self.function(C.byref(self.args), C.byref(self.plan), workspace.data_ptr(), size, stream))
 
 
 class MlaCall(Call):
@@ -227,6 +267,13 @@ class MlaCall(Call):
 
     ARGS, PLAN, DEFAULTS = MlaArgs, MlaPlan, {"head_dim_v": 512}
     OP = "attn_mla_decode"
+
+
+class KdaCall(Call):
+    """The same for kda_fwd."""
+
+    ARGS, PLAN, DEFAULTS = KdaArgs, KdaPlan, {"lower_bound": -5.0}
+    OP, SCALE = "attn_kda_fwd", "scale"
 
 
 def split_combine(**tensors):

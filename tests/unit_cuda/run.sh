@@ -21,6 +21,7 @@ python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || exit 
 "$cuda/bin/nvcc" -gencode arch=compute_90a,code=sm_90a -std=c++17 -Isrc/cuda/kernels \
     tests/unit_cuda/test_helpers.cu -o "$out/test_helpers"
 "$out/test_helpers"
+python3 tests/unit_cuda/check_workspace.py
 python3 tests/unit_cuda/check_mha_fwd_edges.py
 python3 tests/unit_cuda/check_mha_fwd.py --cases 300
 python3 tests/unit_cuda/check_mha_decode.py --cases 300
