@@ -1,8 +1,7 @@
 /* SPDX-License-Identifier: MIT
  *
- * Running a case of mha_fwd on a Hopper GPU: every tensor goes, with the guard bytes around it, to
- * an arena of device memory; plan and run are those of the C ABI; what was written comes back to
- * the case's own buffers, where the caller compares it as after any other run.
+ * Cases on a Hopper GPU: the arena that their tensors go to, and the runner of mha_fwd's, whose plan
+ * and run are those of the C ABI.
  */
 #include <dlfcn.h>
 #include <math.h>
@@ -11,6 +10,7 @@
 #include <string.h>
 
 #include "attn/attn.h"
+#include "check_gpu.h"
 #include "check_run.h"
 #include "cuda/module.h"
 
@@ -29,7 +29,7 @@ static uint64_t arena;
 static size_t arena_used;
 static int first_error; /* of a copy or of the device; once set, no later result counts */
 
-/* Looks once: a device of compute capability 9.0, with a context that stays current. */
+/* Looks once. */
 bool check_gpu(void)
 {
     static int found = -1;
@@ -60,29 +60,31 @@ static void note(int error)
     if (!first_error) first_error = error;
 }
 
-/* Where a buffer's pages lie on the device; the buffer itself starts on 16 bytes there. */
-struct image {
-    uint64_t pages;
-    const struct check_buffer *buffer;
-};
-
-static struct image upload(const struct check_buffer *b)
+void check_mirror_open(struct check_mirror *m)
 {
+    m->count = 0;
+    arena_used = 0;
+}
+
+/* The buffer itself starts on 16 bytes there. */
+static struct image *upload(struct check_mirror *m, const struct check_buffer *b, bool written)
+{
+    struct image *image = &m->image[m->count++];
     size_t inside = (size_t)(b->data - b->pages);
     uint64_t at = arena + arena_used + (16 - inside % 16) % 16;
-    struct image image = {at + GUARD, b};
+    *image = (struct image){at + GUARD, b, written};
     arena_used += (b->page_bytes + 2 * GUARD + 16 + 255) / 256 * 256;
     if (arena_used > ARENA_BYTES) {
         note(2); /* CUDA_ERROR_OUT_OF_MEMORY */
         return image;
     }
     note(cuda.memset_bytes(at, CHECK_CANARY, b->page_bytes + 2 * GUARD));
-    note(cuda.memcpy_to(image.pages, b->pages, b->page_bytes));
+    note(cuda.memcpy_to(image->pages, b->pages, b->page_bytes));
     return image;
 }
 
 /* Brings back what was written; false when a guard, or a tensor only to be read, has changed. */
-static bool download(const struct image *image, bool written)
+static bool download(const struct image *image)
 {
     const struct check_buffer *b = image->buffer;
     unsigned char *guards = check_scratch(2 * GUARD), *now = check_scratch(b->page_bytes);
@@ -91,10 +93,43 @@ static bool download(const struct image *image, bool written)
     note(cuda.memcpy_from(now, image->pages, b->page_bytes));
     for (size_t i = 0; i < 2 * GUARD; ++i)
         if (guards[i] != CHECK_CANARY) return false;
-    if (!written) return memcmp(now, b->pages, b->page_bytes) == 0;
+    if (!image->written) return memcmp(now, b->pages, b->page_bytes) == 0;
     memcpy(b->pages, now, b->page_bytes);
     return true;
 }
+
+const DLTensor *check_mirror_add(struct check_mirror *m, const DLTensor *t,
+                                 const struct check_buffer *b, bool written)
+{
+    if (!t) return NULL;
+    DLTensor *there = &m->tensor[m->count];
+    const struct image *image = upload(m, b, written);
+    *there = *t;
+    there->device = (DLDevice){kDLCUDA, 0};
+    if (t->data)
+        there->data = (void *)(uintptr_t)(image->pages + (uint64_t)((char *)t->data - b->pages));
+    return there;
+}
+
+void *check_mirror_workspace(struct check_mirror *m, int64_t bytes)
+{
+    m->workspace = check_buffer((size_t)bytes, 64);
+    memset(m->workspace.data, 0xff, m->workspace.bytes);
+    const struct image *image = upload(m, &m->workspace, true);
+    return (void *)(uintptr_t)(image->pages + (uint64_t)(m->workspace.data - m->workspace.pages));
+}
+
+const char *check_mirror_close(struct check_mirror *m)
+{
+    const char *complaint = NULL;
+    note(cuda.synchronize());
+    for (int i = 0; i < m->count; ++i)
+        if (!download(&m->image[i]))
+            complaint = "bytes beside a tensor, or of one that is only read, written";
+    return first_error ? "a copy or the device failed" : complaint;
+}
+
+/* ---- mha_fwd --------------------------------------------------------------------------------- */
 
 static bool is_written(const struct mha_case *c, int argument)
 {
@@ -105,22 +140,14 @@ static bool is_written(const struct mha_case *c, int argument)
 
 /* The case's arguments with each tensor on the device. */
 static void upload_case(const struct mha_case *c, struct attn_mha_fwd_args *args,
-                        DLTensor tensors[MHA_ARGUMENT_COUNT],
-                        struct image images[MHA_ARGUMENT_COUNT])
+                        struct check_mirror *m)
 {
+    check_mirror_open(m);
     *args = c->args;
     for (int i = 0; i < MHA_ARGUMENT_COUNT; ++i) {
         const struct mha_tensor *t = &c->tensor[i];
         const DLTensor **slot = mha_argument_slot(args, i);
-        images[i].buffer = NULL;
-        if (!*slot) continue;
-        images[i] = upload(&t->buffer);
-        tensors[i] = t->t;
-        tensors[i].device = (DLDevice){kDLCUDA, 0};
-        if (t->t.data)
-            tensors[i].data = (void *)(uintptr_t)(images[i].pages +
-                                                  (uint64_t)((char *)t->t.data - t->buffer.pages));
-        *slot = &tensors[i];
+        if (*slot) *slot = check_mirror_add(m, &t->t, &t->buffer, is_written(c, i));
     }
 }
 
@@ -156,35 +183,24 @@ static void run_on_gpu(struct mha_run *run)
 {
     struct mha_case *c = run->c;
     struct attn_mha_fwd_args args;
-    DLTensor tensors[MHA_ARGUMENT_COUNT];
-    struct image images[MHA_ARGUMENT_COUNT];
+    struct check_mirror mirror;
     memset(&run->plan, 0, sizeof run->plan);
     run->plan.size = sizeof run->plan;
     run->complaint = NULL;
 
-    arena_used = 0;
     mha_case_accum(c, 1);
-    upload_case(c, &args, tensors, images);
+    upload_case(c, &args, &mirror);
     run->status = plan_with(run->kernel, &args, &run->plan);
     if (run->status) return;
     if (run->plan.splits > 1) {
-        arena_used = 0;
         mha_case_accum(c, run->plan.splits);
-        upload_case(c, &args, tensors, images);
+        upload_case(c, &args, &mirror);
     }
-    run->workspace = check_buffer((size_t)run->plan.workspace_bytes, 64);
-    memset(run->workspace.data, 0xff, run->workspace.bytes);
-    struct image workspace = upload(&run->workspace);
-    uint64_t at = workspace.pages + (uint64_t)(run->workspace.data - run->workspace.pages);
-    run->status = attn_mha_fwd_run(&args, &run->plan, (void *)(uintptr_t)at,
-                                   run->plan.workspace_bytes, NULL);
-    note(cuda.synchronize());
-    if (run->status) return;
-    for (int i = 0; i < MHA_ARGUMENT_COUNT; ++i)
-        if (images[i].buffer && !download(&images[i], is_written(c, i)))
-            run->complaint = "bytes beside a tensor, or of one that is only read, written";
-    if (!download(&workspace, true)) run->complaint = "bytes beside the workspace written";
-    if (first_error) run->complaint = "a copy or the device failed";
+    void *workspace = check_mirror_workspace(&mirror, run->plan.workspace_bytes);
+    run->status = attn_mha_fwd_run(&args, &run->plan, workspace, run->plan.workspace_bytes, NULL);
+    run->workspace = mirror.workspace;
+    const char *complaint = check_mirror_close(&mirror);
+    if (!run->status) run->complaint = complaint;
 }
 
 void mha_run_on_gpu(struct mha_run *run)

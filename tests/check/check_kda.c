@@ -10,6 +10,7 @@
 #include <string.h>
 
 #include "check.h"
+#include "check_gpu.h"
 #include "cpu/kda.h"
 #include "cpu/x86/kernels_x86.h"
 
@@ -35,7 +36,9 @@ struct kda_case {
     struct attn_kda_step_args one;
     int32_t threads;
     /* The run under way. */
-    const struct attn_cpu_kernels *table; /* NULL: the reference */
+    const struct attn_cpu_kernels *table; /* NULL: the reference, or the GPU */
+    bool gpu;
+    const char *complaint; /* of a run on the GPU */
     attn_status status;
     struct attn_kda_fwd_plan plan;
 };
@@ -274,10 +277,59 @@ static const char *case_text(const struct kda_case *c, char text[256])
 
 /* ---- running --------------------------------------------------------------------------------- */
 
+static void run_on_gpu(struct kda_case *c)
+{
+    struct attn_kda_fwd_args fwd = c->fwd;
+    struct attn_kda_step_args one = c->one;
+    const DLTensor **slots[TENSORS][2] = {
+        [Q] = {&fwd.q, &one.q},
+        [K] = {&fwd.k, &one.k},
+        [V] = {&fwd.v, &one.v},
+        [G] = {&fwd.g, &one.g},
+        [BETA] = {&fwd.beta, &one.beta},
+        [OUT] = {&fwd.out, &one.out},
+        [A_LOG] = {&fwd.A_log, &one.A_log},
+        [DT_BIAS] = {&fwd.dt_bias, &one.dt_bias},
+        [INITIAL] = {&fwd.initial_state, &one.state},
+        [FINAL] = {&fwd.final_state},
+        [CU] = {&fwd.cu_seqlens, &one.cu_seqlens},
+        [INDICES] = {&fwd.state_indices, &one.state_indices},
+        [CHECKPOINTS] = {&fwd.checkpoint_states},
+    };
+    bool in_place = c->fwd.final_state && c->fwd.final_state == c->fwd.initial_state;
+    struct check_mirror m;
+    check_mirror_open(&m);
+    for (int a = 0; a < TENSORS; ++a) {
+        const struct tensor *x = &c->tensor[a];
+        const DLTensor **slot = slots[a][c->step];
+        if (!slot || !*slot) continue;
+        if (a == FINAL && in_place)
+            *slot = fwd.initial_state;
+        else
+            *slot = check_mirror_add(&m, &x->t, &x->buffer,
+                                     a == OUT || a == FINAL || a == CHECKPOINTS ||
+                                         (a == INITIAL && (c->step || in_place)));
+    }
+    if (c->step) {
+        c->status = attn_kda_step_run(&one, NULL);
+    } else {
+        c->plan = (struct attn_kda_fwd_plan){.size = sizeof c->plan};
+        c->status = attn_kda_fwd_plan(&fwd, &c->plan);
+        if (c->status) return;
+        void *workspace = check_mirror_workspace(&m, c->plan.workspace_bytes);
+        c->status = attn_kda_fwd_run(&fwd, &c->plan, workspace, c->plan.workspace_bytes, NULL);
+    }
+    c->complaint = check_mirror_close(&m);
+}
+
 static void run_case(void *context)
 {
     struct kda_case *c = context;
     struct attn_kda_problem p;
+    if (c->gpu) {
+        run_on_gpu(c);
+        return;
+    }
     c->fwd.threads = c->one.threads = c->threads;
     c->status = c->step ? attn_kda_step_check(&c->one, &p) : attn_kda_fwd_check(&c->fwd, &p, true);
     if (c->status) return;
@@ -317,9 +369,10 @@ static bool run_fresh(struct check_test *test, struct kda_case *c, const char *b
     const struct check_buffer *initial = &c->tensor[INITIAL].buffer;
     if (initial->data) memcpy(initial->data, before, initial->bytes);
     if (!check_guarded(test, run_case, c)) return false;
-    if (c->status) {
+    if (c->gpu && c->status == ATTN_E_NOT_BUILT) return false;
+    if (c->status || c->complaint) {
         check_fail(test, "%s: status %d: %s", case_text(c, text), (int)c->status,
-                   attn_last_error());
+                   c->status ? attn_last_error() : c->complaint);
         return false;
     }
     if (c->step) c->tensor[FINAL] = c->tensor[INITIAL];
@@ -366,9 +419,10 @@ static bool within(const struct error *e, double limit)
 /* Relative error of a kernel: what its operands are rounded to; of its results: their own type. */
 static double limit_of(const struct kda_case *c, enum attn_dtype result)
 {
-    bool tiles = c->dtype == ATTN_BF16 && !c->step && c->table && c->table->kda_fwd[c->dtype] &&
+    bool tiles = c->table && c->table->kda_fwd[c->dtype] &&
                  c->table->kda_fwd[c->dtype] != &attn_kda_fwd_avx2[ATTN_BF16] &&
                  c->table->kda_fwd[c->dtype] != &attn_kda_fwd_avx512[ATTN_BF16];
+    tiles = c->dtype == ATTN_BF16 && !c->step && (tiles || c->gpu);
     return (tiles ? 0.006 : 1e-5) + 1.5 * check_unit(result);
 }
 
@@ -532,39 +586,52 @@ static bool has_kernel(const struct check_rung *rung, enum attn_dtype dtype, boo
     return step ? rung->table.kda_step[dtype] != NULL : rung->table.kda_fwd[dtype] != NULL;
 }
 
+/* A case on one rung, or on a GPU, against the fp64 recurrence. */
+static void check_one(struct check_test *test, const struct check_rung *rung, int64_t i,
+                      struct check_random r, enum attn_dtype dtype, bool step)
+{
+    struct kda_case c;
+    struct answer want, got;
+    check_pool_reset();
+    make_case(&r, dtype, step, &c);
+    test->index = i;
+    test->cases += 1;
+    char *before = states_before(&c);
+    if (!run_fresh(test, &c, before, &want)) return;
+    c.table = rung ? &rung->table : NULL;
+    c.gpu = !rung;
+    if (!run_fresh(test, &c, before, &got)) {
+        test->cases -= c.gpu && c.status == ATTN_E_NOT_BUILT;
+        return;
+    }
+    if (check_options.broken) memset(got.out, 0x7f, c.tensor[OUT].buffer.bytes);
+    compare(test, &c, &got, &want);
+    if (check_options.broken || i % 3) return;
+    if (i % 2)
+        check_same_bits(test, &r, &c, before, &got);
+    else if (!step && (c.gpu || has_kernel(rung, dtype, step)))
+        check_cut(test, &r, &c, before, &got);
+    if (rung) check_wild(test, &r, &c); /* a GPU brings them into range */
+}
+
 static void check_op(const char *op, enum attn_dtype dtype, bool step)
 {
     const struct check_rung *rungs;
     struct check_test tests[8];
     int n = check_rungs(&rungs), open = 0;
-    for (int k = 0; k < n; ++k)
-        open += check_open(&tests[k], "kda", rungs[k].name, attn_dtype_name(dtype), "%s", op);
+    int all = n + (dtype != ATTN_F32 && check_gpu());
+    for (int k = 0; k < all; ++k)
+        open += check_open(&tests[k], "kda", k < n ? rungs[k].name : "sm90", attn_dtype_name(dtype),
+                           "%s", op);
     for (int64_t i = 0; i < check_rounds(60) && open; ++i) {
         if (check_options.only_case >= 0 && check_options.only_case != i) continue;
-        for (int k = 0; k < n; ++k) {
-            if (!tests[k].open || (!has_kernel(&rungs[k], dtype, step) && i % 8)) continue;
-            struct check_random r = check_case_random(&tests[0], i);
-            struct kda_case c;
-            struct answer want, got;
-            check_pool_reset();
-            make_case(&r, dtype, step, &c);
-            tests[k].index = i;
-            tests[k].cases += 1;
-            char *before = states_before(&c);
-            if (!run_fresh(&tests[k], &c, before, &want)) continue;
-            c.table = &rungs[k].table;
-            if (!run_fresh(&tests[k], &c, before, &got)) continue;
-            if (check_options.broken) memset(got.out, 0x7f, c.tensor[OUT].buffer.bytes);
-            compare(&tests[k], &c, &got, &want);
-            if (check_options.broken || i % 3) continue;
-            if (i % 2)
-                check_same_bits(&tests[k], &r, &c, before, &got);
-            else if (!step && has_kernel(&rungs[k], dtype, step))
-                check_cut(&tests[k], &r, &c, before, &got);
-            check_wild(&tests[k], &r, &c);
+        for (int k = 0; k < all; ++k) {
+            if (!tests[k].open || (k < n && !has_kernel(&rungs[k], dtype, step) && i % 8)) continue;
+            check_one(&tests[k], k < n ? &rungs[k] : NULL, i, check_case_random(&tests[0], i),
+                      dtype, step);
         }
     }
-    for (int k = 0; k < n; ++k) check_close(&tests[k]);
+    for (int k = 0; k < all; ++k) check_close(&tests[k]);
 }
 
 void check_kda(void)

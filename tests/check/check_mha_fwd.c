@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "check_gpu.h"
 #include "check_run.h"
 #include "cuda/module.h"
 

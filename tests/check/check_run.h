@@ -23,8 +23,7 @@ struct mha_run {
 /* A struct mha_run, for check_guarded; the tensors must be as mha_case_restore leaves them. */
 void mha_run_case(void *run);
 
-/* Whether there is a Hopper GPU; the same as mha_run_case on it. */
-bool check_gpu(void);
+/* The same on a Hopper GPU. */
 void mha_run_on_gpu(struct mha_run *run);
 
 attn_status mha_plan_with(const struct attn_cpu_kernels *table,
