@@ -89,8 +89,10 @@ def test_kvcache_replays(page, metadata):
         close(out, want)
 
 
-def test_mla_replays():
-    rng = random.Random(1)
+@pytest.mark.parametrize("metadata", ["new inside", "new outside", "first inside", "first outside"])
+def test_mla_replays(metadata):
+    """`new`: a FlashMLASchedMeta; `first`: the first releases' two tensors."""
+    rng = random.Random(metadata)
     b, s_q, h, page, most = 3, 2, 16, 64, 400
     columns = -(-most // page)
     q = torch.zeros(b, s_q, h, 576, device="cuda", dtype=torch.bfloat16)
@@ -98,11 +100,16 @@ def test_mla_replays():
     lengths = torch.ones(b, device="cuda", dtype=torch.int32)
     table = torch.zeros(b, columns, device="cuda", dtype=torch.int32)
 
-    def decode(q, cache, table, lengths):
-        made, splits = flash_mla.get_mla_metadata()
-        return flash_mla.flash_mla_with_kvcache(q, cache, table, lengths, 512, made, splits, causal=True)
+    def plan(lengths):
+        return flash_mla.get_mla_metadata(*((lengths, s_q * h, 1) if "first" in metadata else ()))
 
-    graph, (out, lse) = capture(lambda: decode(q, cache, table, lengths))
+    made = plan(lengths) if "outside" in metadata else None
+
+    def decode(q, cache, table, lengths, made=None):
+        made = made or plan(lengths)
+        return flash_mla.flash_mla_with_kvcache(q, cache, table, lengths, 512, *made, causal=True)
+
+    graph, (out, lse) = capture(lambda: decode(q, cache, table, lengths, made))
     host = cache.cpu()
     for _ in range(REPLAYS):
         q.normal_()
@@ -114,15 +121,37 @@ def test_mla_replays():
         close(lse, want_lse, 1e-3)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_ragged_replays(causal):
+    """A packed prefill captured once, its sequences cut anew before every replay, some of them empty."""
+    rng = random.Random(causal)
+    b, t = 9, 700
+    q = torch.zeros(t, 4, 64, device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.randn(t, 2, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    cu_q, cu_k = (torch.zeros(b + 1, device="cuda", dtype=torch.int32) for _ in range(2))
+
+    def attend(q, k, v, cu_q, cu_k):
+        return fa.flash_attn_varlen_func(q, k, v, cu_q, cu_k, t, t, causal=causal)
+
+    graph, out = capture(lambda: attend(q, k, v, cu_q, cu_k))
+    for _ in range(REPLAYS):
+        q.normal_()
+        for cu in (cu_q, cu_k):
+            cuts = sorted(rng.choice([0, t, rng.randrange(t + 1)]) for _ in range(b - 1))
+            cu.copy_(torch.tensor([0, *cuts, t], dtype=torch.int32))
+        graph.replay()
+        close(out, attend(*(x.cpu() for x in (q, k, v, cu_q, cu_k))))
+
+
 @pytest.mark.parametrize("s_q", [1, 40])
-@pytest.mark.parametrize("splits", [2, 3, 17, 256])
-def test_every_number_of_splits(splits, s_q):
+def test_every_number_of_splits(s_q):
     q = torch.randn(2, s_q, 8, 64, device="cuda", dtype=torch.float16)
     k, v = (torch.randn(2, 700, 2, 64, device="cuda", dtype=torch.float16) for _ in range(2))
-    whole = fa.flash_attn_func(q, k, v, causal=True)
-    out, lse, out_accum, lse_accum = fa._flash_attn_forward(q, k, v, causal=True, num_splits=splits)
-    close(out, whole.cpu(), 4e-3)
-    assert out_accum.shape == (splits, 2, 8, s_q, 64) and lse_accum.shape == (splits, 2, 8, s_q)
-    torch.testing.assert_close(torch.logsumexp(lse_accum, 0), lse, rtol=1e-4, atol=1e-4)
-    merged = (torch.softmax(lse_accum, 0)[..., None] * out_accum).sum(0).transpose(1, 2)
-    close(merged, whole.cpu(), 4e-3)
+    whole = fa.flash_attn_func(q, k, v, causal=True).cpu()
+    for splits in range(2, 257):
+        out, lse, out_accum, lse_accum = fa._flash_attn_forward(q, k, v, causal=True, num_splits=splits)
+        close(out, whole, 4e-3)
+        assert out_accum.shape == (splits, 2, 8, s_q, 64) and lse_accum.shape == (splits, 2, 8, s_q)
+        torch.testing.assert_close(torch.logsumexp(lse_accum, 0), lse, rtol=1e-4, atol=1e-4)
+        merged = (torch.softmax(lse_accum, 0)[..., None] * out_accum).sum(0).transpose(1, 2)
+        close(merged, whole, 4e-3)

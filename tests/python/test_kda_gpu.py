@@ -25,6 +25,7 @@ SHAPES = {  # lengths, heads
     "16 x 4096 H32": ([4096] * 16, 32),
     "1000 x 17 H4": ([17] * 1000, 4),
     "T131072 H1": ([131072], 1),
+    "over 2^31 elements": ([175000, 100], 96),
 }
 
 
@@ -118,6 +119,20 @@ def test_graph_replays_with_other_lengths(heads):
         out.fill_(torch.nan)
         graph.replay()
         assert torch.equal(out, want) and torch.equal(final, want_state)
+
+
+def test_a_pool_beyond_2_31_elements():
+    """The pool's last slot gives and takes the bits of a state of its own."""
+    call = large([64, 1, 0, 100], 96)
+    states = call["initial_state"]
+    pool = torch.full((2**31 // states[0].numel() + 1, *states.shape[1:]), torch.nan, device="cuda")
+    slots = torch.tensor([len(pool) - 1, 3, 0, len(pool) - 2], dtype=torch.int32, device="cuda")
+    pool[slots.long()] = states
+    want, want_states = run(call)
+    out = torch.empty_like(want)
+    flash_kda.fwd(out=out, final_state=pool, state_indices=slots, **{**call, "initial_state": pool})
+    assert torch.equal(out, want) and torch.equal(pool[slots.long()], want_states)
+    assert pool[1:3].isnan().all() and pool[4].isnan().all()
 
 
 def test_wild_values_stay_inside():

@@ -63,25 +63,25 @@ def test_length(b, causal, window, chunk, want):
 @pytest.mark.parametrize("d", [64, 128, 192])
 @pytest.mark.parametrize("window", [(-1, -1), (200, 300), (3, 1), (-1, 0)])
 @pytest.mark.parametrize("causal", [False, True])
-def test_length_and_use(s_q, page_size, d, window, causal):
+def test_length_and_use(s_q, page_size, d, window, causal, device):
     """The forward op takes what this returns, for the same arguments."""
     b, s_k = 3, 160
-    lens = int32(100, 160, 0)
+    lens = int32(100, 160, 0).to(device)
     got = metadata(b, s_q, s_k, 4, 2, d, lens, page_size=page_size, causal=causal, window_size=window)
     assert got.numel() == 4 * blocks(s_q, s_k, d, page_size is not None, causal, window, 0) + 1
-    q = torch.randn(b, s_q, 4, d).bfloat16()
+    q = torch.randn(b, s_q, 4, d).bfloat16().to(device)
     args = {"cache_seqlens": lens, "causal": causal, "window_size": window}
     if page_size:
-        k = torch.randn(b * s_k // page_size, page_size, 2, d).bfloat16()
-        args["page_table"] = torch.arange(b * s_k // page_size, dtype=torch.int32).view(b, -1)
+        k = torch.randn(b * s_k // page_size, page_size, 2, d).bfloat16().to(device)
+        args["page_table"] = torch.arange(len(k), dtype=torch.int32).view(b, -1).to(device)
     else:
-        k = torch.randn(b, s_k, 2, d).bfloat16()
+        k = torch.randn(b, s_k, 2, d).bfloat16().to(device)
     want = fa.flash_attn_with_kvcache(q, k, k, **args)
     before = got.clone()
     for _ in range(2):  # reused across layers
         assert torch.equal(fa.flash_attn_with_kvcache(q, k, k, scheduler_metadata=got, **args), want)
     assert torch.equal(got, before)
-    copied = torch.full((got.numel() + 9,), 77, dtype=torch.int32)
+    copied = torch.full((got.numel() + 9,), 77, dtype=torch.int32, device=device)
     copied[: got.numel()] = got  # as SGLang keeps it
     assert torch.equal(
         fa.flash_attn_with_kvcache(q, k, k, scheduler_metadata=copied[: got.numel()], **args), want

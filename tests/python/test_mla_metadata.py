@@ -239,6 +239,10 @@ def run(arguments, meta, num_splits=None, **options):
     return flash_mla.flash_mla_with_kvcache(*arguments, 512, meta, num_splits, **options)
 
 
+def on(device, arguments):
+    return tuple(x.to(device) for x in arguments)
+
+
 def agrees(result, want):
     reference.assert_close(result[0], want[0], reference.DENSE_OUT, "out")
     reference.assert_close(result[1], want[1], reference.DECODE_LSE, "lse")
@@ -369,16 +373,16 @@ def stale(parts=3, fill=None, b=2):
 @pytest.mark.parametrize("parts", [1, 3, 200])
 @pytest.mark.parametrize("fill", [None, 0])
 @pytest.mark.parametrize("preset", [False, True])
-def test_any_content_gives_the_same_result(parts, fill, preset):
+def test_any_content_gives_the_same_result(parts, fill, preset, device):
     arguments, want = dense_call()
-    table, num_splits = stale(parts, fill)
+    arguments, (table, num_splits) = on(device, arguments), on(device, stale(parts, fill))
     if preset:
         meta = Meta(tile_scheduler_metadata=table, num_splits=num_splits)
         agrees(run(arguments, meta), want)
         assert meta.tile_scheduler_metadata is table and meta.have_initialized
     else:
         agrees(run(arguments, table, num_splits), want)
-    assert torch.equal(table, stale(parts, fill)[0])
+    assert torch.equal(table.cpu(), stale(parts, fill)[0])
 
 
 def test_any_content_gives_the_same_sparse_result():
@@ -387,16 +391,17 @@ def test_any_content_gives_the_same_sparse_result():
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
 
-def test_a_sequence_that_outgrew_its_schedule_loses_no_key():
+def test_a_sequence_that_outgrew_its_schedule_loses_no_key(device):
     short, _ = dense_call(lengths=(3, 1))
     meta = Meta()
-    run(short, meta)
+    run(on(device, short), meta)
     arguments, want = dense_call(5, lengths=(5000, 64))
-    agrees(run(arguments, meta), want)
+    agrees(run(on(device, arguments), meta), want)
 
 
-def test_the_first_releases_way():
+def test_the_first_releases_way(device):
     arguments, want = dense_call()
+    arguments = on(device, arguments)
     table, num_splits = flash_mla.get_mla_metadata(arguments[3], 2 * 16 // 1, 1)
     agrees(run(arguments, table, num_splits), want)
 
@@ -451,7 +456,7 @@ def test_half_a_preset_is_refused():
         run(dense_call()[0], Meta(tile_scheduler_metadata=stale()[0]))
 
 
-def test_repeats_are_bitwise_equal():
-    arguments, _ = dense_call(6, lengths=(2000, 64), h_q=8)
+def test_repeats_are_bitwise_equal(device):
+    arguments = on(device, dense_call(6, lengths=(2000, 64), h_q=8)[0])
     results = [run(arguments, Meta()) for _ in range(3)]
     assert all(torch.equal(x, y) for r in results[1:] for x, y in zip(r, results[0]))
