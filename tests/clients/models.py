@@ -38,10 +38,11 @@ def gemma2():
 
 
 def gpt_oss():
-    """A learned sink for every head, and a window in every other layer."""
+    """A learned sink for every head, and a window in every other layer.  A token takes all experts:
+    where it takes some, the rounding of 16 bits may choose others, and the logits are another model's."""
     rope = {"rope_type": "default", "rope_theta": 10000.0}
     config = transformers.GptOssConfig(
-        **COMMON, sliding_window=8, num_local_experts=4, num_experts_per_tok=2, rope_parameters=rope
+        **COMMON, sliding_window=8, num_local_experts=4, num_experts_per_tok=4, rope_parameters=rope
     )
     return transformers.GptOssForCausalLM, config
 

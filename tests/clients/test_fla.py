@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 """flash-linear-attention (fla) as a client of flash_kda: chunk_kda by way of its dispatcher, its FlashKDA
-back end with its own checks, and its naive reference beside our oracle, all on CPU tensors.
+back end with its own checks, and its naive reference beside our oracle, on CPU tensors but for one test.
 
 fla does not import without Triton: a stub stands in for Triton while fla is imported.
 """
@@ -90,6 +90,24 @@ def test_its_public_function_comes_here(fla, monkeypatch):
     problem = draw((1, 100, 2), lengths=(17, 0, 64, 19), state="fp32")
     out, states = fla.chunk_kda(**arguments(problem))
     assert len(calls) == 1
+    check(problem, out, states)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="needs a Hopper GPU",
+)
+@pytest.mark.parametrize("state", [None, "fp32"])
+@pytest.mark.parametrize("lengths", [None, (17, 0, 64, 19)], ids=["batch", "packed"])
+@torch.inference_mode()
+def test_its_public_function_on_a_gpu(fla, monkeypatch, state, lengths):
+    calls, fwd = [], flash_kda.fwd
+    monkeypatch.setattr(flash_kda, "fwd", lambda *args, **kwargs: (calls.append(1), fwd(*args, **kwargs)))
+    shape = (2, 40, 2) if lengths is None else (1, 100, 2)
+    problem = draw(shape, lengths=lengths, state=state, device="cuda")
+    out, states = fla.chunk_kda(**arguments(problem))
+    assert len(calls) == 1 and out.is_cuda
     check(problem, out, states)
 
 

@@ -56,6 +56,7 @@ def test_ragged_and_paged():
         torch.testing.assert_close(got[a:b], want, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the registry's kernels are for CUDA only")
 def test_sdpa_through_the_registry():
     q, k, v = (torch.randn(2, 4, 30, 64, device="cuda").bfloat16() for _ in range(3))
