@@ -19,6 +19,7 @@
 #include <string.h>
 
 #include "core/env.h"
+#include "core/int.h"
 #include "cpu/kda.h"
 #include "cpu/threads.h"
 
@@ -35,11 +36,6 @@ enum {
     WAVE_UNITS = 4,      /* waves are for at most this many units a thread */
     TOKENS_A_THREAD = 64 /* with fewer, a thread costs more than it does */
 };
-
-static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-static int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
-static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-static int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 /* ---- the cut into chunks ------------------------------------------------------------------------- */
 

@@ -24,6 +24,7 @@
 #include <stdio.h>
 
 #include "core/env.h"
+#include "core/int.h"
 #include "cpu/threads.h"
 #include "cpu/units.h"
 
@@ -45,11 +46,6 @@ enum {
 #define PACK_BYTES_MAX ((int64_t)48 << 20) /* of packed K and V, unless one head needs more */
 #define ROTATE_TOKENS 64                   /* a task */
 #define SMALL_WORK 4e6                     /* FLOP below which waking threads costs more */
-
-static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-static int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-static int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 static int64_t floor_div(int64_t a, int64_t b)
 {

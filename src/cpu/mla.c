@@ -24,6 +24,7 @@
 
 #include <stdio.h>
 
+#include "core/int.h"
 #include "cpu/mla_kernel.h"
 #include "cpu/threads.h"
 
@@ -35,11 +36,6 @@ enum { TILE_KERNEL, TILE_ROWS, TILE_TARGET, TILE_THREADS, TILE_SCRATCH }; /* pla
 #define PIECE_MIN 256
 #define SMALL_WORK 4e6 /* FLOP below which waking threads costs more */
 #define LOG2E 1.4426950408889634
-
-static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-static int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-static int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 /* ---- keys ------------------------------------------------------------------------------------ */
 

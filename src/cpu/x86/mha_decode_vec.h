@@ -45,6 +45,7 @@
 #include <float.h>
 #include <string.h>
 
+#include "core/int.h"
 #include "cpu/kernels.h"
 
 enum {
@@ -78,8 +79,6 @@ struct tile {
 struct head {
     float *q, *o, *m, *l, *a, *s;
 };
-
-static int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 static int64_t head_floats(int64_t d_s, int64_t d_v, int64_t rows)
 {
