@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Sparse decode over FP8 caches and sparse prefill, against the definition in fp64."""
 
+import functools
+import math
+
 import flash_mla
 import mla_cases as cases
 import mla_reference as reference
@@ -344,8 +347,18 @@ def test_prefill_statistics_are_natural_and_leave_the_sink_out(device):
 def test_prefill_of_no_query(device):
     a = prefill_case(generator(5), 576, 8, 2, 40, 64)
     a = {name: cases.moved(x[:0] if name in ("q", "indices") else x, device) for name, x in a.items()}
-    shapes = [tuple(x.shape) for x in flash_mla.flash_mla_sparse_fwd(**a, sm_scale=1.0)]
+    call = functools.partial(flash_mla.flash_mla_sparse_fwd, **a)
+    shapes = [tuple(x.shape) for x in cases.not_on_cuda(device, lambda: call(sm_scale=1.0))]
     assert shapes == [(0, 8, 512), (0, 8), (0, 8)]
+    for wrong, name in (
+        ({"topk_length": torch.zeros(1, dtype=torch.int32, device=device)}, "topk_length"),
+        ({"attn_sink": torch.zeros(3, device=device)}, "attn_sink"),
+        ({"d_v": 128}, "head_dim_v"),
+        ({"sm_scale": math.inf}, "softmax_scale"),
+        ({"out": torch.empty(1, 8, 512, dtype=torch.bfloat16, device=device)}, "out"),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}: "):
+            call(**{"sm_scale": 1.0, **wrong})
 
 
 def test_prefill_into_a_given_result_from_rows_of_a_wider_buffer(device):

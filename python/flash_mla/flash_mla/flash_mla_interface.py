@@ -8,7 +8,7 @@ prefill have no gradient, as upstream; their results do not require one.
 """
 
 import torch
-from libattn import ArgumentError, DtypeError, ShapeError, musa
+from libattn import ArgumentError, DtypeError, musa
 
 from . import _eager, _schedule
 from ._mha import (
@@ -291,9 +291,4 @@ def flash_mla_sparse_fwd(q, kv, indices, sm_scale, d_v=512, attn_sink=None, topk
         return _eager.prefill_by_mate(q, kv, indices, sm_scale, d_v, attn_sink, topk_length, out)
     _eager.check_rank("q", q, 3)
     _eager.check_rank("kv", kv, 3, q.device)
-    if q.shape[0] == 0:
-        if q.shape[-1] != kv.shape[-1]:
-            raise ShapeError(f"kv: expected rows of q's {q.shape[-1]} values, got {kv.shape[-1]}")
-        empty = q.new_empty((0, q.shape[1]), dtype=torch.float32)
-        return q.new_empty((0, q.shape[1], d_v)) if out is None else out, empty, empty.clone()
     return _eager.sparse_fwd(q, kv, indices, sm_scale, d_v, attn_sink, topk_length, out)
