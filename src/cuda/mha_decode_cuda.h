@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT
  *
- * mha_decode on Hopper: the form of mha_fwd for few queries and long caches, and for num_splits > 1.
+ * mha_decode on Hopper: the form of mha_fwd for few queries and long caches, for num_splits > 1, and
+ * for qv and d_v above 256 with any number of queries.
  */
 #ifndef ATTN_CUDA_MHA_DECODE_CUDA_H
 #define ATTN_CUDA_MHA_DECODE_CUDA_H
@@ -10,7 +11,7 @@
 
 /* How one call runs. */
 struct attn_mha_decode_cuda_plan {
-    int kernel;                       /* index into attn_mha_decode_kernels */
+    int kernel;                       /* attn_mha_decode_kernels, then attn_mla_decode_kernels */
     int box_rows;                     /* rows of a k or v box; 0: rows are gathered */
     int tiles;                        /* row tiles of the longest sequence */
     int parts;                        /* blocks that share the keys; the grid is parts * tiles */

@@ -5,7 +5,9 @@
  */
 #include <string.h>
 
+#include "core/int.h"
 #include "cuda/mha_decode_cuda.h"
+#include "cuda/mla_decode_cuda.h"
 
 #define KERNELS_MAX 64
 #define THREADS 256
@@ -17,15 +19,24 @@
 typedef struct attn_mha_fwd_problem problem_t;
 typedef struct attn_mha_decode_cuda_plan plan_t;
 
+/* The kernels of both engines in one row; those of mla_decode take qv. */
+static bool is_latent(int i) { return i >= attn_mha_decode_kernel_count; }
+
+static struct attn_cuda_kernel *kernel_at(int i)
+{
+    return is_latent(i) ? &attn_mla_decode_kernels[i - attn_mha_decode_kernel_count]
+                        : &attn_mha_decode_kernels[i];
+}
+
 static attn_status choose(const problem_t *p, const struct attn_cuda_device *device, plan_t *plan)
 {
     struct attn_mha_fwd_cuda_tile tiles[KERNELS_MAX];
-    for (int i = 0; i < attn_mha_decode_kernel_count; i++) {
-        const struct attn_cuda_kernel *k = &attn_mha_decode_kernels[i];
+    int count = attn_mha_decode_kernel_count + attn_mla_decode_kernel_count;
+    for (int i = 0; i < count; i++) {
+        const struct attn_cuda_kernel *k = kernel_at(i);
         tiles[i] = (struct attn_mha_fwd_cuda_tile){k->dtype, k->d_qk, k->d_v, k->rows, k->keys};
     }
-    return attn_mha_decode_cuda_choose(p, tiles, attn_mha_decode_kernel_count,
-                                       device->multiprocessors, plan);
+    return attn_mha_decode_cuda_choose(p, tiles, count, device->multiprocessors, plan);
 }
 
 attn_status attn_mha_decode_cuda_plan(const problem_t *p, const struct attn_cuda_device *device,
@@ -40,7 +51,7 @@ attn_status attn_mha_decode_cuda_plan(const problem_t *p, const struct attn_cuda
     out->tile[1] = plan.tiles;
     out->tile[2] = plan.box_rows == 0;
     out->tile[3] = plan.parts * plan.tiles;
-    strncpy(out->kernel, attn_mha_decode_kernels[plan.kernel].name, sizeof out->kernel - 1);
+    strncpy(out->kernel, kernel_at(plan.kernel)->name, sizeof out->kernel - 1);
     return ATTN_OK;
 }
 
@@ -67,8 +78,6 @@ void attn_decode_fill_plan(const plan_t *plan, char *workspace, struct attn_deco
     params->splits = plan->splits;
     params->slot_rows = plan->slot_rows;
 }
-
-static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static attn_status launch_combine(struct attn_decode_params *params,
                                   const struct attn_cuda_device *device, cu_stream stream)
@@ -144,6 +153,10 @@ static void fill_params(const problem_t *p, const plan_t *plan, char *workspace,
     out->q_stride_b = p->q.batch;
     out->q_stride_s = p->q.row;
     out->q_stride_h = p->q.head;
+    out->qv = p->qv.data;
+    out->qv_stride_b = p->qv.batch;
+    out->qv_stride_s = p->qv.row;
+    out->qv_stride_h = p->qv.head;
     out->lse_stride_s = 1;
     out->item_cost = ITEM_COST;
     out->fp16 = p->dtype == ATTN_F16;
@@ -174,6 +187,8 @@ attn_status attn_mha_decode_cuda_launch(const problem_t *p, const struct attn_cu
         ATTN_TRY(attn_mha_fwd_encode_keys(p, plan.box_rows, &p->v, p->d_v,
                                           "v: cuTensorMapEncodeTiled", &maps.v));
     }
-    return attn_decode_launch(&params, &maps, &attn_mha_decode_kernels[plan.kernel], THREADS,
-                              device, stream);
+    struct attn_cuda_kernel *kernel = kernel_at(plan.kernel);
+    if (is_latent(plan.kernel))
+        return attn_mla_decode_launch(&params, &maps, kernel, device, stream);
+    return attn_decode_launch(&params, &maps, kernel, THREADS, device, stream);
 }

@@ -3,25 +3,18 @@
  * Chooses kernel, parts and workspace of a decode call.  Pure integers: no driver call, no pointer
  * followed.
  */
+#include "core/int.h"
 #include "cuda/mha_decode_cuda.h"
 
 #define QUERIES_MAX 16  /* of a sequence: with more, mha_fwd's tiles fill by themselves */
 #define SPLIT_KEYS 4096 /* keys from which splitting a call of few row tiles pays */
 #define RECORDS_MAX 256 /* decode_combine's */
-
-static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-static int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
-static int64_t clamp(int64_t x, int64_t low, int64_t high)
-{
-    return x < low ? low : x > high ? high : x;
-}
+#define LATENT 512      /* d_v of the kernels that take qv */
 
 bool attn_mha_decode_cuda_wanted(const struct attn_mha_fwd_problem *p, int multiprocessors)
 {
-    if (p->num_splits > 1) return true;
-    if (p->no_keys || p->d_qk > 256 || p->d_v > 256) return false;
+    if (p->num_splits > 1 || p->qv.data || p->d_v > 256) return true;
+    if (p->no_keys) return false;
     if (p->s_q <= QUERIES_MAX) return true;
     int64_t tiles = ceil_div(p->s_q, 128) * p->h_q * p->b;
     return p->num_splits <= 0 && p->s_k >= SPLIT_KEYS && 2 * tiles <= multiprocessors;
@@ -30,14 +23,14 @@ bool attn_mha_decode_cuda_wanted(const struct attn_mha_fwd_problem *p, int multi
 void attn_decode_share(int64_t tiles, int64_t items, int64_t steps, int64_t rows, int64_t d_v,
                        int multiprocessors, struct attn_mha_decode_cuda_plan *plan)
 {
-    int64_t parts = clamp(multiprocessors / tiles, 1, RECORDS_MAX / tiles > 1 ? RECORDS_MAX : 1);
-    int64_t pieces = clamp(items, 0, RECORDS_MAX) * (plan->splits ? plan->splits
-                                                     : steps > 0  ? steps
-                                                                  : 1);
-    parts = clamp(parts, 1, pieces > 1 ? pieces : 1);
+    int64_t parts = clamp64(multiprocessors / tiles, 1, RECORDS_MAX / tiles > 1 ? RECORDS_MAX : 1);
+    int64_t pieces = clamp64(items, 0, RECORDS_MAX) * (plan->splits ? plan->splits
+                                                       : steps > 0  ? steps
+                                                                    : 1);
+    parts = clamp64(parts, 1, pieces > 1 ? pieces : 1);
     plan->tiles = (int)tiles;
     plan->parts = (int)parts;
-    plan->slot_rows = (int)clamp(rows, 1, ATTN_DECODE_ROWS);
+    plan->slot_rows = (int)clamp64(rows, 1, ATTN_DECODE_ROWS);
     int64_t slots = plan->splits || parts == 1 ? 0 : 2 * parts * tiles;
     plan->records = 0;
     plan->lse = round_up(parts * tiles * (int64_t)sizeof(struct attn_decode_record), 64);
@@ -70,6 +63,7 @@ attn_status attn_mha_decode_cuda_choose(const struct attn_mha_fwd_problem *p,
         const struct attn_mha_fwd_cuda_tile *t = &tiles[i];
         if (t->dtype != (int)p->dtype || t->d_qk < p->d_qk || t->d_v < p->d_v) continue;
         if (ceil_div(t->d_qk, 64) != ceil_div(p->d_qk, 64)) continue; /* no box right of k's head */
+        if (p->qv.data && t->d_v < LATENT) continue;
         if (plan->kernel < 0 || t->d_v < tiles[plan->kernel].d_v) plan->kernel = i;
     }
     ATTN_CHECK(plan->kernel >= 0, ATTN_E_NOT_BUILT,
@@ -90,6 +84,6 @@ attn_status attn_mha_decode_cuda_choose(const struct attn_mha_fwd_problem *p,
                (long long)(items * rows));
     int64_t blocks = multiprocessors - p->sm_margin;
     attn_decode_share(row_tiles > 0 ? row_tiles : 1, items, ceil_div(p->s_k, ATTN_DECODE_KEYS),
-                      rows, p->d_v, (int)clamp(blocks, 1, multiprocessors), plan);
+                      rows, p->d_v, (int)clamp64(blocks, 1, multiprocessors), plan);
     return ATTN_OK;
 }

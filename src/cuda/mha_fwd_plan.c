@@ -3,30 +3,20 @@
  * Chooses kernel, loads, cluster and grid of an mha_fwd call.  Pure integers: no driver call, no
  * pointer followed.
  */
+#include "core/int.h"
 #include "cuda/mha_fwd_cuda.h"
 
 #define LENGTH_MAX ((int64_t)1 << 30) /* window edges and positions add up inside an int32 */
 #define L2_SHARE ((int64_t)32 << 20)  /* bytes of k and v that should stay in L2 together */
 
-static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 /* Panels of 64 columns, the width of a box. */
 static int64_t panels(int64_t width) { return ceil_div(width, 64); }
-
-static int64_t clamp(int64_t x, int64_t low, int64_t high)
-{
-    return x < low ? low : x > high ? high : x;
-}
 
 /* A feature that only other back ends have. */
 static attn_status check_built(const struct attn_mha_fwd_problem *p)
 {
     ATTN_CHECK(p->dtype == ATTN_BF16 || p->dtype == ATTN_F16, ATTN_E_NOT_BUILT,
                "q: %s is not built for Hopper; bf16 and fp16 are", attn_dtype_name(p->dtype));
-    ATTN_CHECK(!p->qv.data, ATTN_E_NOT_BUILT, "qv: not built for Hopper");
-    ATTN_CHECK(p->d_qk <= 256 && p->d_v <= 256, ATTN_E_NOT_BUILT,
-               "q, v: head dims up to 256 are built for Hopper, got %lld and %lld",
-               (long long)p->d_qk, (long long)p->d_v);
     ATTN_CHECK(p->s_q < LENGTH_MAX && p->s_k < LENGTH_MAX, ATTN_E_NOT_BUILT,
                "q, k: lengths below 2^30 are built for Hopper, got %lld and %lld",
                (long long)p->s_q, (long long)p->s_k);
@@ -76,11 +66,11 @@ static int64_t mean_keys(const struct attn_mha_fwd_problem *p, int64_t rows)
 {
     int64_t keys = p->s_k;
     bool causal = p->causal || (p->window_right >= 0 && p->cp_world == 1);
-    if (causal) keys = clamp(p->s_k - p->s_q / 2 + rows, 1, p->s_k);
-    if (p->chunk > 0) keys = clamp((causal ? p->chunk / 2 : p->chunk) + rows, 1, keys);
+    if (causal) keys = clamp64(p->s_k - p->s_q / 2 + rows, 1, p->s_k);
+    if (p->chunk > 0) keys = clamp64((causal ? p->chunk / 2 : p->chunk) + rows, 1, keys);
     if (p->window_left >= 0) {
         int64_t right = p->window_right >= 0 ? p->window_right : p->s_k;
-        keys = clamp(p->window_left + right + 2 * rows, 1, keys);
+        keys = clamp64(p->window_left + right + 2 * rows, 1, keys);
     }
     return keys;
 }
@@ -115,6 +105,7 @@ attn_status attn_mha_fwd_cuda_check(const struct attn_mha_fwd_problem *p)
     int64_t q_batches = p->cu_seqlens_q ? 1 : p->b, q_rows = p->cu_seqlens_q ? p->t_q : p->s_q;
     ATTN_TRY(check_built(p));
     ATTN_TRY(check_rows(&p->q, "q", q_batches, q_rows, p->h_q));
+    if (p->qv.data) ATTN_TRY(check_rows(&p->qv, "qv", q_batches, q_rows, p->h_q));
     ATTN_TRY(check_rows(&p->k, "k", k_batches, k_rows, p->h_k));
     ATTN_TRY(check_rows(&p->v, "v", k_batches, k_rows, p->h_k));
     if (p->k_new.data) {
@@ -165,8 +156,8 @@ attn_status attn_mha_fwd_cuda_choose(const struct attn_mha_fwd_problem *p,
     int64_t items = ceil_div(ceil_div(p->s_q, tile->rows) * group, plan->cluster) * p->h_k * p->b;
     ATTN_CHECK(items < LENGTH_MAX / 32, ATTN_E_NOT_BUILT,
                "q: fewer than 2^25 row tiles are built for Hopper, got %lld", (long long)items);
-    int64_t blocks = clamp(multiprocessors - p->sm_margin, plan->cluster, multiprocessors);
-    plan->grid = (int)(clamp(items, 1, blocks / plan->cluster) * plan->cluster);
+    int64_t blocks = clamp64(multiprocessors - p->sm_margin, plan->cluster, multiprocessors);
+    plan->grid = (int)(clamp64(items, 1, blocks / plan->cluster) * plan->cluster);
     bool even = !p->causal && p->window_left < 0 && p->window_right < 0 && !p->chunk &&
                 !p->cu_seqlens_q && !p->seqused_q && !p->cu_seqlens_k && !p->seqused_k;
     plan->ticket = !even && items > plan->grid / plan->cluster;
@@ -174,8 +165,8 @@ attn_status attn_mha_fwd_cuda_choose(const struct attn_mha_fwd_problem *p,
     /* Heads side by side: as many as L2 holds, so that there is a long tile to draw for long; where
      * all are of a length, just as many as fill the grid, so that readers of the same keys meet. */
     int64_t head_bytes = p->s_k * (p->d_qk + p->d_v) * 2, heads = p->h_k * p->b;
-    int64_t held = clamp(L2_SHARE / (head_bytes > 0 ? head_bytes : 1), 1, heads > 0 ? heads : 1);
+    int64_t held = clamp64(L2_SHARE / (head_bytes > 0 ? head_bytes : 1), 1, heads > 0 ? heads : 1);
     int64_t fill = ceil_div(plan->grid / plan->cluster * heads, items > 0 ? items : 1);
-    plan->section = (int)(even ? clamp(fill, 1, held) : held);
+    plan->section = (int)(even ? clamp64(fill, 1, held) : held);
     return ATTN_OK;
 }

@@ -77,7 +77,9 @@ static attn_status choose(const problem_t *p, const struct attn_cuda_device *dev
     memset(plan, 0, sizeof *plan);
     plan->kernel = -1;
     for (int i = 0; i < attn_mla_decode_kernel_count; i++)
-        if (attn_mla_decode_kernels[i].dtype == (int)p->dtype) plan->kernel = i;
+        if (attn_mla_decode_kernels[i].dtype == (int)p->dtype &&
+            attn_mla_decode_kernels[i].d_qk == p->d_qk)
+            plan->kernel = i;
     ATTN_CHECK(plan->kernel >= 0, ATTN_E_NOT_BUILT,
                "mla_decode: no Hopper kernel in this build, which was made without nvcc");
     plan->box_rows = box_rows(p);
@@ -101,7 +103,6 @@ static void fill_params(const problem_t *p, const plan_t *plan, char *workspace,
     out->q_stride_s = p->q.row;
     out->q_stride_h = p->q.head;
     out->lse_stride_s = p->lse_row;
-    out->item_cost = ITEM_COST;
     out->fp16 = p->dtype == ATTN_F16;
 
     call->out = p->out.data;
@@ -170,6 +171,15 @@ static attn_status plan_on(const problem_t *p, const struct attn_cuda_device *de
     return ATTN_OK;
 }
 
+attn_status attn_mla_decode_launch(struct attn_decode_params *params,
+                                   const struct attn_mha_fwd_maps *maps,
+                                   struct attn_cuda_kernel *kernel,
+                                   const struct attn_cuda_device *device, cu_stream stream)
+{
+    params->item_cost = ITEM_COST;
+    return attn_decode_launch(params, maps, kernel, THREADS, device, stream);
+}
+
 /* Pointers and strides may have changed since the plan was made: choosing again is cheap. */
 static attn_status run_on(const problem_t *p, const struct attn_cuda_device *device,
                           char *workspace, int64_t workspace_bytes, cu_stream stream)
@@ -184,8 +194,8 @@ static attn_status run_on(const problem_t *p, const struct attn_cuda_device *dev
     fill_params(p, &plan, workspace, &params);
     memset(&maps, 0, sizeof maps);
     if (plan.box_rows && params.call.s_k > 0) ATTN_TRY(encode_cache(p, plan.box_rows, &maps.k));
-    return attn_decode_launch(&params, &maps, &attn_mla_decode_kernels[plan.kernel], THREADS,
-                              device, stream);
+    return attn_mla_decode_launch(&params, &maps, &attn_mla_decode_kernels[plan.kernel], device,
+                                  stream);
 }
 
 attn_status attn_mla_cuda_plan(const problem_t *p, struct attn_mla_plan *out)

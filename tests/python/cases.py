@@ -370,7 +370,7 @@ def missing(case, device):
     """What the case asks of a device and no kernel of it has; empty: all is there."""
     if device == "cpu":
         return ""
-    return "fp8" if case.dtype == "fp8" else "qv" if case.qv else "head dim" if case.d_v > 256 else ""
+    return "fp8" if case.dtype == "fp8" else ""
 
 
 def refused(what, call):

@@ -87,22 +87,22 @@ def test_head_dim(d, dtype):
 @pytest.mark.parametrize(
     ("d", "d_v"), [(192, 128), (64, 256), (64, 512), (128, 64), (16, 96), (512, 16), (576 - 64, 512)]
 )
-def test_head_dims_differ(d, d_v, dtype):
-    verify(Case(dtype=dtype, d=d, d_v=d_v, s_q=33, s_k=70, group=2, causal=True))
-    verify(Case(dtype=dtype, d=d, d_v=d_v, s_q=2, s_k=170, h_k=1, group=16, k_kind="paged", k_used=True))
+def test_head_dims_differ(d, d_v, dtype, device):
+    paged = Case(dtype=dtype, d=d, d_v=d_v, s_q=2, s_k=170, h_k=1, group=16, k_kind="paged", k_used=True)
+    verify(Case(dtype=dtype, d=d, d_v=d_v, s_q=33, s_k=70, group=2, causal=True), device=device)
+    verify(paged, device=device)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize(("d", "d_v"), [(64, 512), (64, 256), (32, 384), (128, 64), (8, 8)])
-def test_qv(d, d_v, dtype):
-    verify(Case(dtype=dtype, d=d, d_v=d_v, qv=True, s_q=20, s_k=70, h_k=1, group=4, causal=True), "func")
-    verify(
-        Case(dtype=dtype, d=d, d_v=d_v, qv=True, scale=0.1, softcap=20.0, s_q=20, s_k=70, h_k=1, group=4),
-        "op",
-    )
-    paged = Case(dtype=dtype, d=d, d_v=d_v, qv=True, s_q=3, s_k=170, h_k=1, group=8, causal=True,
-                 k_kind="paged", k_used=True, q_kind="packed")  # fmt: skip
-    verify(paged, "kvcache")
+def test_qv(d, d_v, dtype, device):
+    shape = {"dtype": dtype, "d": d, "d_v": d_v, "qv": True, "h_k": 1}
+    verify(Case(**shape, s_q=20, s_k=70, group=4, causal=True), "func", device)
+    verify(Case(**shape, scale=0.1, softcap=20.0, s_q=20, s_k=70, group=4), "op", device)
+    cache = {"s_q": 3, "s_k": 170, "group": 8, "k_used": True, "q_kind": "packed"}
+    verify(Case(**shape, **cache, causal=True, k_kind="paged"), "kvcache", device)
+    verify(Case(**shape, **cache, window=(40, 0), sinks="bf16", splits=3), "kvcache", device)
+    verify(Case(**shape, **cache, new=2, rotary=16 if d >= 16 else 0, leftpad=True), "kvcache", device)
 
 
 def test_qv_scale_of_the_raw_op_counts_d_only():

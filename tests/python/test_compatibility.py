@@ -117,7 +117,7 @@ def wide(m):
 
 @probe("d_v other than d")
 def unequal(m):
-    pairs = [(192, 128), (64, 256)] + ([(24, 512), (512, 8)] if m.device == "cpu" else [])
+    pairs = [(192, 128), (64, 256), (24, 512)] + ([(512, 8)] if m.device == "cpu" else [])
     return sum(fa.flash_attn_func(*m.qkv(d, d_v)).float().mean() for d, d_v in pairs)
 
 
@@ -128,8 +128,11 @@ def grouped(m):
 
 @probe("`qv`")
 def qv(m):
-    q, k, v = m.qkv(64, 256)
-    return fa.flash_attn_func(q, k, v, qv=m.randn(2, 5, 4, 256))
+    total = 0
+    for d, d_v in ((64, 256), (64, 512), (24, 320)):
+        q, k, v = m.qkv(d, d_v)
+        total = total + fa.flash_attn_func(q, k, v, qv=m.randn(2, 5, 4, d_v)).float().mean()
+    return total
 
 
 @probe("`cp_world_size`, `cp_rank`")

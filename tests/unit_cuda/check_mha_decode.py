@@ -4,7 +4,8 @@
     python tests/unit_cuda/check_mha_decode.py [--seed S] [--cases N] [--only SUBSTRING] [--graphs N]
 
 The cases of check_mha_fwd.py with few queries, long caches, many empty sequences and every number of
-splits; then graphs that are captured once and replayed with other lengths, pages and contents.
+splits, with qv and wide values too; then graphs that are captured once and replayed with other
+lengths, pages and contents.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import torch
 from attn_abi import Call
 
 SPLITS = [0, 0, 0, 0, 1, 2, 3, 5, 16, 256]
+LATENT = [(64, 512), (64, 512), (64, 256), (48, 320), (8, 264), (64, 504), (40, 448)]  # with qv or wide v
 
 
 def make_case(rng):
@@ -38,6 +40,13 @@ def make_case(rng):
     fixed = case["k_kind"] == "dense"
     case["len_k"] = [s_k if fixed else rng.choice([0, rng.randrange(0, s_k + 1), s_k]) for _ in range(b)]
     case["pad"] = [rng.randrange(0, n + 1) if case["leftpad"] else 0 for n in case["len_k"]]
+    if rng.random() < 0.3:
+        case["d"], case["dv"] = d, dv = rng.choice(LATENT)
+        case["qv"] = rng.random() < 0.8 or dv == 256
+        case["scale"] = rng.choice([(d + dv) ** -0.5, (d + dv) ** -0.5, 0.1, -0.05])
+        if rng.random() < 0.1:  # the same kernel also takes many queries
+            case["s_q"] = most = s_q + 200
+            case["len_q"] = [rng.randrange(0, most + 1) if ragged_q else most for _ in range(b)]
     return case
 
 

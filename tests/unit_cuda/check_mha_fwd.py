@@ -62,7 +62,7 @@ def visible(case, i, s_q, s_k, total):
     return seen
 
 
-def attend(q, k, v, seen, scale, softcap, sinks, low):
+def attend(q, k, v, seen, scale, softcap, sinks, low, qv=None):
     """out [s_q, h, d_v] and lse [h, s_q] in fp64; `low`: the type to round scores and P to."""
 
     def rounded(x):
@@ -70,7 +70,10 @@ def attend(q, k, v, seen, scale, softcap, sinks, low):
 
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    s = rounded(torch.einsum("ihd,jhd->hij", q, k)) * scale
+    s = torch.einsum("ihd,jhd->hij", q, k)
+    if qv is not None:
+        s = s + torch.einsum("ihd,jhd->hij", qv, v)
+    s = rounded(s) * scale
     if softcap > 0:
         s = rounded(softcap * torch.tanh(rounded(s) / softcap))
     s = s.masked_fill(~seen[None], -math.inf)
@@ -158,7 +161,7 @@ def make_case(rng, small):
 
 
 def build(case, seed):
-    """Tensors of a case: the call's arguments, and (q, k, v) of each sequence in fp64."""
+    """Tensors of a case: the call's arguments, and (q, k, v), with qv (q, k, v, qv), of each sequence."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
     nan, dtype, b, h, h_k = math.nan, case["dtype"], case["b"], case["h"], case["h_k"]
@@ -216,6 +219,11 @@ def build(case, seed):
         where_l = [lambda t, i=i: t[i, :, : case["len_q"][i]] for i in range(b)]
     for i in range(b):
         where_q[i](a["q"]).copy_(seqs[i][0])
+    if case.get("qv"):
+        seqs = [(*s, normal(n, h, dv) / gain) for s, n in zip(seqs, case["len_q"])]
+        a["qv"] = spread(rng, (*a["q"].shape[:-1], dv), dtype, nan)
+        for i in range(b):
+            where_q[i](a["qv"]).copy_(seqs[i][3])
 
     rows = b + 2 if case["batch_idx"] else b
     row_of = rng.sample(range(rows), b) if case["batch_idx"] else list(range(b))
@@ -290,13 +298,14 @@ def check(case, seed):
     bad, live = [], torch.ones_like(a["lse"], dtype=torch.bool)
     num = low = den = lse_worst = 0.0
     first_out, first_lse = a["out"].clone(), a["lse"].clone()
-    for i, (q, k, v) in enumerate(seqs):
+    for i, (q, k, v, *qv) in enumerate(seqs):
         seen = visible(case, i, q.shape[0], k.shape[0], totals[i]).cuda()
         args = (q.double(), k.double(), v.double(), seen, case["scale"], case["softcap"], sinks)
-        want, want_lse = attend(*args, None)
+        more = [x.double() for x in qv]
+        want, want_lse = attend(*args, None, *more)
         if a["k"].numel() == 0 and "k_new" not in a:  # no key storage at all: +inf, sinks or not
             want_lse.fill_(math.inf)
-        rough, _ = attend(*args, case["dtype"])
+        rough, _ = attend(*args, case["dtype"], *more)
         got, got_lse = where_q[i](a["out"]).double(), where_l[i](a["lse"]).double()
         num += error(got, want) ** 2
         low += error(rough.to(case["dtype"]).double(), want) ** 2

@@ -20,6 +20,7 @@ static const struct attn_mha_fwd_cuda_tile tiles[] = {
 };
 static const struct attn_mha_fwd_cuda_tile decode_tiles[] = {
 #include "cuda/kernels/mha_decode.def"
+#include "cuda/kernels/mla_decode.def"
 };
 enum {
     TILES = sizeof tiles / sizeof *tiles,
@@ -55,7 +56,7 @@ static void random_problem(struct attn_mha_fwd_problem *p)
     p->h_q = p->h_k * PICK(1, 2, 3, 4, 7, 16);
     do { /* the pairs that check lets through */
         p->d_qk = 8 * (1 + below(32));
-        p->d_v = below(2) ? p->d_qk : 8 * (1 + below(32));
+        p->d_v = below(2) ? p->d_qk : 8 * (1 + below(p->d_qk <= 64 ? 64 : 32));
     } while (p->d_qk != p->d_v && p->d_qk > 64 &&
              !(p->d_qk > 128 && p->d_qk <= 192 && p->d_v > 96 && p->d_v <= 128));
     p->s_q = PICK(1, 64, 191, 192, 193, 1024, 4096, 100000);
@@ -76,8 +77,9 @@ static void random_problem(struct attn_mha_fwd_problem *p)
         p->cu_seqlens_k = there;
         p->t_k = p->b * p->s_k;
     }
-    struct attn_rows *rows[] = {&p->q, &p->k, &p->v, &p->out};
-    for (int i = 0; i < 4; i++)
+    struct attn_rows *rows[] = {&p->q, &p->k, &p->v, &p->out, &p->qv};
+    bool with_qv = p->d_qk <= 64 && p->d_v >= 256 && below(2);
+    for (int i = 0; i < 4 + with_qv; i++)
         *rows[i] = (struct attn_rows){(char *)(uintptr_t)4096, 1 << 20, below(20) ? 4096 : 0, 256};
     p->sm_margin = (int32_t)PICK(0, 0, 4, 131, 500);
 }
@@ -87,12 +89,13 @@ static void check_decode(int n, struct attn_mha_fwd_problem *p)
     struct attn_mha_decode_cuda_plan plan;
     p->num_splits = (int32_t)PICK(-1, 0, 1, 2, 7, 256);
     attn_status status = attn_mha_decode_cuda_choose(p, decode_tiles, DECODE_TILES, 132, &plan);
-    EXPECT(status == (p->d_v > 256 ? ATTN_E_NOT_BUILT : ATTN_OK));
+    EXPECT(status == ATTN_OK);
     if (status) return;
     const struct attn_mha_fwd_cuda_tile *t = &decode_tiles[plan.kernel];
     int64_t rows = p->s_q * (p->h_q / p->h_k), blocks = (int64_t)plan.parts * plan.tiles;
     EXPECT(t->dtype == (int)p->dtype && t->d_qk >= p->d_qk && t->d_v >= p->d_v);
     EXPECT((t->d_qk + 63) / 64 == (p->d_qk + 63) / 64);
+    EXPECT((t->d_v == 512) == (p->qv.data || p->d_v > 256)); /* the engine that takes qv */
     EXPECT((int64_t)plan.tiles * 64 >= rows && (plan.tiles - 1) * (int64_t)64 < rows);
     EXPECT(plan.parts >= 1 && (plan.parts == 1 || blocks <= 132));
     EXPECT(plan.splits == (p->num_splits > 0 ? p->num_splits : 0));
@@ -104,7 +107,7 @@ static void check_decode(int n, struct attn_mha_fwd_problem *p)
         EXPECT(plan.out - plan.lse >= 2 * blocks * plan.slot_rows * 4);
         EXPECT(plan.bytes - plan.out == 2 * blocks * plan.slot_rows * p->d_v * 4);
     }
-    EXPECT(attn_mha_decode_cuda_wanted(p, 132) || p->num_splits <= 1);
+    EXPECT(attn_mha_decode_cuda_wanted(p, 132) || (p->num_splits <= 1 && t->d_v < 512));
 }
 
 int main(int argc, char **argv)
@@ -116,8 +119,9 @@ int main(int argc, char **argv)
         struct attn_mha_fwd_cuda_plan plan;
         random_problem(&p);
         check_decode(n, &p);
+        if (p.qv.data) continue; /* always decode */
         attn_status status = attn_mha_fwd_cuda_choose(&p, tiles, TILES, 132, &plan);
-        if (p.d_v > 256 || p.d_qk > 256) {
+        if (p.d_v > 256) {
             EXPECT(status == ATTN_E_NOT_BUILT);
             continue;
         }

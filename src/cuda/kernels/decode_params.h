@@ -27,6 +27,8 @@ struct attn_decode_params {
     struct attn_mha_fwd_params call; /* the ticket, section and cluster of mha_fwd are unused */
     const void *q;                   /* [b, s_q, h_q, d_qk] or [t_q, h_q, d_qk] */
     int64_t q_stride_b, q_stride_s, q_stride_h;
+    const void *qv; /* [b, s_q, h_q, d_v] or [t_q, h_q, d_v]; NULL: scores are q k^T alone */
+    int64_t qv_stride_b, qv_stride_s, qv_stride_h;
     int64_t lse_stride_s;
 
     /* Partial results, fp32: normalised rows and their lse.  splits 0: rows of slots, two slots a
@@ -69,9 +71,9 @@ struct attn_decode_params {
 
 #ifdef __cplusplus
 static_assert(sizeof(struct attn_decode_record) == 16, "the host's and the kernel's layout");
-static_assert(sizeof(struct attn_decode_params) == 472, "the host's and the kernel's layout");
+static_assert(sizeof(struct attn_decode_params) == 504, "the host's and the kernel's layout");
 #else
 _Static_assert(sizeof(struct attn_decode_record) == 16, "the host's and the kernel's layout");
-_Static_assert(sizeof(struct attn_decode_params) == 472, "the host's and the kernel's layout");
+_Static_assert(sizeof(struct attn_decode_params) == 504, "the host's and the kernel's layout");
 #endif
 #endif

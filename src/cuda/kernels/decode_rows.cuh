@@ -32,28 +32,63 @@ ATTN_DEVICE query_row find_row(const attn_decode_params &p, const decode_piece &
             p.call.cu_seqlens_q ? 0 : piece.b, (int64_t)piece.seq.q_offset + token};
 }
 
-/* Columns from column0 on of the q rows of the tile that begins with row `first`, zeros below the
- * last, in panels. */
+/* q or qv: [b, s_q, h_q, width] or [t_q, h_q, width]; width 0: there is none. */
+struct query_rows {
+    const uint16_t *data;
+    int64_t stride_b, stride_s, stride_h;
+    int width;
+
+    __device__ __forceinline__ const uint16_t *at(const query_row &r) const
+    {
+        return data + r.b * stride_b + r.at * stride_s + r.h_q * stride_h;
+    }
+};
+
+ATTN_DEVICE query_rows q_rows(const attn_decode_params &p)
+{
+    return {(const uint16_t *)p.q, p.q_stride_b, p.q_stride_s, p.q_stride_h, p.call.d_qk};
+}
+
+ATTN_DEVICE query_rows qv_rows(const attn_decode_params &p)
+{
+    return {(const uint16_t *)p.qv, p.qv_stride_b, p.qv_stride_s, p.qv_stride_h,
+            p.qv ? p.call.d_v : 0};
+}
+
+/* `x`, known from here on only: what follows from it is computed again for every piece instead of
+ * being kept in registers, or spilled, from one piece to the next. */
+ATTN_DEVICE int known_here(int x)
+{
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
+/* Columns from column0 on of the rows of the tile that begins with row `first`, in panels; zeros
+ * below the last row and right of the last column. */
 template <int PANELS>
-ATTN_DEVICE void load_q(const attn_decode_params &p, const decode_piece &piece, int first,
-                        int column0, uint32_t dst)
+ATTN_DEVICE void load_query(const attn_decode_params &p, const query_rows &rows,
+                            const decode_piece &piece, int first, int column0, uint32_t dst)
 {
     constexpr int CHUNKS = PANELS * 8;
-    const uint16_t *q = (const uint16_t *)p.q + column0;
 #pragma unroll 4
-    for (int i = (int)threadIdx.x % 128; i < ATTN_DECODE_ROWS * CHUNKS; i += 128) {
+    for (int i = known_here((int)threadIdx.x) % 128; i < ATTN_DECODE_ROWS * CHUNKS; i += 128) {
         int row = i / CHUNKS, chunk = i % CHUNKS;
-        bool live = first + row < piece.rows && column0 + chunk * 8 < p.call.d_qk;
+        bool live = first + row < piece.rows && column0 + chunk * 8 < rows.width;
         query_row r = find_row(p, piece, live ? first + row : 0);
         cp_async_16(dst + chunk / 8 * (ATTN_DECODE_ROWS * 128) + row * 128 +
                         ((chunk % 8 ^ (row & 7)) << 4),
-                    live ? q + r.b * p.q_stride_b + r.at * p.q_stride_s + r.h_q * p.q_stride_h +
-                               chunk * 8
-                         : q,
+                    live ? rows.at(r) + column0 + chunk * 8 : (const uint16_t *)p.q,
                     live ? 16 : 0);
     }
     cp_async_wait_all();
     fence_proxy_async_shared();
+}
+
+template <int PANELS>
+ATTN_DEVICE void load_q(const attn_decode_params &p, const decode_piece &piece, int first,
+                        int column0, uint32_t dst)
+{
+    load_query<PANELS>(p, q_rows(p), piece, first, column0, dst);
 }
 
 /* The lse of a thread's rows `row` and row + 8. */
@@ -81,7 +116,8 @@ ATTN_DEVICE void store_out(const attn_decode_params &p, const decode_piece &piec
                            int column0, const float (&normalise)[2], const float (&o)[COLUMNS / 2])
 {
     const attn_mha_fwd_params &call = p.call;
-    int c = (int)threadIdx.x % 4;
+    int c = known_here((int)threadIdx.x) % 4;
+    row = known_here(row);
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         bool live = row + 8 * h < piece.rows;

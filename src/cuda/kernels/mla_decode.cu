@@ -1,16 +1,21 @@
 /* SPDX-License-Identifier: MIT
  *
  * mla_decode on Hopper: attention to a latent cache, whose rows are keys and, their first 512
- * columns, values.
+ * columns, values; and mha_fwd with qv, or with d_v above 256, which is the same on two tensors.
  *
- * Math: that of mha_fwd.cu, with v_j = k_j[0 .. 511].  Pieces, splits and partial results: those of
+ * Math: that of mha_fwd.cu, with v_j = k_j[0 .. 511]; from two tensors with scores
+ * q_i . k_j + qv_i . v_j, or the first term alone.  Pieces, splits and partial results: those of
  * mha_decode.cu.
  *
  * Layout.  q [b, s_q, h_q, 576], out [b, s_q, h_q, 512], cache [pages, page, h_k, 576].  A block
  * computes 64 packed rows and walks its keys 64 a step.  The 576 columns of a step's keys are nine
  * tiles of [64 keys][64 columns]: a left and a right half of four tiles each, which are K and V, and
  * the rope tile, which is K only.  A tile is read once: as the K-major operand of S = Q K^T and as
- * the MN-major one of O += P V.
+ * the MN-major one of O += P V.  SOURCE says where tiles come from:
+ *
+ *     LATENT  pages of 576 columns
+ *     APART   halves: v [b, s_k, h_k, d_v <= 512] with qv for q; rope tile: k [.., d_qk <= 64]
+ *             with q; both contiguous, packed or in pages.  Columns past the widths are zeros.
  *
  *     shared memory   | q: 5 tiles | ring of 5 halves: 20 tiles | ring of 2 rope tiles | P: 1 tile |
  *
@@ -39,10 +44,12 @@ enum { HALVES = ATTN_MLA_DECODE_HALVES, ROPES = ATTN_MLA_DECODE_ROPES, PIECES = 
 enum { TILE = ATTN_DECODE_PANEL, HALF = 4 * TILE };
 enum { BARRIER_S = 1, BARRIER_L = 2, BARRIER_R = 3 }; /* the threads of one warpgroup */
 
+enum mla_source { LATENT, APART };
+
 /* One warp's way through the key steps of sm.piece[]: always the same columns of every one. */
 struct tile_loader {
     int piece, step; /* the next to load; piece == sm.pieces: none */
-    int page;        /* that this lane's box lies in, read a step ahead */
+    int page;        /* that this lane's box lies in (or its batch), read a step ahead */
 };
 
 struct mla_smem {
@@ -70,6 +77,7 @@ struct mla_smem {
 /* ---- loads ----------------------------------------------------------------------------------- */
 
 /* Moves on where the step is before the piece's first, and looks its pages up. */
+template <int SOURCE>
 ATTN_DEVICE void loader_settle(const attn_decode_params &p, const mla_smem &sm, tile_loader &l)
 {
     const attn_mha_fwd_params &call = p.call;
@@ -79,42 +87,91 @@ ATTN_DEVICE void loader_settle(const attn_decode_params &p, const mla_smem &sm, 
     }
     if (l.piece == sm.pieces || call.gather) return;
     const sequence &seq = sm.piece[l.piece].seq;
+    if (SOURCE == APART && !call.page_table) {
+        l.page = seq.k_row;
+        return;
+    }
     int row = (int)threadIdx.x % 32 * call.box_rows, key = l.step * N + row;
     if (row < N && key < seq.s_k)
         l.page = __ldg(call.page_table + seq.k_row * call.page_table_stride + key / call.page);
 }
 
+/* What the tile of columns 64 * panel .. + 63 is a part of. */
+struct tile_columns {
+    const attn_tensor_map *map;
+    key_rows rows; /* the tensor, for gathered loads */
+    int first;     /* the tile's first column of it; all of the tile's may lie past its width */
+};
+
+template <int SOURCE>
+ATTN_DEVICE tile_columns find_columns(const attn_mha_fwd_params &call, const attn_mha_fwd_maps &maps,
+                                      int panel)
+{
+    const key_rows k = {(const uint16_t *)call.k, call.k_stride_b, call.k_stride_s, call.k_stride_h,
+                        call.d_qk};
+    const key_rows v = {(const uint16_t *)call.v, call.v_stride_b, call.v_stride_s, call.v_stride_h,
+                        call.d_v};
+    if (SOURCE == LATENT) return {&maps.k, k, panel * 64};
+    return panel == 8 ? tile_columns{&maps.k, k, 0} : tile_columns{&maps.v, v, panel * 64};
+}
+
+/* Offset of the row at `position` of a sequence from its head. */
+template <int SOURCE>
+ATTN_DEVICE int64_t row_offset(const attn_mha_fwd_params &call, const key_rows &rows, int k_row,
+                               int position)
+{
+    int source = k_row;
+    if (SOURCE == LATENT || call.page_table) {
+        int page = position / call.page;
+        position -= page * call.page;
+        source = within(__ldg(call.page_table + k_row * call.page_table_stride + page),
+                        call.num_pages - 1);
+    }
+    return source * rows.stride_b + position * rows.stride_s;
+}
+
 /* Loads the tile of columns 64 * panel .. + 63 of the loader's step.  A whole warp calls it. */
-ATTN_DEVICE void load_tile(const attn_decode_params &p, const attn_tensor_map *map,
+template <int SOURCE>
+ATTN_DEVICE void load_tile(const attn_decode_params &p, const attn_mha_fwd_maps &maps,
                            const mla_smem &sm, const tile_loader &l, int panel, uint32_t dst,
                            uint32_t bar)
 {
     const attn_mha_fwd_params &call = p.call;
     const decode_piece &piece = sm.piece[l.piece];
     int lane = (int)threadIdx.x % 32, key = l.step * N, live = min(piece.seq.s_k - key, (int)N);
-    if (!call.gather) {
+    tile_columns columns = find_columns<SOURCE>(call, maps, panel);
+    if (SOURCE == APART && columns.first >= columns.rows.width) {
+        for (int i = lane; i < TILE / 16; i += 32)
+            shared_zero_16(dst + i * 16);
+        fence_proxy_async_shared();
+        if (call.gather || elect_one()) mbarrier_arrive(bar);
+    } else if (!call.gather) {
         int rows = call.box_rows, row = lane * rows;
         open_tile<1, N, 1>(call, dst, bar, live);
         if (row < live) {
-            int n = min(live - row, rows);
-            tma_load_5d(dst + row * 128, map, bar, panel * 64, rows - n,
-                        (key + row) % call.page + n, piece.h_kv,
-                        within(l.page, call.num_pages - 1));
+            int n = min(live - row, rows), position = key + row, source = l.page;
+            if (SOURCE == APART) position += piece.seq.k_offset;
+            if (SOURCE == LATENT || call.page_table) {
+                position %= call.page;
+                source = within(source, call.num_pages - 1);
+            }
+            tma_load_5d(dst + row * 128, columns.map, bar, columns.first, rows - n, position + n,
+                        piece.h_kv, source);
         }
     } else {
-        const int32_t *pages = call.page_table + piece.seq.k_row * call.page_table_stride;
-        const uint16_t *head = (const uint16_t *)call.k + piece.h_kv * call.k_stride_h + panel * 64;
-        int chunk = lane % 8;
+        int chunk = lane % 8, column = columns.first + chunk * 8;
+        const uint16_t *head =
+            columns.rows.data + piece.h_kv * columns.rows.stride_h + chunk * 8 + columns.first;
+        if (SOURCE == APART) {
+            key += piece.seq.k_offset;
+            if (column >= columns.rows.width) live = 0;
+        }
 #pragma unroll 1
         for (int row = lane / 8; row < N; row += 4) { /* eight lanes share a row */
-            bool there = row < live;
-            const uint16_t *from = head;
-            if (there) {
-                int page = (key + row) / call.page;
-                from += within(__ldg(pages + page), call.num_pages - 1) * call.k_stride_b +
-                        (key + row - page * call.page) * call.k_stride_s + chunk * 8;
-            }
-            cp_async_16(dst + row * 128 + ((chunk ^ (row & 7)) << 4), from, there ? 16 : 0);
+            const uint16_t *from = columns.rows.data;
+            if (row < live)
+                from = head + row_offset<SOURCE>(call, columns.rows, piece.seq.k_row, key + row);
+            cp_async_16(dst + row * 128 + ((chunk ^ (row & 7)) << 4), from, row < live ? 16 : 0);
         }
         cp_async_mbarrier_arrive(bar);
     }
@@ -123,30 +180,33 @@ ATTN_DEVICE void load_tile(const attn_decode_params &p, const attn_tensor_map *m
 
 /* The half with columns 256 * side .. of the loader's next step to place `place`, by warp `warp` of
  * its warpgroup; with the right one the rope tile, to place `rope`. */
-ATTN_DEVICE void load_half(const attn_decode_params &p, const attn_tensor_map *map, mla_smem &sm,
+template <int SOURCE>
+ATTN_DEVICE void load_half(const attn_decode_params &p, const attn_mha_fwd_maps &maps, mla_smem &sm,
                            tile_loader &l, int side, int place, int rope, int warp)
 {
     if (l.piece == sm.pieces) return;
-    load_tile(p, map, sm, l, side * 4 + warp, shared_address(sm.half[place]) + warp * TILE,
-              shared_address(&sm.half_full[place]));
+    load_tile<SOURCE>(p, maps, sm, l, side * 4 + warp, shared_address(sm.half[place]) + warp * TILE,
+                      shared_address(&sm.half_full[place]));
     if (side == 1 && warp == 0)
-        load_tile(p, map, sm, l, 8, shared_address(sm.rope[rope]),
-                  shared_address(&sm.rope_full[rope]));
+        load_tile<SOURCE>(p, maps, sm, l, 8, shared_address(sm.rope[rope]),
+                          shared_address(&sm.rope_full[rope]));
     l.step--;
-    loader_settle(p, sm, l);
+    loader_settle<SOURCE>(p, sm, l);
 }
 
 /* ---- scores ---------------------------------------------------------------------------------- */
 
-/* S = Q K^T of four tiles, or S += that of one, q in shared memory. */
+/* S = Q K^T of four tiles, or S += that of one (S = that, with `accumulate` 0), q in shared
+ * memory. */
 template <int FP16, int TILES>
-ATTN_DEVICE void issue_scores(float (&s)[N / 2], uint32_t q, uint32_t k)
+ATTN_DEVICE void issue_scores(float (&s)[N / 2], uint32_t q, uint32_t k,
+                              int accumulate = TILES == 1)
 {
     uint64_t a = wgmma_descriptor(q, 16), b = wgmma_descriptor(k, 16);
 #pragma unroll
     for (int step = 0; step < TILES * 4; step++) {
         int at = step / 4 * (TILE / 16) + step % 4 * 2;
-        wgmma_ss<FP16, N>(s, a + at, b + at, TILES == 1 || step != 0);
+        wgmma_ss<FP16, N>(s, a + at, b + at, accumulate || step != 0);
     }
 }
 
@@ -162,21 +222,21 @@ ATTN_DEVICE void issue_more_scores(float (&s)[N / 2], const uint32_t (&q)[64], u
 
 /* Columns 256 .. 511 of a thread's two rows of q, as A operands (wgmma.cuh); zeros where a row is
  * past the last. */
-ATTN_DEVICE void load_q_registers(const attn_decode_params &p, const decode_piece &piece, int row,
-                                  uint32_t (&q)[64])
+template <int SOURCE>
+ATTN_DEVICE void load_q_registers(const attn_decode_params &p, const query_rows &rows,
+                                  const decode_piece &piece, int row, uint32_t (&q)[64])
 {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         bool live = row + 8 * h < piece.rows;
         query_row r = find_row(p, piece, live ? row + 8 * h : 0);
-        const uint32_t *from =
-            (const uint32_t *)((const uint16_t *)p.q + r.b * p.q_stride_b + r.at * p.q_stride_s +
-                               r.h_q * p.q_stride_h + 256) +
-            threadIdx.x % 4;
+        const uint32_t *from = (const uint32_t *)(rows.at(r) + 256) + threadIdx.x % 4;
 #pragma unroll
-        for (int step = 0; step < 16; step++) {
-            q[4 * step + h] = live ? __ldg(from + 8 * step) : 0;
-            q[4 * step + 2 + h] = live ? __ldg(from + 8 * step + 4) : 0;
+        for (int step = 0; step < 16; step++) { /* widths are multiples of 8 */
+            bool low = live && (SOURCE == LATENT || 256 + 16 * step < rows.width);
+            bool high = live && (SOURCE == LATENT || 256 + 16 * step + 8 < rows.width);
+            q[4 * step + h] = low ? __ldg(from + 8 * step) : 0;
+            q[4 * step + 2 + h] = high ? __ldg(from + 8 * step + 4) : 0;
         }
     }
 }
@@ -191,23 +251,24 @@ struct step_ring {
     __device__ __forceinline__ uint32_t rope_parity() const { return step / ROPES % 2; }
 };
 
-template <int FP16>
-ATTN_DEVICE void score(const attn_decode_params &p, mla_smem &sm,
-                       step_ring &r)
+template <int FP16, int SOURCE>
+ATTN_DEVICE void score(const attn_decode_params &p, mla_smem &sm, step_ring &r)
 {
     const attn_mha_fwd_params &call = p.call;
     int t = (int)threadIdx.x % 128, lane = t % 32, warp = t / 32;
     int first = (int)blockIdx.x % p.tiles * M, own = warp * 16 + lane / 4;
     uint32_t q = shared_address(sm.q), probability = shared_address(sm.probability);
+    bool latent_scores = SOURCE == LATENT || p.qv; /* else the rope tile's alone */
     float s[N / 2];
     uint32_t packed[N / 4], q_more[64];
 
     for (int i = 0; i < sm.pieces; i++) {
         const decode_piece &piece = sm.piece[i];
         named_barrier_sync<BARRIER_S, 128>(); /* the products with the last q are over */
-        load_q<4>(p, piece, first, 0, q);
-        load_q<1>(p, piece, first, 512, q + 4 * TILE);
-        load_q_registers(p, piece, first + own, q_more);
+        query_rows latent = SOURCE == LATENT ? q_rows(p) : qv_rows(p);
+        load_query<4>(p, latent, piece, first, 0, q);
+        load_query<1>(p, q_rows(p), piece, first, SOURCE == LATENT ? 512 : 0, q + 4 * TILE);
+        load_q_registers<SOURCE>(p, latent, piece, first + own, q_more);
         named_barrier_sync<BARRIER_S, 128>();
         if (piece.pieces && t == 0)
             p.records[blockIdx.x] = {piece.b, piece.h_kv, piece.pieces, 0};
@@ -234,15 +295,17 @@ ATTN_DEVICE void score(const attn_decode_params &p, mla_smem &sm,
             mbarrier_wait_parity(shared_address(&sm.half_full[left.stage]), left.parity);
             if (call.gather) fence_proxy_async_shared();
             wgmma_fence();
-            issue_scores<FP16, 4>(s, q, shared_address(sm.half[left.stage]));
+            if (latent_scores) issue_scores<FP16, 4>(s, q, shared_address(sm.half[left.stage]));
             mbarrier_wait_parity(shared_address(&sm.rope_full[r.rope()]), r.rope_parity());
             if (call.gather) fence_proxy_async_shared();
             wgmma_fence();
-            issue_scores<FP16, 1>(s, q + 4 * TILE, shared_address(sm.rope[r.rope()]));
+            issue_scores<FP16, 1>(s, q + 4 * TILE, shared_address(sm.rope[r.rope()]),
+                                  latent_scores);
             mbarrier_wait_parity(shared_address(&sm.half_full[right.stage]), right.parity);
             if (call.gather) fence_proxy_async_shared();
             wgmma_fence();
-            issue_more_scores<FP16>(s, q_more, shared_address(sm.half[right.stage]));
+            if (latent_scores)
+                issue_more_scores<FP16>(s, q_more, shared_address(sm.half[right.stage]));
             wgmma_commit_group();
             if (lane == 0) mbarrier_arrive(shared_address(&sm.s_issued));
             wgmma_wait_group<0>();
@@ -302,8 +365,8 @@ ATTN_DEVICE void score(const attn_decode_params &p, mla_smem &sm,
 /* ---- results --------------------------------------------------------------------------------- */
 
 /* The left (SIDE 0) or right 256 columns of O. */
-template <int FP16, int SIDE>
-ATTN_DEVICE void accumulate(const attn_decode_params &p, const attn_tensor_map *map, mla_smem &sm,
+template <int FP16, int SOURCE, int SIDE>
+ATTN_DEVICE void accumulate(const attn_decode_params &p, const attn_mha_fwd_maps &maps, mla_smem &sm,
                             step_ring &r)
 {
     int t = (int)threadIdx.x % 128, lane = t % 32;
@@ -312,10 +375,10 @@ ATTN_DEVICE void accumulate(const attn_decode_params &p, const attn_tensor_map *
     float o[DV / 4];
 
     tile_loader loader = {0, sm.piece[0].end - 1, 0}; /* of the other side: HALVES is odd */
-    loader_settle(p, sm, loader);
+    loader_settle<SOURCE>(p, sm, loader);
     for (int i = 1 - SIDE; i < HALVES; i += 2)
-        load_half(p, map, sm, loader, 1 - SIDE, (r.half.stage + i) % HALVES,
-                  (r.step + i / 2) % ROPES, warp);
+        load_half<SOURCE>(p, maps, sm, loader, 1 - SIDE, (r.half.stage + i) % HALVES,
+                          (r.step + i / 2) % ROPES, warp);
 
     for (int i = 0; i < sm.pieces; i++) {
         const decode_piece &piece = sm.piece[i];
@@ -352,7 +415,7 @@ ATTN_DEVICE void accumulate(const attn_decode_params &p, const attn_tensor_map *
             wgmma_pin(o);
             if (lane == 0) mbarrier_arrive(shared_address(&sm.p_free));
             named_barrier_sync<SIDE ? BARRIER_R : BARRIER_L, 128>();
-            load_half(p, map, sm, loader, 1 - SIDE, half, r.rope(), warp);
+            load_half<SOURCE>(p, maps, sm, loader, 1 - SIDE, half, r.rope(), warp);
             r.half.next();
             if (SIDE == 0) r.half.next();
             r.step++;
@@ -382,7 +445,7 @@ ATTN_DEVICE bool find_pieces(const attn_decode_params &p, mla_smem &sm)
     return sm.pieces > 0;
 }
 
-template <int FP16>
+template <int FP16, int SOURCE>
 ATTN_DEVICE void mla_decode_body(const attn_decode_params &p, const attn_mha_fwd_maps &maps)
 {
     static_assert(sizeof(mla_smem) <= ATTN_MLA_DECODE_SMEM, "the host asks for less");
@@ -403,6 +466,7 @@ ATTN_DEVICE void mla_decode_body(const attn_decode_params &p, const attn_mha_fwd
         mbarrier_init(shared_address(&sm.end_free), 8);
         fence_mbarrier_init();
         prefetch_tensormap(&maps.k);
+        if (SOURCE == APART) prefetch_tensormap(&maps.v);
         if (!p.splits) p.records[blockIdx.x].pieces = 0;
     }
     decode_start<THREADS>(p, sm.start);
@@ -410,13 +474,13 @@ ATTN_DEVICE void mla_decode_body(const attn_decode_params &p, const attn_mha_fwd
     step_ring r = {{0, 0}, 0, 0};
     if (group == 0) {
         while (find_pieces(p, sm))
-            score<FP16>(p, sm, r);
+            score<FP16, SOURCE>(p, sm, r);
     } else if (group == 1) {
         while (find_pieces(p, sm))
-            accumulate<FP16, 0>(p, &maps.k, sm, r);
+            accumulate<FP16, SOURCE, 0>(p, maps, sm, r);
     } else {
         while (find_pieces(p, sm))
-            accumulate<FP16, 1>(p, &maps.k, sm, r);
+            accumulate<FP16, SOURCE, 1>(p, maps, sm, r);
     }
 }
 
@@ -427,8 +491,9 @@ ATTN_DEVICE void mla_decode_body(const attn_decode_params &p, const attn_mha_fwd
             const __grid_constant__ attn_decode_params p,                                          \
             const __grid_constant__ attn_mha_fwd_maps maps)                                        \
     {                                                                                              \
-        static_assert(dqk == D && dv == DV && rows == M && keys == N, "the tile is fixed");        \
-        op##_body<DTYPE_##dtype>(p, maps);                                                         \
+        static_assert((dqk == D || dqk == D - DV) && dv == DV, "the tiles are fixed");             \
+        static_assert(rows == M && keys == N, "the tiles are fixed");                              \
+        op##_body<DTYPE_##dtype, dqk == D ? LATENT : APART>(p, maps);                              \
     }
 #define ATTN_EXPAND(...) ATTN_KERNEL(__VA_ARGS__)
 ATTN_EXPAND(mla_decode, sm90, VARIANT_DTYPE, VARIANT_DQK, VARIANT_DV, VARIANT_ROWS, VARIANT_KEYS)
