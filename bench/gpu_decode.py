@@ -79,12 +79,40 @@ def cache(b, h, h_k, d, keys, page, s_q=1, dtype=torch.bfloat16):
     return a
 
 
+def appended(a, rotary):
+    """The same call with a new token a sequence, turned with rotary."""
+    b, d, device = a["q"].shape[0], a["k"].shape[-1], a["q"].device
+    for name, cache in (("k_new", a["k"]), ("v_new", a["v"])):
+        a[name] = torch.randn(b, 1, *cache.shape[2:], device=device, dtype=cache.dtype)
+    a["seqused_k"] -= 1
+    if rotary:
+        room = a["page_table"].shape[1] * a["k"].shape[1] if "page_table" in a else a["k"].shape[1]
+        a["rotary_cos"], a["rotary_sin"] = torch.randn(2, room, d // 2, device=device, dtype=a["q"].dtype)
+    return a
+
+
+def with_qv(b, h, keys, page):
+    """MLA as mha_fwd has it: k of 64 and v of 512 columns in two caches."""
+    a = cache(b, h, 1, 64, keys, page)
+    a["v"] = torch.randn(*a["k"].shape[:-1], 512, device="cuda", dtype=a["q"].dtype)
+    a["qv"] = torch.randn(b, 1, h, 512, device="cuda", dtype=a["q"].dtype)
+    a["out"] = torch.empty_like(a["qv"])
+    return a
+
+
 def rows():
     for page in (64, 0, 16, 1):
         yield f"b64 32/8 d128 8192 page {page}", lambda p=page: cache(64, 32, 8, 128, 8192, p), False
     yield "b1 32/8 d128 131072 page 64", lambda: cache(1, 32, 8, 128, 131072, 64), False
     yield "b1 32/8 d128 4096 page 64", lambda: cache(1, 32, 8, 128, 4096, 64), True
     yield "b1 32/8 d128 4096 contiguous", lambda: cache(1, 32, 8, 128, 4096, 0), True
+    for b in (1, 16):
+        name = f"b{b} 32/8 d128 2048 page 64"
+        yield name, lambda b=b: cache(b, 32, 8, 128, 2048, 64), True
+        yield f"{name} append", lambda b=b: appended(cache(b, 32, 8, 128, 2048, 64), False), True
+        yield f"{name} append rotary", lambda b=b: appended(cache(b, 32, 8, 128, 2048, 64), True), True
+    for h in (16, 128):
+        yield f"b128 {h}/1 qv d64x512 8192 page 64", lambda h=h: with_qv(128, h, 8192, 64), False
     for d, h, h_k in ((64, 32, 8), (192, 16, 4), (256, 16, 4), (128, 64, 1), (128, 32, 32)):
         yield f"b64 {h}/{h_k} d{d} 4096 page 64", lambda x=(64, h, h_k, d): cache(*x, 4096, 64), False
     yield "b64 32/8 d128 4096 page 64 s_q 4", lambda: cache(64, 32, 8, 128, 4096, 64, 4), False

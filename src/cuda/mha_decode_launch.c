@@ -126,11 +126,15 @@ attn_status attn_decode_launch(struct attn_decode_params *params,
     cu_kernel handle;
     ATTN_TRY(attn_cuda_driver(&cu));
     ATTN_TRY(attn_cuda_kernel_load(kernel, device->device, &handle));
+    struct cu_launch_attribute early = {.id = CU_LAUNCH_PROGRAMMATIC_STREAM_SERIALIZATION,
+                                        .value.programmatic = 1};
     struct cu_launch_config config = {
         .grid = {(unsigned)(params->parts * params->tiles), 1, 1},
         .block = {(unsigned)threads, 1, 1},
         .shared_bytes = (unsigned)kernel->shared_bytes,
         .stream = stream,
+        .attributes = &early,
+        .attribute_count = params->after_append ? 1 : 0,
     };
     void *arguments[] = {params, (void *)(uintptr_t)maps};
     ATTN_TRY(
@@ -160,6 +164,7 @@ static void fill_params(const problem_t *p, const plan_t *plan, char *workspace,
     out->lse_stride_s = 1;
     out->item_cost = ITEM_COST;
     out->fp16 = p->dtype == ATTN_F16;
+    out->after_append = p->k_new.data != NULL;
     if (plan->splits <= 1) return;
     out->partial_out = (float *)(void *)p->out_accum.data;
     out->partial_lse = p->lse_accum;

@@ -8,6 +8,7 @@ import random
 import flash_attn_interface as fa
 import flash_mla
 import pytest
+import reference
 import torch
 
 pytestmark = [
@@ -141,6 +142,76 @@ def test_ragged_replays(causal):
             cu.copy_(torch.tensor([0, *cuts, t], dtype=torch.int32))
         graph.replay()
         close(out, attend(*(x.cpu() for x in (q, k, v, cu_q, cu_k))))
+
+
+CACHES = {
+    "contiguous": {},
+    "batch_idx": {"batch_idx": True},
+    "leftpad": {"leftpad": True},
+    "page_64": {"page": 64},
+    "page_7": {"page": 7},
+    "page_64_leftpad_batch_idx": {"page": 64, "leftpad": True, "batch_idx": True},
+}
+
+
+@pytest.mark.parametrize("turn", [None, "interleaved", "halves"])
+@pytest.mark.parametrize("widths", [(128, 128), (64, 512)], ids=["d128", "qv"])
+@pytest.mark.parametrize("cache", CACHES)
+def test_appends_replay_while_sequences_grow(cache, widths, turn):
+    """Append, rotation and attention in one graph, against the definition in fp64."""
+    rng = random.Random(f"{cache} {turn}")
+    (d, d_v), b, s_q, h, h_k, capacity = widths, 3, 2, 8, 1 if widths[1] == 512 else 2, 280
+    page, rows = CACHES[cache].get("page"), b + 2 if CACHES[cache].get("batch_idx") else b
+    columns = -(-capacity // page) if page else 0
+    shape = (rows * columns + 1, page) if page else (rows, capacity)
+
+    def normal(*shape):
+        return torch.randn(shape, device="cuda").bfloat16()
+
+    def ints(values):
+        return torch.tensor(values, device="cuda", dtype=torch.int32)
+
+    a = {
+        "q": normal(b, s_q, h, d),
+        "k": normal(*shape, h_k, d),
+        "v": normal(*shape, h_k, d_v),
+        "k_new": normal(b, s_q, h_k, d),
+        "v_new": normal(b, s_q, h_k, d_v),
+        "seqused_k": ints([5] * b),
+        "causal": True,
+    }
+    if d_v == 512:
+        a["qv"] = normal(b, s_q, h, d_v)
+    if page:
+        a["page_table"] = torch.randperm(rows * columns, device="cuda").int().view(rows, columns)
+    if rows > b:
+        a["kv_batch_idx"] = ints(rng.sample(range(rows), b))
+    if CACHES[cache].get("leftpad"):
+        a["leftpad_k"] = ints([0, 5, 3])
+    if turn:
+        angle = torch.rand(max(capacity, columns * (page or 0)), 16, device="cuda") * 6
+        a |= {"rotary_cos": angle.cos().bfloat16(), "rotary_sin": angle.sin().bfloat16()}
+        a["rotary_interleaved"] = turn == "interleaved"
+    names = {"k": "k_cache", "v": "v_cache", "k_new": "k", "v_new": "v", "seqused_k": "cache_seqlens",
+             "kv_batch_idx": "cache_batch_idx", "leftpad_k": "cache_leftpad"}  # fmt: skip
+    call = {names.get(name, name): x for name, x in a.items()}
+    graph, (out, lse, *_) = capture(lambda: fa.flash_attn_with_kvcache(**call, return_softmax_lse=True))
+    for step in range(16):
+        if step % 5 == 0:
+            grown = [rng.choice([5, rng.randrange(5, 260), 270]) for _ in range(b)]
+        else:
+            grown = [min(n + s_q, capacity - s_q) for n in grown]
+        a["seqused_k"].copy_(ints(grown))
+        for name in ("q", "k_new", "v_new", *(["qv"] if "qv" in a else [])):
+            a[name].normal_()
+        before = {name: x.cpu().clone() if isinstance(x, torch.Tensor) else x for name, x in a.items()}
+        graph.replay()
+        exact = reference.forward(**before)
+        low = reference.forward(**before, math=torch.bfloat16)
+        reference.assert_close(out.cpu(), exact.out, low.out, what=f"step {step}: out")
+        reference.assert_lse_close(lse.cpu(), exact.lse, torch.bfloat16, what=f"step {step}: lse")
+        assert torch.equal(a["v"].cpu(), exact.v), f"step {step}: cached values"
+        torch.testing.assert_close(a["k"].cpu(), exact.k, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("s_q", [1, 40])

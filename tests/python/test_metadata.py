@@ -159,3 +159,27 @@ def test_reference_agrees_on_flags():
                 n = blocks(s_q, 50, 64, False, causal, window, 0)
                 each = reference.rotates_each_query(s_q, 50, 64, False, causal, window, 0)
                 assert each == (n == 4 or (n == 3 and window == (2, 0)))
+
+
+@pytest.mark.parametrize("window", [(-1, -1), (30, 0)])
+@pytest.mark.parametrize("page_size", [None, 16])
+@pytest.mark.parametrize("s_q", [1, 3])
+def test_contents_do_not_matter(s_q, page_size, window, device):
+    """Upstream's length on the lengths' device, and whatever it holds, the same bits."""
+    b, s_k, d = 5, 160, 128
+    lens = int32(100, 160, 0, 1, 77).to(device)
+    args = {"causal": True, "window_size": window}
+    got = metadata(b, s_q, s_k, 4, 2, d, lens, page_size=page_size, **args)
+    assert got.device == lens.device and got.dtype == torch.int32
+    assert got.numel() == 8 * blocks(s_q, s_k, d, page_size is not None, True, window, 0) + 1
+    q = torch.randn(b, s_q, 4, d, device=device).bfloat16()
+    shape = (b * s_k // page_size, page_size) if page_size else (b, s_k)
+    k, v = (torch.randn(*shape, 2, d, device=device).bfloat16() for _ in range(2))
+    if page_size:
+        args["page_table"] = torch.randperm(shape[0], device=device).int().view(b, -1)
+    want = fa.flash_attn_with_kvcache(q, k, v, cache_seqlens=lens, **args)
+    for value in (got, torch.full_like(got, -1), torch.full_like(got, 2**31 - 1)):
+        out = fa.flash_attn_with_kvcache(q, k, v, cache_seqlens=lens, scheduler_metadata=value, **args)
+        assert torch.equal(out, want)
+    with pytest.raises(RuntimeError, match="scheduler_metadata"):
+        fa.flash_attn_with_kvcache(q, k, v, cache_seqlens=lens, scheduler_metadata=got[:-1], **args)

@@ -45,7 +45,7 @@ struct attn_decode_params {
     int32_t item_cost; /* of an item beside its keys, in steps */
     int32_t fp16;
     int32_t combine_groups; /* of threads that share a row's pieces in decode_combine: 2^n */
-    int32_t reserved;
+    int32_t after_append;   /* 1: kv_append comes first and may be running still */
 };
 
 /* Shared memory of an mha_decode kernel: q, stages of k and v (panels of 64 columns), barriers. */

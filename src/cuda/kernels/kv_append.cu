@@ -148,6 +148,7 @@ ATTN_DEVICE void rotate_query(const attn_kv_append_params &p, int64_t row, int h
 extern "C" __global__ void __launch_bounds__(256)
     attn_kv_append_sm90(const __grid_constant__ attn_kv_append_params p)
 {
+    launch_dependents(); /* decode's, which waits for all of this before it reads a length */
     int part = blockIdx.y;
     if (part == 0 && blockIdx.x == 0) {
         for (int i = threadIdx.x; i < p.b; i += 256) {

@@ -308,6 +308,7 @@ ATTN_DEVICE void mha_decode_body(const attn_decode_params &p, const attn_mha_fwd
         prefetch_tensormap(&maps.k);
         prefetch_tensormap(&maps.v);
     }
+    wait_for_previous_kernel(); /* kv_append, when p.after_append */
     decode_walk walk = decode_start<THREADS>(p, sm.start);
     __syncthreads();
 

@@ -469,6 +469,7 @@ ATTN_DEVICE void mla_decode_body(const attn_decode_params &p, const attn_mha_fwd
         if (SOURCE == APART) prefetch_tensormap(&maps.v);
         if (!p.splits) p.records[blockIdx.x].pieces = 0;
     }
+    wait_for_previous_kernel(); /* kv_append, when p.after_append */
     decode_start<THREADS>(p, sm.start);
     int group = __shfl_sync(0xffffffff, (int)threadIdx.x / 128, 0);
     step_ring r = {{0, 0}, 0, 0};
