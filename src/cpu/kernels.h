@@ -79,6 +79,7 @@ struct attn_mha_task {
     float softcap;            /* 0: off */
     const float *sinks;       /* [heads][rows] logits, or NULL */
     bool partial;             /* out is fp32 whatever the dtype: a split's partial result */
+    bool stream_out; /* the call's out outgrows L2: write past the caches, where worth it */
 };
 
 /* One kernel of mha_fwd (many rows, lanes are queries) or mha_decode (few rows a KV head, lanes are

@@ -44,6 +44,7 @@ enum {
 
 #define SHORT_ROWS 128                     /* below this a pack of K and V is not repaid */
 #define PACK_BYTES_MAX ((int64_t)48 << 20) /* of packed K and V, unless one head needs more */
+#define STREAM_BYTES ((int64_t)4 << 20)    /* of out; less may still be in L2 when it is read */
 #define ROTATE_TOKENS 64                   /* a task */
 #define SMALL_WORK 4e6                     /* FLOP below which waking threads costs more */
 
@@ -309,6 +310,7 @@ static void run_task(const struct call *c, int64_t i, int64_t head, int64_t head
         .softcap = (float)p->softcap,
         .sinks = c->sinks && !partial ? sinks : NULL,
         .partial = partial,
+        .stream_out = !partial && p->t_q * p->h_q * p->d_v * out_bytes >= STREAM_BYTES,
     };
     c->kernel->run(&task, scratch);
 }

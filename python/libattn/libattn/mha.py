@@ -26,6 +26,8 @@ except ImportError:  # pragma: no cover
         return torch.empty_strided(shape, strides, dtype=dtype, device="cpu")
 
 
+LARGE = 2 << 20  # elements of a fresh out, of one sequence where they lie apart
+
 FEATURES = {
     "cu_seqlens_q": None,
     "cu_seqlens_k": None,
@@ -102,6 +104,8 @@ def attend(
                     out = _empty_strided_cpu((b, s_q, h_q, d_v), (s_q * row, row, d_v, 1), dtype)
                 else:
                     out = _empty_strided_cpu((s_q, h_q, d_v), (row, d_v, 1), dtype)
+                if s_q * row > LARGE:
+                    _native.ask_huge_pages(out.data_ptr(), out.nbytes)
             else:
                 out = torch.empty((*shape[:-1], d_v), dtype=dtype, device=q.device)
         if want_lse:

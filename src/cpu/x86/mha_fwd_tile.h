@@ -84,6 +84,7 @@ struct unit {
     int64_t first, steps;
     int64_t done, products; /* products is 0 where there is no unit */
     int pair;
+    bool last;       /* of its pair */
     bool accumulate; /* the pair's O holds sums */
 };
 
@@ -104,6 +105,7 @@ struct work {
     int64_t credit, ticks; /* chunks are spread evenly over the beat's tile steps */
     struct unit full;      /* being multiplied */
     int64_t p_begin;       /* first step of the exp unit that is in no product yet */
+    int complete;          /* pair whose O has all products, the last one's pending, or -1 */
 
     /* A lane a query: 16 a tile. */
     float beat_l[32] __attribute__((aligned(64)));    /* the beat's part of l */
@@ -116,6 +118,8 @@ struct work {
     int32_t all_lo[ROWS_MAX / 16], all_hi[ROWS_MAX / 16]; /* keys that all 16 queries see */
     int64_t begin[PAIRS_MAX], end[PAIRS_MAX];             /* steps that some query sees */
     bool o_used[PAIRS_MAX];                               /* O holds sums */
+    bool finished[PAIRS_MAX];                             /* out and lse are written */
+    bool v_bad;                                           /* some V has infinities or NaNs */
     bool q_bad[PAIRS_MAX]; /* more planes: q of the pair has infinities or NaNs */
     float cap_table[TANH_TERMS][TANH_PIECES] __attribute__((aligned(64))); /* cap log2(e) tanh */
 };
@@ -524,6 +528,112 @@ static void multiply_v(struct work *w, int64_t until)
                   w->o + (u->pair * w->v_steps + u->done) * QUAD_BYTES, u->steps, u->accumulate);
 }
 
+/* ---- out and lse ------------------------------------------------------------------------------ */
+
+/* A bit for every key of a step whose V row has an infinity or a NaN. */
+static inline uint32_t bad_values(const struct work *w, int64_t step)
+{
+    const char *block = w->task->packed + step / BLOCK_STEPS * w->block_bytes;
+    return ((const uint32_t *)(const void *)(block + w->bits_offset))[step % BLOCK_STEPS];
+}
+
+/* Adds the infinities and NaNs of V, which were packed as zeros, to those rows of a pair that see
+ * their key. */
+static void add_not_finite(struct work *w, int pair)
+{
+    const struct attn_mha_task *t = w->task;
+    int last = 32 * pair + 32 < t->rows ? 32 * pair + 32 : t->rows;
+    for (int64_t i = w->begin[pair]; i < w->end[pair]; i++) {
+        for (uint32_t bits = bad_values(w, i); bits; bits &= bits - 1) {
+            int32_t key = (int32_t)(i * STEP_KEYS) + __builtin_ctz(bits);
+            const char *v = t->kv.v + attn_kv_v_offset(&t->kv, key);
+            for (int d = 0; d < t->d_v; d++) {
+                float x = attn_load(w->dtype, v, d);
+                for (int r = 32 * pair; r < last && !isfinite(x); r++)
+                    if (key - w->lo[r] >= 0 && key - w->lo[r] < w->seen[r])
+                        o_line(w, r / 16, d)[r % 16] += x;
+            }
+        }
+    }
+}
+
+/* 32 fp32, given as bits, as elements of out. */
+static inline __m512i round_out(__m512i low, __m512i high)
+{
+    __m512 x = _mm512_castsi512_ps(low), y = _mm512_castsi512_ps(high);
+    if (PLANES != 2) return (__m512i)_mm512_cvtne2ps_pbh(y, x);
+#define NEAREST (_MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
+    __m256i first = _mm512_cvtps_ph(x, NEAREST), second = _mm512_cvtps_ph(y, NEAREST);
+#undef NEAREST
+    return _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
+}
+
+/* out and lse of one tile of queries. */
+static void finish_tile(struct work *w, int tile)
+{
+    const struct attn_mha_task *t = w->task;
+    int rows = t->rows - 16 * tile;
+    if (rows > 16) rows = 16;
+    __m512 m = _mm512_load_ps(w->m + 16 * tile), l = _mm512_load_ps(w->l + 16 * tile);
+    __m512 p_sum = l;
+    if (t->partial)
+        p_sum = _mm512_add_ps(_mm512_load_ps(w->p_sum[0] + 16 * tile),
+                              _mm512_load_ps(w->p_sum[1] + 16 * tile));
+    __m512 f = _mm512_set1_ps(1.0f);
+    if (t->sinks) {
+        __m512 sink = _mm512_maskz_loadu_ps((__mmask16)((1u << rows) - 1), t->sinks + 16 * tile);
+        sink = _mm512_mul_ps(sink, _mm512_set1_ps(LOG2_E));
+        __m512 to = _mm512_max_ps(sink, m);
+        f = exp2_16_exact(_mm512_sub_ps(m, to));
+        sink = exp2_16_exact(_mm512_sub_ps(sink, to));
+        l = _mm512_fmadd_ps(l, f, sink);
+        p_sum = _mm512_fmadd_ps(p_sum, f, sink);
+        m = to;
+    }
+    float lse[16] __attribute__((aligned(64)));
+    _mm512_store_ps(lse, _mm512_mul_ps(_mm512_add_ps(m, log2_16(l)), _mm512_set1_ps(LN_2)));
+    for (int i = 0; i < rows; i++) t->lse[t->lse_row[16 * tile + i]] = lse[i];
+
+    __mmask16 empty = _mm512_cmp_ps_mask(p_sum, _mm512_setzero_ps(), _CMP_EQ_OQ);
+    f = _mm512_div_ps(_mm512_mul_ps(f, _mm512_set1_ps(t->out_scale[0])), p_sum);
+    f = _mm512_mask_mov_ps(f, empty, _mm512_setzero_ps());
+    for (int64_t s = 0; s < w->v_steps; s++) {
+        __m512i low[16], high[16]; /* d of [32 s, 32 s + 16), the 16 after it */
+        for (int i = 0; i < 16; i++) {
+            __m512 zero = _mm512_setzero_ps(), x = zero, y = zero;
+            if (w->o_used[tile / 2]) {
+                x = _mm512_mul_ps(_mm512_load_ps(o_line(w, tile, 32 * s + i)), f);
+                y = _mm512_mul_ps(_mm512_load_ps(o_line(w, tile, 32 * s + 16 + i)), f);
+            }
+            low[i] = _mm512_castps_si512(x);
+            high[i] = _mm512_castps_si512(y);
+        }
+        transpose16(low);
+        transpose16(high);
+        __mmask32 live = lanes_within(s, 0, t->d_v);
+        for (int i = 0; i < rows; i++) {
+            char *out = t->out + t->out_row[16 * tile + i];
+            if (t->partial || w->dtype == ATTN_F32) {
+                _mm512_mask_storeu_epi32(out + 128 * s, (__mmask16)live, low[i]);
+                _mm512_mask_storeu_epi32(out + 128 * s + 64, (__mmask16)(live >> 16), high[i]);
+            } else if (t->stream_out && live == 0xffffffff && (uintptr_t)out % 64 == 0) {
+                _mm512_stream_si512((void *)(out + 64 * s), round_out(low[i], high[i]));
+            } else {
+                _mm512_mask_storeu_epi16(out + 64 * s, live, round_out(low[i], high[i]));
+            }
+        }
+    }
+}
+
+/* out and lse of a pair, whose O is complete. */
+static void finish_pair(struct work *w, int pair)
+{
+    if (w->v_bad) add_not_finite(w, pair);
+    for (int tile = 2 * pair; tile < 2 * pair + 2 && 16 * tile < w->task->rows; tile++)
+        finish_tile(w, tile);
+    w->finished[pair] = true;
+}
+
 /* ---- beats ----------------------------------------------------------------------------------- */
 
 /* Makes the P of steps [p_begin, end) of the exp unit the unit to multiply. */
@@ -531,6 +641,7 @@ static void take_unit(struct work *w, int64_t end)
 {
     int pair = w->exp.pair;
     int64_t offset = w->p_begin % BLOCK_STEPS * OPERAND_BYTES;
+    if (w->full.last) w->complete = w->full.pair;
     w->full = (struct unit){
         .v = w->task->packed + w->p_begin / BLOCK_STEPS * w->block_bytes + w->v_offset + offset,
         .p = w->p + w->exp.parity * BLOCK_STEPS * OPERAND_BYTES + offset,
@@ -538,6 +649,7 @@ static void take_unit(struct work *w, int64_t end)
         .steps = end - w->p_begin,
         .products = w->v_steps,
         .pair = pair,
+        .last = end == w->end[pair],
         .accumulate = w->o_used[pair],
     };
     w->o_used[pair] = true;
@@ -724,6 +836,8 @@ static void play(struct work *w, const struct beat *next)
         /* Its last S is stored in the next product: the place may be that of this beat's first. */
         while (w->chunk < w->chunks && w->chunk < STEP_CHUNKS) exp_chunk(w, w->chunk++);
         mend_scores(w, next);
+        if (w->complete >= 0) finish_pair(w, w->complete);
+        w->complete = -1;
     }
     multiply_v(w, until);
     if (e->end > e->begin) {
@@ -781,7 +895,7 @@ static void fetch_for(struct work *w, const struct beat *b)
         load_q(w, 2 * b->pair + 1);
         fetch_rows(w, t->q, t->q_row, row + 32, row + 64, attn_dtype_bytes(w->dtype) * t->d_qk);
     }
-    if (b->begin / BLOCK_STEPS == (w->end[b->pair] - 1) / BLOCK_STEPS)
+    if (!t->stream_out && b->begin / BLOCK_STEPS == (w->end[b->pair] - 1) / BLOCK_STEPS)
         fetch_rows(w, t->out, t->out_row, row + share, row + share + 8,
                    attn_dtype_bytes(attn_dtype_out(w->dtype)) * t->d_v);
 }
@@ -817,92 +931,6 @@ static void attend(struct work *w, int64_t begin, int64_t end)
 
 /* ---- a task ---------------------------------------------------------------------------------- */
 
-/* Adds the infinities and NaNs of V, which were packed as zeros, to the rows that see their key. */
-static void add_not_finite(struct work *w, int64_t begin, int64_t end)
-{
-    const struct attn_mha_task *t = w->task;
-    for (int64_t i = begin; i < end; i++) {
-        const char *block = t->packed + i / BLOCK_STEPS * w->block_bytes;
-        uint32_t bits = ((const uint32_t *)(const void *)(block + w->bits_offset))[i % BLOCK_STEPS];
-        for (; bits; bits &= bits - 1) {
-            int32_t key = (int32_t)(i * STEP_KEYS) + __builtin_ctz(bits);
-            const char *v = t->kv.v + attn_kv_v_offset(&t->kv, key);
-            for (int d = 0; d < t->d_v; d++) {
-                float x = attn_load(w->dtype, v, d);
-                for (int r = 0; r < t->rows && !isfinite(x); r++)
-                    if (key - w->lo[r] >= 0 && key - w->lo[r] < w->seen[r])
-                        o_line(w, r / 16, d)[r % 16] += x;
-            }
-        }
-    }
-}
-
-/* 32 fp32, given as bits, as elements of out. */
-static inline __m512i round_out(__m512i low, __m512i high)
-{
-    __m512 x = _mm512_castsi512_ps(low), y = _mm512_castsi512_ps(high);
-    if (PLANES != 2) return (__m512i)_mm512_cvtne2ps_pbh(y, x);
-#define NEAREST (_MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
-    __m256i first = _mm512_cvtps_ph(x, NEAREST), second = _mm512_cvtps_ph(y, NEAREST);
-#undef NEAREST
-    return _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
-}
-
-/* out and lse of one tile of queries. */
-static void finish_tile(struct work *w, int tile)
-{
-    const struct attn_mha_task *t = w->task;
-    int rows = t->rows - 16 * tile;
-    if (rows > 16) rows = 16;
-    __m512 m = _mm512_load_ps(w->m + 16 * tile), l = _mm512_load_ps(w->l + 16 * tile);
-    __m512 p_sum = l;
-    if (t->partial)
-        p_sum = _mm512_add_ps(_mm512_load_ps(w->p_sum[0] + 16 * tile),
-                              _mm512_load_ps(w->p_sum[1] + 16 * tile));
-    __m512 f = _mm512_set1_ps(1.0f);
-    if (t->sinks) {
-        __m512 sink = _mm512_maskz_loadu_ps((__mmask16)((1u << rows) - 1), t->sinks + 16 * tile);
-        sink = _mm512_mul_ps(sink, _mm512_set1_ps(LOG2_E));
-        __m512 to = _mm512_max_ps(sink, m);
-        f = exp2_16_exact(_mm512_sub_ps(m, to));
-        sink = exp2_16_exact(_mm512_sub_ps(sink, to));
-        l = _mm512_fmadd_ps(l, f, sink);
-        p_sum = _mm512_fmadd_ps(p_sum, f, sink);
-        m = to;
-    }
-    float lse[16] __attribute__((aligned(64)));
-    _mm512_store_ps(lse, _mm512_mul_ps(_mm512_add_ps(m, log2_16(l)), _mm512_set1_ps(LN_2)));
-    for (int i = 0; i < rows; i++) t->lse[t->lse_row[16 * tile + i]] = lse[i];
-
-    __mmask16 empty = _mm512_cmp_ps_mask(p_sum, _mm512_setzero_ps(), _CMP_EQ_OQ);
-    f = _mm512_div_ps(_mm512_mul_ps(f, _mm512_set1_ps(t->out_scale[0])), p_sum);
-    f = _mm512_mask_mov_ps(f, empty, _mm512_setzero_ps());
-    for (int64_t s = 0; s < w->v_steps; s++) {
-        __m512i low[16], high[16]; /* d of [32 s, 32 s + 16), the 16 after it */
-        for (int i = 0; i < 16; i++) {
-            __m512 zero = _mm512_setzero_ps(), x = zero, y = zero;
-            if (w->o_used[tile / 2]) {
-                x = _mm512_mul_ps(_mm512_load_ps(o_line(w, tile, 32 * s + i)), f);
-                y = _mm512_mul_ps(_mm512_load_ps(o_line(w, tile, 32 * s + 16 + i)), f);
-            }
-            low[i] = _mm512_castps_si512(x);
-            high[i] = _mm512_castps_si512(y);
-        }
-        transpose16(low);
-        transpose16(high);
-        __mmask32 live = lanes_within(s, 0, t->d_v);
-        for (int i = 0; i < rows; i++) {
-            char *out = t->out + t->out_row[16 * tile + i];
-            if (t->partial || w->dtype == ATTN_F32) {
-                _mm512_mask_storeu_epi32(out + 128 * s, (__mmask16)live, low[i]);
-                _mm512_mask_storeu_epi32(out + 128 * s + 64, (__mmask16)(live >> 16), high[i]);
-            } else {
-                _mm512_mask_storeu_epi16(out + 64 * s, live, round_out(low[i], high[i]));
-            }
-        }
-    }
-}
-
 /* Lays out the intervals of a pair's rows; padding rows repeat the last one.  Finds the steps that
  * some row sees. */
 static void load_intervals(struct work *w, int pair)
@@ -929,7 +957,7 @@ static void load_intervals(struct work *w, int pair)
     }
     w->begin[pair] = last ? first / STEP_KEYS : 0;
     w->end[pair] = (last + STEP_KEYS - 1) / STEP_KEYS;
-    w->o_used[pair] = false;
+    w->o_used[pair] = w->finished[pair] = false;
 }
 
 static int64_t pairs_of(int64_t rows) { return (rows + 31) / 32; }
@@ -954,6 +982,8 @@ static void run(enum attn_dtype dtype, const struct attn_mha_task *task, char *s
         for (int j = 0; j < TANH_PIECES; j++)
             w.cap_table[i][j] = tanh_table[i][j] * (w.cap * LOG2_E);
     w.pending = NULL;
+    w.complete = -1;
+    w.v_bad = false;
     w.s = scratch;
     w.p = w.s + S_STEPS * QUAD_BYTES;
     w.q = w.p + 2 * BLOCK_STEPS * OPERAND_BYTES;
@@ -970,11 +1000,13 @@ static void run(enum attn_dtype dtype, const struct attn_mha_task *task, char *s
     fetch_rows(&w, task->q, task->q_row, 0, 32, attn_dtype_bytes(dtype) * task->d_qk);
     if (begin < end) {
         tile_begin();
+        for (int64_t i = begin; i < end; i++) w.v_bad = w.v_bad || bad_values(&w, i);
         attend(&w, begin, end);
         tile_end();
-        add_not_finite(&w, begin, end);
     }
-    for (int tile = 0; 16 * tile < task->rows; tile++) finish_tile(&w, tile);
+    for (int pair = 0; pair < w.pairs; pair++)
+        if (!w.finished[pair]) finish_pair(&w, pair);
+    if (task->stream_out) _mm_sfence();
 }
 
 static int64_t scratch_bytes(int64_t d_s, int64_t d_v, int64_t rows, int64_t heads)
