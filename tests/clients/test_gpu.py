@@ -115,15 +115,20 @@ def test_generate(name, cache, calls):
     check_tokens(name, got.sequences, 12, torch.stack(got.logits, 1).float())
 
 
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
+@pytest.mark.parametrize("blocks", [0, 4], ids=["varlen", "block table"])
 @pytest.mark.parametrize("name", EVERY)
-def test_continuous_batching(name, calls):
+def test_continuous_batching(name, blocks, graphs, calls):
+    """Decode by the packed function or by the one with a block table, which takes full attention only."""
     if name in ("mistral", "gemma2") and has_paged_functions():
         pytest.skip("the paged flash attention of this transformers passes no window of theirs, no softcap")
     prompts = [torch.randint(3, 128, (n,)).tolist() for n in (5, 17, 1, 9)]
-    for prompt, answer in zip(prompts, continuous(flash_model(name), prompts), strict=True):
+    answers = continuous(flash_model(name), prompts, max_blocks_per_request=blocks, use_cuda_graph=graphs)
+    for prompt, answer in zip(prompts, answers, strict=True):
         assert len(answer) == 20
         check_tokens(name, torch.tensor([prompt + answer]).cuda(), len(prompt))
-    assert calls["flash_attn_varlen_func"] + calls["flash_attn_with_kvcache"] > 0
+    assert calls["flash_attn_varlen_func"] > 0
+    assert (calls["flash_attn_with_kvcache"] > 0) == (blocks > 0 and name == "llama")
 
 
 @pytest.mark.parametrize("name", EVERY)

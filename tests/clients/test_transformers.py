@@ -181,9 +181,8 @@ def continuous(model, prompts, **kwargs):
     models.use(model, f"paged|{FLASH}" if has_paged_functions() else FLASH)
     known = transformers.ContinuousBatchingConfig.__dataclass_fields__
     kwargs["page_size" if "page_size" in known else "block_size"] = 16  # the older name, until 5.17
-    config = transformers.ContinuousBatchingConfig(
-        num_blocks=32, max_batch_tokens=64, use_cuda_graph=False, use_async_batching=False, **kwargs
-    )
+    fixed = {"num_blocks": 32, "max_batch_tokens": 64, "use_cuda_graph": False, "use_async_batching": False}
+    config = transformers.ContinuousBatchingConfig(**{**fixed, **kwargs})
     generation = transformers.GenerationConfig(
         max_new_tokens=20, do_sample=False, eos_token_id=-1, pad_token_id=0, bos_token_id=1
     )
