@@ -228,7 +228,7 @@ def test_sparse_decode(change, error, words):
         ({"q": strided(P["q"])}, R, "q: expected last stride 1"),
         ({"q": P["q"][:, :0]}, R, "q"),
         ({"q": None}, T, "q: expected a tensor, got NoneType"),
-        ({"q": P["q"][:0], "kv": P["kv"][..., :512]}, R, "kv: expected rows of q's 576 values, got 512"),
+        ({"q": P["q"][:0], "kv": P["kv"][..., :512]}, R, r"kv: expected \[s_kv, 1, d_qk\] with extent 576"),
         ({"kv": P["kv"][..., :512]}, R, "kv: expected"),
         ({"kv": P["kv"].half()}, T, "kv: expected"),
         ({"kv": P["kv"].expand(90, 2, 576)}, R, "kv: expected"),
