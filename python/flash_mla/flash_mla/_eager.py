@@ -55,12 +55,13 @@ def three_axes(name, indices):
 
 
 def default_scale(q):
-    return q.shape[-1] ** -0.5 if q.shape[-1] else 1.0
+    d = q.shape[-1]
+    return d**-0.5 if d else 1.0
 
 
 def plain(x):
     """x with its sign written out and without its gradient; what is no tensor is left for libattn."""
-    if isinstance(x, _Tensor):
+    if x is not None and isinstance(x, _Tensor):
         if x.requires_grad:
             x = x.detach()
         if x.is_neg():
@@ -79,9 +80,14 @@ def written(out):
 
 def remember(meta, q, k_cache, causal, is_fp8_kvcache, indices, extra_k_cache, extra_indices):
     """Records what the first call is like, or asserts that a later one is like it."""
+    b, s_q, h_q, _ = q.shape
+    _, page, h_k, _ = k_cache.shape
     config = (
-        *q.shape[:3],
-        *k_cache.shape[1:3],
+        b,
+        s_q,
+        h_q,
+        page,
+        h_k,
         causal,
         is_fp8_kvcache,
         None if indices is None else indices.shape[-1],
@@ -89,9 +95,8 @@ def remember(meta, q, k_cache, causal, is_fp8_kvcache, indices, extra_k_cache, e
         None if extra_indices is None else extra_indices.shape[-1],
     )
     if not meta.have_initialized:
-        b, s_q, h_q, page, h_k, *rest = config
         meta.have_initialized = True
-        meta.config = _schedule.FlashMLASchedMeta.Config(b, s_q, h_q, page, h_k, *rest)
+        meta.config = _schedule.FlashMLASchedMeta.Config(*config)
         return
     assert meta.config is not None, "tile_scheduler_metadata: initialised, but has no config"
     first_config = vars(meta.config)
@@ -118,7 +123,8 @@ def fill(meta, q, k_cache, cache_seqlens, indices, topk_length, extra_topk_lengt
             lengths = _schedule.sparse_lengths(
                 b, meta.config.topk, topk_length, extra_topk, extra_topk_length
             )
-    meta.tile_scheduler_metadata, meta.num_splits = _schedule.tensors(lengths, b, parts, q.device)
+    meta.made = _schedule.tensors(lengths, b, parts, q.device)
+    meta.tile_scheduler_metadata, meta.num_splits = meta.made
 
 
 # ---- libattn -----------------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ class FlashMLASchedMeta:
     config: Config | None = None
     tile_scheduler_metadata: torch.Tensor | None = None
     num_splits: torch.Tensor | None = None
+    made = None, None  # the two as this package filled them in; no field
 
 
 def split(lengths, parts, fixed=FIXED):
@@ -179,6 +180,18 @@ def check_lengths(cache_seqlens):
 
 def check_tensors(tile_scheduler_metadata, num_splits, b, device):
     """Given scheduler tensors: int32, (parts, 8) and (b + 1,), contiguous, on the call's device."""
+    table, counts = tile_scheduler_metadata, num_splits
+    if (
+        type(table) is type(counts) is torch.Tensor
+        and table.dtype is counts.dtype is torch.int32
+        and table.dim() == 2
+        and table.shape[1] == COLUMNS
+        and counts.shape == (b + 1,)
+        and table.is_contiguous()
+        and counts.is_contiguous()
+        and table.device == counts.device == device
+    ):
+        return
     for name, x, wish, rank, extent in (
         ("tile_scheduler_metadata", tile_scheduler_metadata, "(parts, 8)", 2, COLUMNS),
         ("num_splits", num_splits, f"({b + 1},)", 1, b + 1),

@@ -171,7 +171,7 @@ def flash_mla_with_kvcache(
         indices = _eager.three_axes("indices", indices)
         if extra_indices_in_kvcache is not None:
             extra_indices_in_kvcache = _eager.three_axes("extra_indices_in_kvcache", extra_indices_in_kvcache)
-    given = (meta, num_splits)
+    given, made = (meta, num_splits), FlashMLASchedMeta.made
     if isinstance(meta, FlashMLASchedMeta):
         _eager.remember(
             meta,
@@ -183,11 +183,9 @@ def flash_mla_with_kvcache(
             extra_k_cache,
             extra_indices_in_kvcache,
         )
-        given = meta.tile_scheduler_metadata, meta.num_splits
-    if given[0] is not None or given[1] is not None:
+        given, made = (meta.tile_scheduler_metadata, meta.num_splits), meta.made
+    if given[0] is not made[0] or given[1] is not made[1]:
         _schedule.check_tensors(*given, q.shape[0], q.device)
-    if softmax_scale is None:
-        softmax_scale = _eager.default_scale(q)
     if sparse:
         if descale_q is not None or descale_k is not None:
             raise ArgumentError("descale_q, descale_k: expected None with indices, whose caches have scales")

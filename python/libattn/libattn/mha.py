@@ -106,10 +106,12 @@ def attend(
                     out = _empty_strided_cpu((s_q, h_q, d_v), (row, d_v, 1), dtype)
                 if s_q * row > LARGE:
                     _native.ask_huge_pages(out.data_ptr(), out.nbytes)
+            elif d_v == d_qk and dtype is q.dtype and q.is_contiguous():
+                out = torch.empty_like(q)  # half of new_empty's price
             else:
-                out = torch.empty((*shape[:-1], d_v), dtype=dtype, device=q.device)
+                out = q.new_empty((*shape[:-1], d_v), dtype=dtype)
         if want_lse:
-            lse = torch.empty(heads, dtype=_float32, device=q.device)
+            lse = q.new_empty(heads, dtype=_float32)
     except (AttributeError, IndexError, ValueError):
         softmax_scale = 1.0  # q or v is no such tensor; the native function says so
 

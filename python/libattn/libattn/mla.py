@@ -13,15 +13,15 @@ from . import _native
 
 _threads = torch.get_num_threads
 _float8 = torch.float8_e4m3fn
+_float32 = torch.float32
 LATENT = 512
 
 
-def _new_out(q, head_dim_v):
-    """Uninitialised, q's shape with head_dim_v last; None where q is no such tensor, which the
+def _new_out(q, *shape):
+    """Uninitialised, of the dtype of results; None where q is no tensor or the shape none, which the
     native function then says."""
     try:
-        dtype = torch.bfloat16 if q.dtype is _float8 else q.dtype
-        return torch.empty((*q.shape[:-1], head_dim_v), dtype=dtype, device=q.device)
+        return q.new_empty(shape, dtype=torch.bfloat16) if q.dtype is _float8 else q.new_empty(shape)
     except (AttributeError, RuntimeError, TypeError):
         return None
 
@@ -52,8 +52,8 @@ def mla_decode(
         if softmax_scale is None:
             softmax_scale = d_qk**-0.5 if d_qk else 1.0
         if out is None:
-            out = _new_out(q, head_dim_v)
-        lse = torch.empty((b, h_q, s_q), dtype=torch.float32, device=q.device)
+            out = _new_out(q, b, s_q, h_q, head_dim_v)
+        lse = q.new_empty((b, h_q, s_q), dtype=_float32)
     except (AttributeError, ValueError):
         softmax_scale = 1.0  # q is no such tensor; the native function says so
     args = (
@@ -99,8 +99,8 @@ def mla_sparse_decode(
         if softmax_scale is None:
             softmax_scale = d_qk**-0.5 if d_qk else 1.0
         if out is None:
-            out = _new_out(q, head_dim_v)
-        lse = torch.empty((b, s_q, h_q), dtype=torch.float32, device=q.device).transpose(1, 2)
+            out = _new_out(q, b, s_q, h_q, head_dim_v)
+        lse = q.new_empty((b, s_q, h_q), dtype=_float32).transpose(1, 2)
     except (AttributeError, ValueError):
         softmax_scale = 1.0
     use(
@@ -142,7 +142,7 @@ def mla_sparse_fwd(
     try:
         s_q, h_q, _ = q.shape
         if out is None:
-            out = _new_out(q, d_v)
+            out = _new_out(q, s_q, h_q, d_v)
         max_logits = torch.empty((s_q, h_q), dtype=torch.float32, device=q.device)
         lse = torch.empty_like(max_logits)
     except (AttributeError, ValueError):
