@@ -6,12 +6,14 @@
 A row is the median of triton's do_bench (L2 flushed between calls) and its share of the fastest of a
 few torch reductions over 2 GiB; short ones are graph replays, first kernel's start to last one's end.
 `GB/s` count k and v once; MLA rows give useful FLOP/s, and their share of a matrix product, too.
+The last rows, where the packages are installed, are the host's time of eager calls.
 """
 
 import argparse
 import pathlib
 import random
 import sys
+import time
 
 import torch
 from triton.testing import do_bench
@@ -170,6 +172,37 @@ def mla_rows(peak, flush, only):
         torch.cuda.empty_cache()
 
 
+def eager_rows(only):
+    """What a call costs the host: small calls in a row, nothing waited for; beside torch's own."""
+    try:
+        import flash_attn_interface as fa
+        import flash_mla
+    except ImportError:
+        return
+    a, latents = cache(1, 32, 8, 128, 128, 64), latent(1, 128, 64)
+    table, lens, meta = a["page_table"], a["seqused_k"].fill_(64), flash_mla.get_mla_metadata()[0]
+    new, x = torch.randn(1, 1, 8, 128, device="cuda").bfloat16(), torch.zeros(8, device="cuda")
+    kwargs = {"page_table": table, "cache_seqlens": lens, "causal": True}
+    mla = [latents[name] for name in ("q", "k_cache", "block_table", "cache_seqlens")]
+    for name, call in (
+        ("flash_attn_with_kvcache", lambda: fa.flash_attn_with_kvcache(a["q"], a["k"], a["v"], **kwargs)),
+        ("with an append", lambda: fa.flash_attn_with_kvcache(a["q"], a["k"], a["v"], new, new, **kwargs)),
+        ("flash_mla_with_kvcache", lambda: flash_mla.flash_mla_with_kvcache(*mla, 512, meta, causal=True)),
+        ("torch.Tensor.add_", lambda: x.add_(1)),
+        ("torch.empty", lambda: torch.empty((1, 1, 32, 128), dtype=torch.bfloat16, device="cuda")),
+    ):
+        if only not in f"eager {name}":
+            continue
+        found = []
+        for _ in range(12):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(200):
+                call()
+            found.append((time.perf_counter() - start) / 200 * 1e6)
+        print(f"eager {name:30} {sorted(found)[len(found) // 2]:8.1f} us of the host's time", flush=True)
+
+
 def uneven():
     a = cache(64, 32, 8, 128, 8192, 64)
     rng = random.Random(1)
@@ -200,6 +233,7 @@ def main():
         del a, call
         torch.cuda.empty_cache()
     mla_rows(peak, flush, args.rows)
+    eager_rows(args.rows)
 
 
 if __name__ == "__main__":

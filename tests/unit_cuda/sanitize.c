@@ -172,6 +172,7 @@ static void mha_dense(DLDataType type, int64_t d_qk, int64_t d_v, int64_t s)
 {
     struct attn_mha_fwd_args a = {
         .q = filled(type, SHAPE(1, s, 2, d_qk)),
+        .qv = d_v > 256 ? filled(type, SHAPE(1, s, 2, d_v)) : NULL,
         .k = filled(type, SHAPE(1, s, 1, d_qk)),
         .v = filled(type, SHAPE(1, s, 1, d_v)),
         .out = empty(type, SHAPE(1, s, 2, d_v)),
@@ -188,6 +189,7 @@ static void mha_gathered(DLDataType type, int64_t d_qk, int64_t d_v, int64_t s)
 {
     struct attn_mha_fwd_args a = {
         .q = filled(type, SHAPE(s + 20, 2, d_qk)),
+        .qv = d_v == 512 ? filled(type, SHAPE(s + 20, 2, d_v)) : NULL,
         .k = filled(type, SHAPE(120, 3, 1, d_qk)),
         .v = filled(type, SHAPE(120, 3, 1, d_v)),
         .out = empty(type, SHAPE(s + 20, 2, d_v)),
@@ -210,6 +212,7 @@ static void mha_decode(DLDataType type, int64_t d_qk, int64_t d_v, int num_split
 {
     struct attn_mha_fwd_args a = {
         .q = filled(type, SHAPE(3, 2, 8, d_qk)),
+        .qv = d_v > 256 ? filled(type, SHAPE(3, 2, 8, d_v)) : NULL,
         .k = filled(type, SHAPE(60, 16, 2, d_qk)),
         .v = filled(type, SHAPE(60, 16, 2, d_v)),
         .k_new = filled(type, SHAPE(3, 2, 2, d_qk)),
@@ -353,8 +356,8 @@ static void combine(void)
 /* Names the groups, or runs the one of that name. */
 static int each_group(const char *name)
 {
-    static const int64_t widths[][2] = {{64, 64},   {96, 96},  {128, 128}, {192, 128},
-                                        {192, 192}, {64, 256}, {256, 256}};
+    static const int64_t widths[][2] = {{64, 64},  {96, 96},   {128, 128}, {192, 128}, {192, 192},
+                                        {64, 256}, {256, 256}, {64, 512},  {48, 328}};
     static const int64_t caches[][2] = {{16, 64}, {128, 64}, {128, 7}}; /* heads, page */
     char group[64];
     int found = 0;
