@@ -184,7 +184,38 @@ def test_latent_cache(page, h):
         check_latent(out[i], lse[i], q[i], cache[rows_of(table[i], n)(page)])
 
 
+def with_qv(q, qv, k, v, lengths, **more):
+    """out, lse of k of 64 and v of 512 columns, and what they are to the oracle: q and k of 576."""
+    out, lse, *_ = fa.flash_attn_with_kvcache(
+        q, k, v, qv=qv, cache_seqlens=ints(lengths), causal=True, return_softmax_lse=True, **more
+    )
+    return out, lse, torch.cat([q, qv], -1)
+
+
+@pytest.mark.parametrize("page", [0, 1, 64])
+def test_qv_cache(page):
+    rows = 2**31 // 512 + 2000
+    shape = (rows // page, page, 1) if page else (3, rows // 3, 1)
+    k, v = empty_cache(*shape, 64), empty_cache(*shape, 512)
+    assert v.numel() > 2**31
+    lengths, q, qv = [300, 0, 513], randn(3, 2, 16, 64), randn(3, 2, 16, 512)
+    table = far_table(shape[0], -(-600 // page), 3) if page else None
+    where = [rows_of(table[i], n)(page) if page else (i, slice(n)) for i, n in enumerate(lengths)]
+    for at, n in zip(where, lengths):
+        k[at], v[at] = randn(n, 1, 64), randn(n, 1, 512)
+    out, lse, both = with_qv(q, qv, k, v, lengths, page_table=table)
+    for i, at in enumerate(where):
+        check(out[i], lse[i], both[i], torch.cat([k[at], v[at]], -1), v[at])
+
+
 # ---- long and many -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [131072, 2**20])
+def test_one_long_sequence_with_qv(n):
+    k, v, q, qv = randn(n, 1, 64), randn(n, 1, 512), randn(1, 1, 16, 64), randn(1, 1, 16, 512)
+    out, lse, both = with_qv(q, qv, k[None], v[None], [n])
+    check(out[0], lse[0], both[0], torch.cat([k, v], -1), v)
 
 
 @pytest.mark.parametrize("n", [131072, 2**20])
@@ -257,6 +288,16 @@ def test_batches_half_empty(page):
             q, *caches, cache_seqlens=lengths.int().cuda(), return_softmax_lse=True, **more
         )
         check_all(out, lse, q, k[:, :, 0], v[:, :, 0], lengths, -math.inf)
+
+
+def test_batches_half_empty_with_qv():
+    most = 192
+    for b in BATCHES:
+        lengths, q, qv = half_empty(b, most), randn(b, 1, 16, 64), randn(b, 1, 16, 512)
+        k, v = randn(b, most, 1, 64), randn(b, most, 1, 512)
+        k[(torch.arange(most) >= lengths[:, None]).cuda()] = math.nan
+        out, lse, both = with_qv(q, qv, k, v, lengths.tolist())
+        check_all(out, lse, both, torch.cat([k, v], -1)[:, :, 0], v[:, :, 0], lengths, -math.inf)
 
 
 @pytest.mark.parametrize("h", [16, 128])
