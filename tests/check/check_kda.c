@@ -423,7 +423,7 @@ static double limit_of(const struct kda_case *c, enum attn_dtype result)
                  c->table->kda_fwd[c->dtype] != &attn_kda_fwd_avx2[ATTN_BF16] &&
                  c->table->kda_fwd[c->dtype] != &attn_kda_fwd_avx512[ATTN_BF16];
     tiles = c->dtype == ATTN_BF16 && !c->step && (tiles || c->gpu);
-    return (tiles ? 0.006 : 1e-5) + 1.5 * check_unit(result);
+    return (!tiles ? 1e-5 : c->gpu ? 0.01 : 0.006) + 1.5 * check_unit(result);
 }
 
 /* All of out but the sequences' tokens is canary. */
