@@ -35,6 +35,8 @@ attn_status attn_kda_fwd_cuda_plan(const struct attn_kda_problem *p,
 attn_status attn_kda_fwd_cuda_run(const struct attn_kda_problem *p,
                                   const struct attn_kda_fwd_plan *plan, char *workspace,
                                   int64_t workspace_bytes, void *stream);
+attn_status attn_kda_step_launch(const struct attn_kda_problem *p, cu_device device,
+                                 cu_stream stream);
 attn_status attn_kda_step_cuda_run(const struct attn_kda_problem *p, void *stream);
 
 #endif

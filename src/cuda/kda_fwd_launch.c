@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT
  *
  * Runs a checked kda_fwd problem on the current device: copies of what the copy engine cannot
- * address, for ragged batches the order of their sequences, then the kernel.
+ * address, for ragged batches the order of their sequences, then the kernel.  Activated gates, which
+ * have no bound, go token by token through kda_step's kernel.
  */
 #include <string.h>
 
@@ -30,7 +31,9 @@ static struct attn_cuda_kernel *kernel_of(const problem_t *p, const plan_t *plan
 static attn_status choose(const problem_t *p, int multiprocessors, plan_t *plan,
                           struct attn_cuda_kernel **kernel)
 {
+    memset(plan, 0, sizeof *plan);
     ATTN_TRY(attn_kda_cuda_check(p));
+    if (p->gate_activated) return attn_plain_kernel("attn_kda_step_sm90", kernel);
     attn_kda_cuda_choose(p, multiprocessors, plan);
     *kernel = kernel_of(p, plan);
     ATTN_CHECK(*kernel, ATTN_E_NOT_BUILT,
@@ -213,7 +216,9 @@ attn_status attn_kda_fwd_cuda_run(const problem_t *p, const struct attn_kda_fwd_
     (void)plan;
     if (p->n * p->h == 0) return ATTN_OK;
     ATTN_TRY(attn_cuda_enter(p->device.device_id, &device));
-    attn_status status = launch(p, &device, workspace, workspace_bytes, stream);
+    attn_status status = p->gate_activated
+                             ? attn_kda_step_launch(p, device.device, stream)
+                             : launch(p, &device, workspace, workspace_bytes, stream);
     attn_cuda_leave(&device);
     return status;
 }

@@ -62,9 +62,6 @@ attn_status attn_kda_cuda_check(const struct attn_kda_problem *p)
     ATTN_CHECK(p->n * p->h * (p->d / 64) <= INT32_MAX, ATTN_E_NOT_BUILT,
                "q: on a GPU fewer than 2^30 pairs of sequence and head are built, got %lld",
                (long long)(p->n * p->h));
-    /* The bound keeps powers over a chunk inside bf16; activated gates may be anything. */
-    ATTN_CHECK(p->step || !p->gate_activated, ATTN_E_NOT_BUILT,
-               "gate_activated: for kda_fwd on a GPU not built yet");
     ATTN_TRY(check_states(&p->initial, p, p->step ? "state" : "initial_state"));
     ATTN_TRY(check_states(&p->final, p, "final_state"));
     return check_states(&p->checkpoint, p, "checkpoint_states");

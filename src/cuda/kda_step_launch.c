@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT
  *
- * kda_step on Hopper: one launch.
+ * kda_step on Hopper, and kda_fwd with activated gates: one launch.
  */
 #include "cuda/kda_cuda.h"
 #include "cuda/kernels/kda_step_params.h"
@@ -20,12 +20,18 @@ static int aligned(const struct attn_rows *r)
     return (r->batch | r->row | r->head) % 4 == 0 && (uintptr_t)r->data % 8 == 0;
 }
 
-static attn_status launch(const struct attn_kda_problem *p, cu_device device, cu_stream stream)
+static struct attn_kda_states device_states(const struct attn_states *s)
 {
+    return (struct attn_kda_states){s->data, s->slot, s->head};
+}
+
+attn_status attn_kda_step_launch(const struct attn_kda_problem *p, cu_device device,
+                                 cu_stream stream)
+{
+    const struct attn_states *any = p->initial.data ? &p->initial : &p->final;
     const struct attn_cuda_driver *cu;
     struct attn_cuda_kernel *kernel;
     cu_kernel handle;
-    ATTN_TRY(attn_kda_cuda_check(p));
     ATTN_TRY(attn_cuda_driver(&cu));
     ATTN_TRY(attn_plain_kernel("attn_kda_step_sm90", &kernel));
     ATTN_TRY(attn_cuda_kernel_load(kernel, device, &handle));
@@ -39,21 +45,25 @@ static attn_status launch(const struct attn_kda_problem *p, cu_device device, cu
         .beta = {(void *)(uintptr_t)p->beta, p->beta_batch, p->beta_row, p->beta_head},
         .a_log = p->A_log,
         .dt_bias = p->dt_bias,
-        .state = p->initial.data,
+        .in = device_states(&p->initial),
+        .kept = device_states(&p->final),
+        .checkpoint = device_states(&p->checkpoint),
         .state_index = p->state_indices,
         .cu_seqlens = p->cu_seqlens,
-        .state_n = p->initial.slot,
-        .state_h = p->initial.head,
         .dt_bias_h = p->dt_bias_head,
         .slots = p->slots,
+        .checkpoint_rows = p->checkpoint_rows,
         .n = (int32_t)p->n,
         .h = (int32_t)p->h,
         .t = (int32_t)p->t,
-        .cu_is_64 = p->cu_wide,
-        .state_is_bf16 = p->initial.dtype == ATTN_BF16,
         .d = (int32_t)p->d,
+        .every = (int32_t)p->checkpoint_every,
+        .cu_is_64 = p->cu_wide,
+        .state_is_bf16 = any->dtype == ATTN_BF16,
+        .checkpoint_is_bf16 = p->checkpoint.dtype == ATTN_BF16,
         .gate_activated = p->gate_activated,
         .beta_activated = p->beta_activated,
+        .padding = p->step,
         .aligned = aligned(&p->q) && aligned(&p->k) && aligned(&p->g),
         .scale = (float)p->scale,
         .bound = (float)(p->lower_bound * LOG2E),
@@ -71,8 +81,9 @@ attn_status attn_kda_step_cuda_run(const struct attn_kda_problem *p, void *strea
 {
     struct attn_cuda_device device;
     if (p->n * p->h == 0) return ATTN_OK;
+    ATTN_TRY(attn_kda_cuda_check(p));
     ATTN_TRY(attn_cuda_enter(p->device.device_id, &device));
-    attn_status status = launch(p, device.device, stream);
+    attn_status status = attn_kda_step_launch(p, device.device, stream);
     attn_cuda_leave(&device);
     return status;
 }

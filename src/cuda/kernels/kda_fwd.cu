@@ -71,7 +71,7 @@ ATTN_DEVICE void describe(const attn_kda_fwd_params &p, int number, kda_item &it
     int sequence = number / p.splits / p.h;
     if (p.order) sequence = p.order[sequence];
     item.saved = p.checkpoints ? checkpoints_before(p, sequence) : 0;
-    float slope = -LOG2E * (p.a_log ? ex2_approx(fminf(p.a_log[head] * LOG2E, 60.0f)) : 1.0f);
+    float slope = -LOG2E * (p.a_log ? ex2_approx(at_most(p.a_log[head] * LOG2E, 60.0f)) : 1.0f);
     item.slope = slope;
 #pragma unroll 1
     for (int c = threadIdx.x % 32; c < D; c += 32)

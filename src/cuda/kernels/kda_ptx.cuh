@@ -68,6 +68,9 @@ ATTN_DEVICE float rsqrt_approx(float x)
     return y;
 }
 
+/* min(x, limit), a NaN of x included; fminf would drop it. */
+ATTN_DEVICE float at_most(float x, float limit) { return x > limit ? limit : x; }
+
 /* ---- shared memory by address: the compiler keeps one register and immediates ---------------- */
 
 ATTN_DEVICE uint32_t shared_load_32(uint32_t address)

@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: MIT
  *
- * kda_step: a few tokens of Kimi Delta Attention on states that change in place.
+ * kda_step: Kimi Delta Attention token by token: a few tokens on states that change in place, and
+ * whole sequences whose gates come activated.  Those have no bound, so that no power of two serves
+ * a chunk; here nothing is ever divided by a decay.
  *
  * Math, per sequence, head and token, all in fp32, S [v, k] the state:
  *     S <- S 2^gamma      u = b (v - S k^)      S <- S + u k^T      out = scale S q^
@@ -11,6 +13,7 @@
  * (sequence, head), a warp eight of them, held in registers over the tokens:
  *     grid = [n h D / 64], 8 warps; row = slice 64 + warp 8 + i (128 / D) + lane / (D / 4)
  * Every warp makes gate, norms and decay of all channels anew, which is little beside the state.
+ * The rows of the next token are on their way while this one is worked on.
  */
 #include "kda_step_params.h"
 #include "kda_ptx.cuh"
@@ -79,6 +82,64 @@ ATTN_DEVICE int64_t boundary(const attn_kda_step_params &p, int i)
     return at < 0 ? 0 : at > p.t ? p.t : at;
 }
 
+/* Checkpoints of the sequences before `sequence`.  All lanes get the sum. */
+ATTN_DEVICE int64_t checkpoints_before(const attn_kda_step_params &p, int sequence)
+{
+    if (!p.cu_seqlens) return (int64_t)sequence * (p.t / p.every);
+    int64_t sum = 0;
+    for (int i = threadIdx.x % 32; i < sequence; i += 32) {
+        int64_t length = boundary(p, i + 1) - boundary(p, i);
+        sum += length > 0 ? length / p.every : 0;
+    }
+#pragma unroll
+    for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);
+    return sum;
+}
+
+/* Four channels of each of a lane's rows, STEP elements apart; `at` is the first. */
+template <int R, int STEP>
+ATTN_DEVICE void load_rows(float (&s)[R][4], const void *from, int64_t at, int is_bf16)
+{
+#pragma unroll
+    for (int i = 0; i < R; i++) {
+        if (is_bf16) {
+            load_four(s[i], (const uint16_t *)from + at + i * STEP, 1);
+        } else {
+            float4 x = *(const float4 *)((const float *)from + at + i * STEP);
+            s[i][0] = x.x, s[i][1] = x.y, s[i][2] = x.z, s[i][3] = x.w;
+        }
+    }
+}
+
+template <int R, int STEP>
+ATTN_DEVICE void store_rows(const float (&s)[R][4], void *to, int64_t at, int is_bf16)
+{
+#pragma unroll
+    for (int i = 0; i < R; i++) {
+        if (is_bf16)
+            *(uint2 *)((uint16_t *)to + at + i * STEP) = make_uint2(pack_16x2<0>(s[i][0], s[i][1]),
+                                                                    pack_16x2<0>(s[i][2], s[i][3]));
+        else
+            *(float4 *)((float *)to + at + i * STEP) = make_float4(s[i][0], s[i][1], s[i][2],
+                                                                   s[i][3]);
+    }
+}
+
+/* What a lane takes of a token: four channels of q k g, one value, the write strength. */
+struct kda_token {
+    float q[4], k[4], g[4], v, b;
+};
+
+ATTN_DEVICE void load_token(kda_token &x, const attn_kda_step_params &p, int64_t batch,
+                            int64_t token, int head, int channel, int value)
+{
+    load_four(x.q, row_at(p.q, batch, token, head) + channel, p.aligned);
+    load_four(x.k, row_at(p.k, batch, token, head) + channel, p.aligned);
+    load_four(x.g, row_at(p.g, batch, token, head) + channel, p.aligned);
+    x.v = bf16_float(row_at(p.v, batch, token, head)[value]);
+    x.b = bf16_float(*row_at(p.beta, batch, token, head));
+}
+
 template <int D> ATTN_DEVICE void kda_step_body(const attn_kda_step_params &p)
 {
     constexpr int LANES = D / 4, ACROSS = 32 / LANES, R = 8 / ACROSS, SLICES = D / 64;
@@ -90,38 +151,33 @@ template <int D> ATTN_DEVICE void kda_step_body(const attn_kda_step_params &p)
     int64_t end = p.cu_seqlens ? boundary(p, sequence + 1) : p.t;
     int64_t batch = p.cu_seqlens ? 0 : sequence;
     int64_t slot = p.state_index ? p.state_index[sequence] : sequence;
-    if (slot < 0 || slot >= p.slots) {
+    bool held = slot >= 0 && slot < p.slots;
+    if (p.padding && !held) {
         for (int64_t token = begin; token < end; token++)
             if (lane < 8) row_at(p.out, batch, token, head)[first + lane] = 0;
         return;
     }
-    if (begin >= end) return;
 
-    int64_t place = slot * p.state_n + head * p.state_h + (first + lane / LANES) * D + 4 * at;
-    float s[R][4];
-#pragma unroll
-    for (int i = 0; i < R; i++) {
-        if (p.state_is_bf16) {
-            load_four(s[i], (const uint16_t *)p.state + place + i * ACROSS * D, 1);
-        } else {
-            float4 x = *(const float4 *)((const float *)p.state + place + i * ACROSS * D);
-            s[i][0] = x.x, s[i][1] = x.y, s[i][2] = x.z, s[i][3] = x.w;
-        }
-    }
-    float slope = -LOG2E * (p.a_log ? ex2_approx(fminf(p.a_log[head] * LOG2E, 60.0f)) : 1.0f);
+    int64_t place = (first + lane / LANES) * D + 4 * at;
+    float s[R][4] = {};
+    if (p.in.data && held)
+        load_rows<R, ACROSS * D>(s, p.in.data, slot * p.in.n + head * p.in.h + place,
+                                 p.state_is_bf16);
+    int64_t row = p.checkpoint.data ? checkpoints_before(p, sequence) : 0;
+    int64_t until = p.checkpoint.data ? begin + p.every : INT64_MAX; /* the next checkpoint */
+    float slope = -LOG2E * (p.a_log ? ex2_approx(at_most(p.a_log[head] * LOG2E, 60.0f)) : 1.0f);
     float bias[4];
 #pragma unroll
     for (int c = 0; c < 4; c++)
         bias[c] = p.dt_bias ? slope * p.dt_bias[head * p.dt_bias_h + 4 * at + c] : 0.0f;
     int own = at / (LANES / R) * ACROSS + lane / LANES; /* the row whose sums this lane gets */
 
+    kda_token next;
+    if (begin < end) load_token(next, p, batch, begin, head, 4 * at, first + own);
     for (int64_t token = begin; token < end; token++) {
-        float q[4], k[4], g[4];
-        load_four(q, row_at(p.q, batch, token, head) + 4 * at, p.aligned);
-        load_four(k, row_at(p.k, batch, token, head) + 4 * at, p.aligned);
-        load_four(g, row_at(p.g, batch, token, head) + 4 * at, p.aligned);
-        float v = bf16_float(row_at(p.v, batch, token, head)[first + own]);
-        float b = bf16_float(*row_at(p.beta, batch, token, head));
+        kda_token now = next;
+        float(&q)[4] = now.q, (&k)[4] = now.k, (&g)[4] = now.g, b = now.b;
+        if (token + 1 < end) load_token(next, p, batch, token + 1, head, 4 * at, first + own);
         if (!p.beta_activated) b = rcp_approx(1.0f + ex2_approx(-LOG2E * b));
         float over_k = rsqrt_approx(row_sum<LANES>(dot_four(k, k)) + EPSILON);
         float over_q = p.scale * rsqrt_approx(row_sum<LANES>(dot_four(q, q)) + EPSILON);
@@ -142,7 +198,7 @@ template <int D> ATTN_DEVICE void kda_step_body(const attn_kda_step_params &p)
             along_k[i] = dot_four(s[i], k);
             along_q[i] = dot_four(s[i], q);
         }
-        float u = b * (v - row_sums<LANES, R>(along_k, at));
+        float u = b * (now.v - row_sums<LANES, R>(along_k, at));
         float o = fmaf(u, both, row_sums<LANES, R>(along_q, at));
         if (at % (LANES / R) == 0)
             row_at(p.out, batch, token, head)[first + own] = (uint16_t)pack_16x2<0>(o, 0.0f);
@@ -152,17 +208,18 @@ template <int D> ATTN_DEVICE void kda_step_body(const attn_kda_step_params &p)
 #pragma unroll
             for (int c = 0; c < 4; c++) s[i][c] = fmaf(from, k[c], s[i][c]);
         }
+        if (token + 1 == until) {
+            if (row < p.checkpoint_rows)
+                store_rows<R, ACROSS * D>(s, p.checkpoint.data,
+                                          row * p.checkpoint.n + head * p.checkpoint.h + place,
+                                          p.checkpoint_is_bf16);
+            row++;
+            until += p.every;
+        }
     }
-#pragma unroll
-    for (int i = 0; i < R; i++) {
-        if (p.state_is_bf16)
-            *(uint2 *)((uint16_t *)p.state + place +
-                       i * ACROSS * D) = make_uint2(pack_16x2<0>(s[i][0], s[i][1]),
-                                                    pack_16x2<0>(s[i][2], s[i][3]));
-        else
-            *(float4 *)((float *)p.state + place + i * ACROSS * D) = make_float4(s[i][0], s[i][1],
-                                                                                 s[i][2], s[i][3]);
-    }
+    if (p.kept.data && held)
+        store_rows<R, ACROSS * D>(s, p.kept.data, slot * p.kept.n + head * p.kept.h + place,
+                                  p.state_is_bf16);
 }
 
 extern "C" __global__ void __launch_bounds__(256)

@@ -13,26 +13,35 @@ struct attn_kda_rows {
     int64_t b, t, h;
 };
 
+/* fp32 or bf16 [rows, h, d_v, d_k], heads dense; data NULL: absent. */
+struct attn_kda_states {
+    void *data;
+    int64_t n, h;
+};
+
 struct attn_kda_step_params {
     struct attn_kda_rows q, k, v, g, out;
     struct attn_kda_rows beta;  /* [b, t, h] */
     const float *a_log;         /* [h]; NULL: slope 1 */
     const float *dt_bias;       /* [h, d]; NULL: 0 */
-    void *state;                /* [n or slots, h, d_v, d_k], fp32 or bf16, changed in place */
-    const int32_t *state_index; /* [n]; outside 0 .. slots - 1: padding, out becomes 0; NULL: i */
+    struct attn_kda_states in;  /* absent: zeros */
+    struct attn_kda_states kept; /* after the last token; may be the same memory */
+    struct attn_kda_states checkpoint; /* after every `every` tokens, sequence after sequence */
+    const int32_t *state_index; /* [n]; outside 0 .. slots - 1: no state in, none kept; NULL: i */
     const void *cu_seqlens;     /* [n + 1], int32 or int64; NULL: row i of b is sequence i */
-    int64_t state_n, state_h, dt_bias_h, slots;
-    int32_t n, h, t;
-    int32_t cu_is_64, state_is_bf16, d;
+    int64_t dt_bias_h, slots, checkpoint_rows;
+    int32_t n, h, t, d;
+    int32_t every;
+    int32_t cu_is_64, state_is_bf16, checkpoint_is_bf16;
     int32_t gate_activated, beta_activated;
+    int32_t padding; /* 1: a sequence of no slot reads nothing, its out becomes 0 */
     int32_t aligned; /* 1: rows of q k g on multiples of 8 bytes */
-    int32_t reserved;
     float scale, bound; /* of q; lower bound of the log-decay, times log2 e */
 };
 
 #ifdef __cplusplus
-static_assert(sizeof(struct attn_kda_step_params) == 312, "the host's and the kernel's layout");
+static_assert(sizeof(struct attn_kda_step_params) == 376, "the host's and the kernel's layout");
 #else
-_Static_assert(sizeof(struct attn_kda_step_params) == 312, "the host's and the kernel's layout");
+_Static_assert(sizeof(struct attn_kda_step_params) == 376, "the host's and the kernel's layout");
 #endif
 #endif
