@@ -10,8 +10,7 @@
 
 /* How a problem is cut into blocks: plain integers, tested without a GPU. */
 struct attn_kda_cuda_plan {
-    int32_t rows;   /* value rows of a block: 64 or 128 */
-    int32_t splits; /* blocks of a (sequence, head): d / rows */
+    int32_t cluster; /* blocks of a (sequence, head), 64 value rows each */
     int32_t grid;
     int32_t ordered; /* 1: sequences longest first, items drawn from a counter */
     /* The workspace: a counter and the order, if ordered, then dense copies of what the copy engine

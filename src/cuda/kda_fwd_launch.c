@@ -20,11 +20,10 @@
 typedef struct attn_kda_problem problem_t;
 typedef struct attn_kda_cuda_plan plan_t;
 
-static struct attn_cuda_kernel *kernel_of(const problem_t *p, const plan_t *plan)
+static struct attn_cuda_kernel *kernel_of(const problem_t *p)
 {
     for (int i = 0; i < attn_kda_fwd_kernel_count; i++)
-        if (attn_kda_fwd_kernels[i].d_qk == p->d && attn_kda_fwd_kernels[i].rows == plan->rows)
-            return &attn_kda_fwd_kernels[i];
+        if (attn_kda_fwd_kernels[i].d_qk == p->d) return &attn_kda_fwd_kernels[i];
     return NULL;
 }
 
@@ -35,7 +34,7 @@ static attn_status choose(const problem_t *p, int multiprocessors, plan_t *plan,
     ATTN_TRY(attn_kda_cuda_check(p));
     if (p->gate_activated) return attn_plain_kernel("attn_kda_step_sm90", kernel);
     attn_kda_cuda_choose(p, multiprocessors, plan);
-    *kernel = kernel_of(p, plan);
+    *kernel = kernel_of(p);
     ATTN_CHECK(*kernel, ATTN_E_NOT_BUILT,
                "kda_fwd: not in this build for GPUs, which was made without nvcc");
     return ATTN_OK;
@@ -103,7 +102,6 @@ static void fill_params(const problem_t *p, const plan_t *plan, char *workspace,
     out->n = (int32_t)p->n;
     out->h = (int32_t)p->h;
     out->t = (int32_t)p->t;
-    out->splits = plan->splits;
     out->out_aligned = plan->out_aligned;
     out->every = (int32_t)p->checkpoint_every;
     out->cu_is_64 = p->cu_wide;
@@ -196,12 +194,13 @@ static attn_status launch(const problem_t *p, const struct attn_cuda_device *dev
     ATTN_TRY(encode(p, &dense.q, p->d / 64, "q", &maps.q));
     ATTN_TRY(encode(p, &dense.k, p->d / 64, "k", &maps.k));
     ATTN_TRY(encode(p, &dense.g, p->d / 64, "g", &maps.g));
-    ATTN_TRY(encode(p, &dense.v, plan.rows / 64, "v", &maps.v));
+    ATTN_TRY(encode(p, &dense.v, ATTN_KDA_VALUE_ROWS / 64, "v", &maps.v));
     if (plan.ordered) ATTN_TRY(launch_order(&params, device->device, stream));
 
     struct cu_launch_config config = {
+        /* the kernel says itself how many of them are a cluster */
         .grid = {(unsigned)plan.grid, 1, 1},
-        .block = {(unsigned)ATTN_KDA_FWD_THREADS(plan.rows), 1, 1},
+        .block = {ATTN_KDA_FWD_THREADS((unsigned)p->d, ATTN_KDA_VALUE_ROWS), 1, 1},
         .shared_bytes = (unsigned)kernel->shared_bytes,
         .stream = stream,
     };
@@ -216,9 +215,8 @@ attn_status attn_kda_fwd_cuda_run(const problem_t *p, const struct attn_kda_fwd_
     (void)plan;
     if (p->n * p->h == 0) return ATTN_OK;
     ATTN_TRY(attn_cuda_enter(p->device.device_id, &device));
-    attn_status status = p->gate_activated
-                             ? attn_kda_step_launch(p, device.device, stream)
-                             : launch(p, &device, workspace, workspace_bytes, stream);
+    attn_status status = p->gate_activated ? attn_kda_step_launch(p, device.device, stream)
+                                           : launch(p, &device, workspace, workspace_bytes, stream);
     attn_cuda_leave(&device);
     return status;
 }

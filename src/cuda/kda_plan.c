@@ -5,10 +5,7 @@
 #include <string.h>
 
 #include "cuda/kda_cuda.h"
-
-/* Time of a chunk in a block of 128 value rows and in one of 64, in one unit (measured). */
-#define CHUNK_128 9
-#define CHUNK_64 6
+#include "cuda/kernels/kda_fwd_params.h"
 
 /* Rows on multiples of 16 bytes, which the copy engine wants and vector stores. */
 static bool aligned(const struct attn_rows *r, const struct attn_kda_problem *p)
@@ -17,20 +14,14 @@ static bool aligned(const struct attn_rows *r, const struct attn_kda_problem *p)
            (p->h <= 1 || r->head % 8 == 0) && (uintptr_t)r->data % 16 == 0;
 }
 
-static int64_t rounds(int64_t items, int64_t blocks) { return (items + blocks - 1) / blocks; }
-
 void attn_kda_cuda_choose(const struct attn_kda_problem *p, int multiprocessors,
                           struct attn_kda_cuda_plan *plan)
 {
-    int64_t pairs = p->n * p->h, blocks = multiprocessors;
     memset(plan, 0, sizeof *plan);
-    plan->rows = 64;
-    if (p->d == 128 && rounds(pairs, blocks) * CHUNK_128 <= rounds(2 * pairs, blocks) * CHUNK_64)
-        plan->rows = 128;
-    plan->splits = (int32_t)(p->d / plan->rows);
-    int64_t items = pairs * plan->splits;
-    plan->grid = (int32_t)(items < blocks ? items : blocks);
-    plan->ordered = p->cu_seqlens && p->n > 1 && items > blocks;
+    plan->cluster = ATTN_KDA_CLUSTER((int32_t)p->d, ATTN_KDA_VALUE_ROWS);
+    int64_t pairs = p->n * p->h, clusters = multiprocessors / plan->cluster;
+    plan->grid = plan->cluster * (int32_t)(pairs < clusters ? pairs : clusters);
+    plan->ordered = p->cu_seqlens && p->n > 1 && pairs > clusters;
     if (plan->ordered) plan->workspace_bytes = ATTN_KDA_TICKET_BYTES + (p->n * 4 + 63) / 64 * 64;
 
     const struct attn_rows *inputs[4] = {&p->q, &p->k, &p->g, &p->v};

@@ -3,6 +3,7 @@
 bits twice, replayed graphs, wild values in what only the device reads."""
 
 import flash_kda
+import libattn
 import pytest
 import torch
 from kda_cases import draw, rms_ratio
@@ -144,6 +145,38 @@ def test_wild_values_stay_inside():
     _, final = run({**call, "state_indices": slots})
     assert final[0].isnan().all() and final[1].isfinite().all() and final[2].isnan().all()
     torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("d", [64, 128])
+def test_activated_gates(d, ragged):
+    """Log-decays without a bound, beta as it is: libattn.kda_fwd against its fp64 oracle on the CPU."""
+    lengths, heads, every, slots = ([70, 0, 33, 160] if ragged else [90] * 3), 3, 32, 6
+    n, tokens = len(lengths), sum(lengths)
+    shape = (1, tokens, heads, d) if ragged else (n, 90, heads, d)
+    generator = torch.Generator().manual_seed(d + ragged)
+    q, k, v, g = (torch.randn(shape, generator=generator) for _ in range(4))
+    g = -(g.abs() * torch.tensor([0.01, 3.0, 60.0])[:, None])  # by head: slow, fast, nothing stays
+    g[:, 20] = -torch.inf
+    inputs = [x.bfloat16() for x in (q, k, v, g, torch.rand(shape[:3], generator=generator))]
+    more = {
+        "initial_state": torch.randn(slots, heads, d, d, generator=generator),
+        "final_state": torch.full((slots, heads, d, d), torch.nan),
+        "state_indices": torch.tensor([4, 0, -1, 2][:n], dtype=torch.int32),
+        "checkpoint_states": torch.full((sum(x // every for x in lengths), heads, d, d), torch.nan),
+        "cu_seqlens": torch.tensor([0, *lengths]).cumsum(0) if ragged else None,
+    }
+    features = {"checkpoint_every": every, "gate_activated": True, "beta_activated": True}
+    want = libattn.kda_fwd_ref(*inputs, d**-0.5, 0.0, **more, **features).double()
+    there = {name: None if x is None else x.cuda() for name, x in more.items()}
+    for name in ("final_state", "checkpoint_states"):
+        there[name] = torch.full_like(there[name], torch.nan)
+    out = libattn.kda_fwd(*(x.cuda() for x in inputs), d**-0.5, 0.0, **there, **features)
+    assert rms_ratio(out, want) <= 0.003
+    for name in ("final_state", "checkpoint_states"):
+        got, state = there[name].cpu(), more[name]
+        assert torch.equal(got.isnan(), state.isnan())
+        assert rms_ratio(got.nan_to_num(), state.nan_to_num().double()) <= 1e-4
 
 
 def test_a_step_of_each_width():

@@ -142,3 +142,16 @@ def test_no_sequence_hurts_another(device):
         x[1] = NAN
     out, state = step(clean)
     assert torch.equal(out[[0, 2]], want[[0, 2]]) and torch.equal(state[[0, 2]], want_state[[0, 2]])
+
+
+def test_a_nan_of_the_gate_gets_through(device):
+    """NaN in A_log or dt_bias makes its head NaN, in fwd and in step, and no other."""
+    for name in ("A_log", "dt_bias"):
+        p = draw((2, 5, 3), state="fp32", device=device)
+        getattr(p, name)[1] = torch.nan
+        out, final = p.run()
+        state, stepped = p.initial_state.clone(), torch.empty_like(p.v)
+        flash_kda.step(out=stepped, state=state, **p.inputs())
+        for x, axis in ((out, 2), (stepped, 2), (final, 1), (state, 1)):
+            assert x.select(axis, 1).isnan().all()
+            assert x.select(axis, 0).isfinite().all() and x.select(axis, 2).isfinite().all()

@@ -51,18 +51,17 @@ int main(int argc, char **argv)
         p.v = rows_of(&p, skewed ? 2 : 0);
         attn_kda_cuda_choose(&p, BLOCKS, &plan);
 
-        int64_t items = p.n * p.h * plan.splits;
-        EXPECT(plan.rows == 64 || (plan.rows == 128 && p.d == 128));
-        EXPECT(plan.splits * plan.rows == p.d);
+        int64_t items = p.n * p.h * plan.cluster;
+        EXPECT(plan.cluster * 64 == p.d);
         EXPECT(plan.grid >= 1 && plan.grid <= BLOCKS && plan.grid <= items);
-        EXPECT(plan.grid == BLOCKS || plan.grid == items);
-        EXPECT(plan.ordered == (p.cu_seqlens && p.n > 1 && items > BLOCKS));
+        EXPECT(plan.grid % plan.cluster == 0);
+        EXPECT(plan.grid > BLOCKS - plan.cluster || plan.grid == items);
+        EXPECT(plan.ordered == (p.cu_seqlens && p.n > 1 && items > plan.grid));
         EXPECT(plan.copied == (skewed ? 8 : 0) && plan.out_aligned);
         int64_t need = (plan.ordered ? ATTN_KDA_TICKET_BYTES + p.n * 4 : 0) +
                        (skewed ? p.b * p.t * p.h * p.d * 2 : 0);
         EXPECT(plan.workspace_bytes >= need && plan.workspace_bytes % 64 == 0);
         EXPECT(need || plan.workspace_bytes == 0);
-        if (p.d == 128 && p.n * p.h <= BLOCKS / 2) EXPECT(plan.rows == 64);
     }
     printf("kda plans: seed %u, %d rounds, %d failures\n", seed, ROUNDS, failures);
     return failures != 0;

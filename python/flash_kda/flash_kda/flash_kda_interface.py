@@ -17,7 +17,7 @@ import operator
 
 import libattn
 import torch
-from libattn import ArgumentError, NotBuiltError, kda, musa
+from libattn import ArgumentError, NotBuiltError, _native, kda, musa
 from torch.autograd.graph import increment_version
 
 LIBATTN = "0.1.0"
@@ -28,6 +28,7 @@ if libattn.__version__ != LIBATTN:
     )
 
 _Tensor = torch.Tensor
+_threads = torch.get_num_threads
 _NO_DISPATCH = _Tensor.__torch_dispatch__
 
 
@@ -70,7 +71,9 @@ def _check_outputs(**tensors):
 
 def _written(*tensors):
     """Tells autograd that tensors were changed in place."""
-    increment_version([x for x in tensors if x is not None and not x.is_inference()])
+    for x in tensors:
+        if x is not None and not x.is_inference():
+            increment_version(x)
 
 
 def fwd(
@@ -138,23 +141,24 @@ def fwd(
         )
     if out is None:
         raise TypeError("out: expected a tensor, got None")
-    kda.kda_fwd(
+    _native.kda_fwd(  # libattn.kda_fwd, without half a microsecond of keywords
         q,
         k,
         v,
         g,
         beta,
+        out,
         scale if type(scale) is float else _number("scale", scale),
         lower_bound if type(lower_bound) is float else _number("lower_bound", lower_bound),
+        _threads(),
         A_log,
         dt_bias,
-        out=out,
-        initial_state=initial_state,
-        final_state=final_state,
-        cu_seqlens=cu_seqlens,
-        state_indices=state_indices,
-        checkpoint_states=checkpoint_states,
-        checkpoint_every=checkpoint_every,
+        initial_state,
+        final_state,
+        cu_seqlens,
+        state_indices,
+        checkpoint_states,
+        checkpoint_every,
     )
     _written(out, final_state, checkpoint_states)
 

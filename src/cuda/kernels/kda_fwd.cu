@@ -16,16 +16,18 @@
  * bf16, the inverse is a substitution in fp32, sums are fp32.  Rows past the end of a sequence have
  * k = 0, gamma = 0, r = 0, b = 0, v = 0.
  *
- * Layout.  q k g v out [b, t, h, d]; a block holds VB value rows of one (sequence, head) at a time.
+ * Layout.  q k g v out [b, t, h, d]; a block holds VB = 64 value rows of one (sequence, head) at a
+ * time.  With d 128 two blocks are a cluster: each prepares every other chunk and sends it across.
  * Tiles of 16 tokens are panels of 64 channels, [16 tokens][128 bytes], swizzled by 128 bytes.
  * Preparing, warp w of a warpgroup has channels w D / 4 .. of the chunk; a lane D / 32 of these for
  * four tokens, so that sums along the chunk are two shuffles.  The recurrence runs transposed: a
  * consumer warpgroup has 64 rows of S as wgmma accumulators, which packed are the left operand.
  *
  * Pipeline, one persistent block an SM; every arrow is a ring in shared memory:
- *     scheduler, loader    items; q k g of chunk n --> producers,  v of chunk n --> consumers
- *     producers (2, 3 WGs) chunk n by warpgroup n mod 2 or 3: kd qd kr A M 2^G_16 r s --> consumers
- *     consumers (1, 2 WGs) 64 value rows each, chunk by chunk:
+ *     scheduler, loader    items; q k g of this block's chunks --> producers,  v --> consumers
+ *     producers (2, 3 WGs) chunk by chunk in turn: kd qd kr ki 2^G_16 r s --> finishers
+ *     finishers (2 warps)  chunk by chunk in turn: A M --> consumers here and in the other block
+ *     consumer (1 WG)      chunk by chunk:
  *         [P; O]^T = S [kd; qd]^T       | R | U^T = R^T A^T | O^T += U^T M^T, S += U^T kr
  *         beside it S 2^G_16, old O out |   |               | O packed
  */
@@ -63,12 +65,12 @@ ATTN_DEVICE int64_t checkpoints_before(const attn_kda_fwd_params &p, int sequenc
     return sum;
 }
 
-/* Fills in item number `number`: split, then head, then sequence.  One warp. */
+/* Fills in item number `number`: head, then sequence; the value rows of block `rank` of a cluster.
+ * One warp. */
 template <int D, int VB>
-ATTN_DEVICE void describe(const attn_kda_fwd_params &p, int number, kda_item &item)
+ATTN_DEVICE void describe(const attn_kda_fwd_params &p, int number, int rank, kda_item &item)
 {
-    int split = number % p.splits, head = number / p.splits % p.h;
-    int sequence = number / p.splits / p.h;
+    int head = number % p.h, sequence = number / p.h;
     if (p.order) sequence = p.order[sequence];
     item.saved = p.checkpoints ? checkpoints_before(p, sequence) : 0;
     float slope = -LOG2E * (p.a_log ? ex2_approx(at_most(p.a_log[head] * LOG2E, 60.0f)) : 1.0f);
@@ -83,9 +85,9 @@ ATTN_DEVICE void describe(const attn_kda_fwd_params &p, int number, kda_item &it
     item.start = start;
     item.length = sequence_length(p, sequence);
     item.head = head;
-    item.value = split * VB;
+    item.value = rank * VB;
     item.beta = batch * p.beta_b + start * p.beta_t + head * p.beta_h;
-    int64_t dense = (int64_t)split * VB * D;
+    int64_t dense = (int64_t)rank * VB * D;
     int row = p.state_index ? p.state_index[sequence] : sequence;
     bool kept = row >= 0 && row < p.slots;
     item.state_in = p.state_in && kept ? row * p.in_n + head * p.in_h + dense : -1;
@@ -93,26 +95,50 @@ ATTN_DEVICE void describe(const attn_kda_fwd_params &p, int number, kda_item &it
     item.checkpoint = head * p.checkpoint_h + dense;
 }
 
-/* Fills the ring of items: dealt in turn, or drawn where sequences have lengths of their own. */
+/* The next number from the counter.  Block 0 of a cluster draws and tells block 1. */
 template <int D, int VB>
-ATTN_DEVICE void schedule(const attn_kda_fwd_params &p, kda_fwd_smem<D, VB> &sm)
+ATTN_DEVICE int draw(const attn_kda_fwd_params &p, kda_fwd_smem<D, VB> &sm, int rank, uint32_t turn)
 {
     typedef kda_fwd_smem<D, VB> smem;
-    int lane = threadIdx.x % 32;
+    int lane = threadIdx.x % 32, number = 0;
+    uint32_t place = turn % smem::ITEMS;
+    if (rank == 1) {
+        if (lane == 0)
+            mbarrier_arrive_expect_tx(shared_address(sm.drawn_full + place), sizeof(int));
+        wait_full<smem::ITEMS>(sm.drawn_full, turn);
+        number = *(volatile int *)&sm.drawn[place];
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive_cluster(shared_address(sm.drawn_empty + place), 0);
+        return number;
+    }
+    /* late, so that whoever is done first gets the next */
+    if (turn) mbarrier_wait_parity(shared_address(&sm.item_wanted), ~turn & 1);
+    if (lane == 0) number = atomicAdd(p.ticket, 1);
+    number = __shfl_sync(0xffffffff, number, 0);
+    if constexpr (smem::CLUSTER == 2) {
+        wait_empty<smem::ITEMS>(sm.drawn_empty, turn);
+        if (lane == 0)
+            store_to_block(shared_address(&sm.drawn[place]), number,
+                           shared_address(sm.drawn_full + place), 1);
+    }
+    return number;
+}
+
+/* Fills the ring of items: dealt in turn, or drawn where sequences have lengths of their own. */
+template <int D, int VB>
+ATTN_DEVICE void schedule(const attn_kda_fwd_params &p, kda_fwd_smem<D, VB> &sm, int rank)
+{
+    typedef kda_fwd_smem<D, VB> smem;
     for (uint32_t turn = 0;; turn++) {
-        int number = blockIdx.x + turn * gridDim.x;
-        if (p.ticket) { /* drawn late, so that whoever is done first gets the next */
-            if (turn) mbarrier_wait_parity(shared_address(&sm.item_wanted), ~turn & 1);
-            if (lane == 0) number = atomicAdd(p.ticket, 1);
-            number = __shfl_sync(0xffffffff, number, 0);
-        }
-        bool last = number >= p.n * p.h * p.splits;
+        int number = (blockIdx.x + turn * gridDim.x) / smem::CLUSTER;
+        if (p.ticket) number = draw<D, VB>(p, sm, rank, turn);
+        bool last = number >= p.n * p.h;
         kda_item &item = sm.item[turn % smem::ITEMS];
         wait_empty<smem::ITEMS>(sm.item_empty, turn);
         const kda_item &before = sm.item[(turn + smem::ITEMS - 1) % smem::ITEMS];
         item.first = turn ? before.first + (before.length + 15) / 16 : 0;
         if (!last)
-            describe<D, VB>(p, number, item);
+            describe<D, VB>(p, number, rank, item);
         else
             item.length = -1;
         arrive<smem::ITEMS>(sm.item_full, turn);
@@ -120,35 +146,82 @@ ATTN_DEVICE void schedule(const attn_kda_fwd_params &p, kda_fwd_smem<D, VB> &sm)
     }
 }
 
-/* Every chunk of every item: g, k, q, and v behind them.  One lane. */
+/* A place in the stream of chunks: of item `turn` so many tokens are left, -1: no more items. */
+struct kda_cursor {
+    uint32_t turn, n; /* n: the chunk, counted over all items */
+    int left, token;
+};
+
 template <int D, int VB>
-ATTN_DEVICE void load(const attn_kda_fwd_maps &maps, kda_fwd_smem<D, VB> &sm)
+ATTN_DEVICE void leave_item(kda_fwd_smem<D, VB> &sm, kda_cursor &at, bool draws)
+{
+    mbarrier_arrive(shared_address(sm.item_empty + at.turn++ % kda_fwd_smem<D, VB>::ITEMS));
+    if (draws) mbarrier_arrive(shared_address(&sm.item_wanted));
+}
+
+/* Whether the cursor stands at a chunk; it goes on to the next item where there is one yet.  The
+ * one that `draws` wants another item when it comes to the end of one. */
+template <int D, int VB>
+ATTN_DEVICE bool at_chunk(kda_fwd_smem<D, VB> &sm, kda_cursor &at, bool draws)
 {
     typedef kda_fwd_smem<D, VB> smem;
-    for (uint32_t turn = 0, n = 0;; turn++) {
-        wait_full<smem::ITEMS>(sm.item_full, turn);
-        const volatile kda_item &item = sm.item[turn % smem::ITEMS];
-        int left = item.length, token = item.start;
-        if (left < 0) return;
-        if (left == 0) mbarrier_arrive(shared_address(&sm.item_wanted));
-#pragma unroll 1
-        for (; left > 0; left -= 16, token += 16, n++) {
-            uint32_t full = shared_address(sm.raw_full + n % smem::RAW);
-            uint32_t raw = shared_address(sm.raw[n % smem::RAW]);
-            wait_empty<smem::RAW>(sm.raw_empty, n);
-            mbarrier_arrive_expect_tx(full, 3 * smem::TILE_BYTES);
-            if (left <= 16) mbarrier_arrive(shared_address(&sm.item_wanted));
-            int head = item.head, batch = item.batch;
-            tma_load_5d(raw + 2 * smem::TILE_BYTES, &maps.g, full, 0, token, 0, head, batch);
-            tma_load_5d(raw + smem::TILE_BYTES, &maps.k, full, 0, token, 0, head, batch);
-            tma_load_5d(raw, &maps.q, full, 0, token, 0, head, batch);
-            full = shared_address(sm.v_full + n % smem::VALUES);
-            wait_empty<smem::VALUES>(sm.v_empty, n);
-            mbarrier_arrive_expect_tx(full, smem::VALUE_BYTES);
-            tma_load_5d(shared_address(sm.v[n % smem::VALUES]), &maps.v, full, 0, token,
-                        item.value / 64, head, batch);
+    if (at.left) return at.left > 0;
+    uint32_t place = at.turn % smem::ITEMS;
+    if (!mbarrier_test_parity(shared_address(sm.item_full + place), at.turn / smem::ITEMS & 1))
+        return false;
+    at.left = sm.item[place].length;
+    at.token = sm.item[place].start;
+    if (at.left == 0) leave_item(sm, at, draws);
+    return at.left > 0;
+}
+
+template <int D, int VB>
+ATTN_DEVICE void next_chunk(kda_fwd_smem<D, VB> &sm, kda_cursor &at, bool draws)
+{
+    at.n++;
+    at.token += 16;
+    at.left = max(at.left - 16, 0);
+    if (at.left == 0) leave_item(sm, at, draws);
+}
+
+/* Of every item g, k, q of the chunks prepared here, and v of all of them.  The producers are ahead
+ * of the consumers, and neither must wait for the other's memory: two cursors.  One lane. */
+template <int D, int VB>
+ATTN_DEVICE void load(const attn_kda_fwd_maps &maps, kda_fwd_smem<D, VB> &sm, int rank)
+{
+    typedef kda_fwd_smem<D, VB> smem;
+    kda_cursor raw = {}, v = {};
+    while (raw.left >= 0 || v.left >= 0) {
+        if (at_chunk(sm, raw, true)) {
+            uint32_t own = raw.n / smem::CLUSTER, place = own % smem::RAW;
+            bool here = (int)(raw.n % smem::CLUSTER) == rank;
+            if (!here || mbarrier_test_parity(shared_address(sm.raw_empty + place),
+                                              ~(own / smem::RAW) & 1)) {
+                const kda_item &item = sm.item[raw.turn % smem::ITEMS];
+                int head = item.head, batch = item.batch, token = raw.token;
+                uint32_t full = shared_address(sm.raw_full + place);
+                uint32_t to = shared_address(sm.raw[place]);
+                if (here) {
+                    mbarrier_arrive_expect_tx(full, 3 * smem::TILE_BYTES);
+                    tma_load_5d(to + 2 * smem::TILE_BYTES, &maps.g, full, 0, token, 0, head, batch);
+                    tma_load_5d(to + smem::TILE_BYTES, &maps.k, full, 0, token, 0, head, batch);
+                    tma_load_5d(to, &maps.q, full, 0, token, 0, head, batch);
+                }
+                next_chunk(sm, raw, true);
+            }
         }
-        mbarrier_arrive(shared_address(sm.item_empty + turn % smem::ITEMS));
+        uint32_t place = v.n % smem::FACTORS;
+        if (at_chunk(sm, v, false) && mbarrier_test_parity(shared_address(sm.v_empty + place),
+                                                    ~(v.n / smem::FACTORS) & 1)) {
+            const kda_item &item = sm.item[v.turn % smem::ITEMS];
+            uint32_t full = shared_address(sm.factor_full + place), bytes = smem::VALUE_BYTES;
+            /* with what the other block will send */
+            if ((int)(v.n % smem::CLUSTER) != rank) bytes += sizeof(kda_factor<D>);
+            mbarrier_arrive_expect_tx(full, bytes);
+            tma_load_5d(shared_address(sm.v[place]), &maps.v, full, 0, v.token, item.value / 64,
+                        item.head, item.batch);
+            next_chunk(sm, v, false);
+        }
     }
 }
 
@@ -161,28 +234,34 @@ ATTN_DEVICE void kda_fwd_body(const attn_kda_fwd_params &p, const attn_kda_fwd_m
     static_assert(sizeof(smem) <= ATTN_KDA_FWD_SMEM(D, VB), "the host asks for less");
     static_assert(sizeof(kda_item) <= ATTN_KDA_ITEM_BYTES, "an item fits");
     static_assert(sizeof(kda_factor<D>) <= ATTN_KDA_FACTOR_BYTES(D), "a stage holds a chunk");
+    static_assert(sizeof(kda_scratch<D>) <= ATTN_KDA_SCRATCH_BYTES(D), "and so does its scratch");
     extern __shared__ __align__(1024) uint8_t shared[];
     smem &sm = *(smem *)shared;
     int group = __shfl_sync(0xffffffff, (int)threadIdx.x / 128, 0);
+    int rank = smem::CLUSTER == 1 ? 0 : (int)cluster_rank();
     if (threadIdx.x == 0) {
         for (uint32_t i = 0; i < smem::RAW; i++) {
             mbarrier_init(shared_address(sm.raw_full + i), 1);
             mbarrier_init(shared_address(sm.raw_empty + i), 4);
         }
-        for (uint32_t i = 0; i < smem::VALUES; i++) {
-            mbarrier_init(shared_address(sm.v_full + i), 1);
-            mbarrier_init(shared_address(sm.v_empty + i), 4 * smem::CONSUMERS);
-        }
         for (uint32_t i = 0; i < smem::FACTORS; i++) {
             mbarrier_init(shared_address(sm.factor_scaled + i), 4);
-            mbarrier_init(shared_address(sm.factor_normed + i), 1);
-            mbarrier_init(shared_address(sm.factor_full + i), 4);
-            mbarrier_init(shared_address(sm.factor_empty + i), 4 * smem::CONSUMERS);
+            bool here = (int)(i % smem::CLUSTER) == rank;
+            mbarrier_init(shared_address(sm.factor_full + i), here ? 2 : 1);
+            mbarrier_init(shared_address(sm.factor_empty + i),
+                          4 * smem::CONSUMERS * smem::CLUSTER);
+            mbarrier_init(shared_address(sm.v_empty + i), 4 * smem::CONSUMERS);
         }
+        for (uint32_t i = 0; i < smem::SCRATCHES; i++)
+            mbarrier_init(shared_address(sm.scratch_empty + i), 1);
         for (uint32_t i = 0; i < smem::ITEMS; i++) {
             mbarrier_init(shared_address(sm.item_full + i), 1);
             mbarrier_init(shared_address(sm.item_empty + i),
-                          4 * (smem::PRODUCERS + smem::CONSUMERS) + 1);
+                          4 * (smem::PRODUCERS + smem::CONSUMERS) + 2 + smem::FINISHERS);
+        }
+        for (uint32_t i = 0; i < smem::ITEMS; i++) {
+            mbarrier_init(shared_address(sm.drawn_full + i), 1);
+            mbarrier_init(shared_address(sm.drawn_empty + i), 1);
         }
         mbarrier_init(shared_address(&sm.item_wanted), 1);
         fence_mbarrier_init();
@@ -191,28 +270,43 @@ ATTN_DEVICE void kda_fwd_body(const attn_kda_fwd_params &p, const attn_kda_fwd_m
         prefetch_tensormap(&maps.g);
         prefetch_tensormap(&maps.v);
     }
-    __syncthreads();
+    if constexpr (smem::CLUSTER == 1)
+        __syncthreads();
+    else
+        cluster_sync();
 
     if (group < smem::PRODUCERS) {
         setmaxnreg_dec<smem::PRODUCER_REGISTERS>();
-        produce<D, VB>(p, sm, group);
+        produce<D, VB>(p, sm, group, rank);
     } else if (group < smem::PRODUCERS + smem::CONSUMERS) {
         setmaxnreg_inc<smem::CONSUMER_REGISTERS>();
-        consume<D, VB>(p, sm, group - smem::PRODUCERS);
+        consume<D, VB>(p, sm, group - smem::PRODUCERS, rank);
     } else {
         setmaxnreg_dec<smem::LOADER_REGISTERS>();
         int warp = __shfl_sync(0xffffffff, (int)threadIdx.x % 128 / 32, 0);
         if (warp == 0)
-            schedule<D, VB>(p, sm);
+            schedule<D, VB>(p, sm, rank);
         else if (warp == 1 && elect_one())
-            load<D, VB>(maps, sm);
+            load<D, VB>(maps, sm, rank);
+        else if (warp >= 2)
+            finish<D, VB>(p, sm, warp - 2, rank);
+    }
+    if constexpr (smem::CLUSTER > 1) { /* the other block may still copy to here and arrive */
+        __syncwarp();
+        cluster_sync();
     }
 }
+
+#if VARIANT_DQK == 2 * VARIANT_ROWS
+#define CLUSTER __cluster_dims__(2, 1, 1)
+#else
+#define CLUSTER
+#endif
 
 /* The build compiles this file once a line of kda_fwd.def, with the line's fields as macros. */
 #define ATTN_KERNEL(op, arch, dtype, dk, dv, rows, tokens)                                         \
     extern "C" __global__ void __launch_bounds__((kda_fwd_smem<dk, rows>::THREADS), 1)             \
-        attn_##op##_##arch##_##dtype##_d##dk##x##dv##_m##rows##n##tokens(                          \
+        CLUSTER attn_##op##_##arch##_##dtype##_d##dk##x##dv##_m##rows##n##tokens(                          \
             const __grid_constant__ attn_kda_fwd_params p,                                         \
             const __grid_constant__ attn_kda_fwd_maps maps)                                        \
     {                                                                                              \

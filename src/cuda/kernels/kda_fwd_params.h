@@ -39,7 +39,6 @@ struct attn_kda_fwd_params {
     int64_t slots; /* rows of the states: an index past them counts as negative */
 
     int32_t n, h, t; /* sequences, heads, tokens of a batch row */
-    int32_t splits;  /* blocks that share the value rows of a (sequence, head) */
     int32_t every;   /* tokens between checkpoints, a multiple of 16 */
     int32_t cu_is_64;
     int32_t state_is_bf16, checkpoint_is_bf16;
@@ -47,27 +46,33 @@ struct attn_kda_fwd_params {
     int32_t out_aligned; /* rows of out lie on multiples of 16 bytes */
     float scale;         /* of q */
     float bound;         /* lower bound of the log-decay, times log2 e */
+    int32_t reserved;
 };
 
-/* Stages of the rings in shared memory. */
-#define ATTN_KDA_RAW_STAGES 6    /* q k g as loaded */
-#define ATTN_KDA_VALUE_STAGES 8  /* v as loaded */
-#define ATTN_KDA_FACTOR_STAGES 6 /* what the recurrence takes of a chunk */
-#define ATTN_KDA_ITEM_STAGES 4   /* (sequence, head) pairs */
+#define ATTN_KDA_VALUE_ROWS 64 /* of a block */
 
-#define ATTN_KDA_FACTOR_BYTES(d) (((d) / 64 * 8192 + (d) * 4 + 2560 + 1023) / 1024 * 1024)
+/* Blocks of a cluster, which share the value rows of a (sequence, head) and its preparation. */
+#define ATTN_KDA_CLUSTER(d, vb) ((d) / (vb))
+
+/* Warpgroups beside the loaders': preparing, and 64 value rows each. */
+#define ATTN_KDA_PRODUCERS(d) ((d) == 64 ? 3 : 2)
+#define ATTN_KDA_CONSUMERS(vb) ((vb) / 64)
+#define ATTN_KDA_FWD_THREADS(d, vb) (128 * (1 + ATTN_KDA_PRODUCERS(d) + ATTN_KDA_CONSUMERS(vb)))
+
+/* Stages of the rings in shared memory. */
+#define ATTN_KDA_RAW_STAGES 4     /* q k g as loaded */
+#define ATTN_KDA_FACTOR_STAGES 8  /* what the recurrence takes of a chunk, v among it */
+#define ATTN_KDA_SCRATCH_STAGES 4 /* what stays with the producers */
+#define ATTN_KDA_ITEM_STAGES 4    /* (sequence, head) pairs */
+
+#define ATTN_KDA_FACTOR_BYTES(d) (((d) / 64 * 6144 + (d) * 4 + 1152 + 1023) / 1024 * 1024)
+#define ATTN_KDA_SCRATCH_BYTES(d) ((d) * 32 + 1408)
 #define ATTN_KDA_ITEM_BYTES 640
 
-/* Warpgroups beside the loader: preparing, and 64 value rows each. */
-#define ATTN_KDA_PRODUCERS(vb) ((vb) == 128 ? 2 : 3)
-#define ATTN_KDA_CONSUMERS(vb) ((vb) / 64)
-
-#define ATTN_KDA_FWD_THREADS(vb) (128 * (1 + ATTN_KDA_PRODUCERS(vb) + ATTN_KDA_CONSUMERS(vb)))
-
 #define ATTN_KDA_FWD_SMEM(d, vb)                                                                   \
-    (ATTN_KDA_FACTOR_STAGES * ATTN_KDA_FACTOR_BYTES(d) + ATTN_KDA_RAW_STAGES * 96 * (d) +          \
-     ATTN_KDA_VALUE_STAGES * 32 * (vb) + (vb) * 32 + ATTN_KDA_ITEM_STAGES * ATTN_KDA_ITEM_BYTES +  \
-     1024)
+    (ATTN_KDA_FACTOR_STAGES * (ATTN_KDA_FACTOR_BYTES(d) + 32 * (vb)) +                             \
+     ATTN_KDA_RAW_STAGES * 96 * (d) + ATTN_KDA_SCRATCH_STAGES * ATTN_KDA_SCRATCH_BYTES(d) +        \
+     (vb) * 32 + ATTN_KDA_ITEM_STAGES * ATTN_KDA_ITEM_BYTES + 1024)
 
 #ifdef __cplusplus
 static_assert(sizeof(struct attn_kda_fwd_maps) == 512, "four tensor maps");

@@ -21,24 +21,30 @@ ATTN_DEVICE uint32_t fragment_offset()
     return row * 128 + ((lane / 16 ^ row % 8) * 16);
 }
 
-/* d[n tile * 4 + i] = X[16][D] . Y[16][D]^T */
-template <int D, int X_PANEL, int Y_PANEL>
-ATTN_DEVICE void product_16x16(float (&d)[8], uint32_t x, uint32_t y)
+/* l = Kd Ki^T and m = Qd Ki^T, [16][D] . [16][D]^T: fragment n tile * 4 + i. */
+template <int D>
+ATTN_DEVICE void products(float (&l)[8], float (&m)[8], uint32_t kd_qd, uint32_t ki)
 {
     uint32_t lane_offset = fragment_offset();
-    float odd[8]; /* even and odd k steps apart: chains of half the length */
+    float l_odd[8], m_odd[8]; /* even and odd k steps apart: chains of half the length */
 #pragma unroll
-    for (int i = 0; i < 8; i++) d[i] = odd[i] = 0;
+    for (int i = 0; i < 8; i++) l[i] = l_odd[i] = m[i] = m_odd[i] = 0;
 #pragma unroll
     for (int s = 0; s < D / 16; s++) {
         uint32_t a[4], b[4];
-        load_fragment<X_PANEL>(a, x, lane_offset, s);
-        load_fragment<Y_PANEL>(b, y, lane_offset, s);
-        mma_m16n8k16_bf16(s % 2 ? odd : d, a, b[0], b[2]);
-        mma_m16n8k16_bf16((s % 2 ? odd : d) + 4, a, b[1], b[3]);
+        load_fragment<2048>(b, ki, lane_offset, s);
+        load_fragment<kda_factor<D>::PANEL_BYTES>(a, kd_qd, lane_offset, s);
+        mma_m16n8k16_bf16(s % 2 ? l_odd : l, a, b[0], b[2]);
+        mma_m16n8k16_bf16((s % 2 ? l_odd : l) + 4, a, b[1], b[3]);
+        load_fragment<kda_factor<D>::PANEL_BYTES>(a, kd_qd + 2048, lane_offset, s);
+        mma_m16n8k16_bf16(s % 2 ? m_odd : m, a, b[0], b[2]);
+        mma_m16n8k16_bf16((s % 2 ? m_odd : m) + 4, a, b[1], b[3]);
     }
 #pragma unroll
-    for (int i = 0; i < 8; i++) d[i] += odd[i];
+    for (int i = 0; i < 8; i++) {
+        l[i] += l_odd[i];
+        m[i] += m_odd[i];
+    }
 }
 
 /* scale / |row| of the 16 rows of a raw tile, 0 from row `rows` on: the diagonal of X X^T. */
@@ -85,7 +91,7 @@ template <int PAIRS> ATTN_DEVICE void store_pairs(uint32_t address, const uint32
 /* Gates, decays and the four factors of a chunk: channels of this thread for its four tokens. */
 template <int D>
 ATTN_DEVICE void prepare_factors(const kda_item &item, float bound, int rows, uint32_t raw,
-                                 kda_factor<D> &factor)
+                                 kda_factor<D> &factor, kda_scratch<D> &scratch)
 {
     constexpr int CHANNELS = D / 32, PAIRS = CHANNELS / 2;
     constexpr int TILE_BYTES = 32 * D;
@@ -94,8 +100,8 @@ ATTN_DEVICE void prepare_factors(const kda_item &item, float bound, int rows, ui
     /* token 4 group + i: at + 128 i with i in bits 4 and 5 flipped */
     uint32_t at = group * 512 + (in_row / 16 ^ group % 2 * 4) * 16 + in_row % 16;
     uint32_t from = raw + channel / 64 * 2048 + at;
-    uint32_t kd = shared_address(factor.kd_qd) + channel / 64 * 4096 + at;
-    uint32_t kr = kd + (uint32_t)sizeof factor.kd_qd;
+    uint32_t kd = shared_address(factor.rows) + channel / 64 * factor.PANEL_BYTES + at;
+    uint32_t ki = shared_address(scratch.ki) + channel / 64 * 2048 + at;
 #define AT(base, i) (((base) ^ (i) * 16) + (i) * 128)
 
     float bias[CHANNELS], slope = item.slope;
@@ -179,26 +185,24 @@ ATTN_DEVICE void prepare_factors(const kda_item &item, float bound, int rows, ui
             falling[c] = mul_bf16x2(k[i % 2][c],
                                     pack_16x2<0>(x * whole[2 * c], y * whole[2 * c + 1]));
         }
-        store_pairs(AT(kr, i), falling);
-        store_pairs(AT(kr, i) + 2048, rising);
+        store_pairs(AT(kd, i) + 4096, falling);
+        store_pairs(AT(ki, i), rising);
 #pragma unroll
         for (int c = 0; c < CHANNELS; c++) up[c] *= step[i][c];
     }
 #undef AT
 }
 
-/* A from kd, ki, r and b of token `lane`: L, then the rows of A, a lane each.  One warp. */
+/* A and M of a chunk; `beta` is b of token `lane`.  A = (1 + L)^-1 by substitution, a row a lane.
+ * One warp. */
 template <int D>
-ATTN_DEVICE void prepare_inverse(kda_factor<D> &factor, float beta, const uint64_t *normed,
-                                 uint32_t now)
+ATTN_DEVICE void prepare_small(kda_factor<D> &factor, kda_scratch<D> &scratch, float beta)
 {
     uint32_t lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
-    uint32_t l = shared_address(factor.l), r = shared_address(factor.r);
-    float d[8], x[16];
-    if (lane < 16) factor.b[lane] = beta;
-    product_16x16<D, 4096, 4096>(d, shared_address(factor.kd_qd),
-                                 shared_address(factor.kr_ki) + 2048);
-    wait_full<ATTN_KDA_FACTOR_STAGES>(normed, now);
+    uint32_t l = shared_address(scratch.l), r = shared_address(factor.r);
+    float d[8], m[8], x[16];
+    if (lane < 16) scratch.b[lane] = beta;
+    products<D>(d, m, shared_address(factor.rows), shared_address(scratch.ki));
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         uint32_t i = g + 8 * half;
@@ -214,6 +218,16 @@ ATTN_DEVICE void prepare_inverse(kda_factor<D> &factor, float beta, const uint64
         }
     }
     __syncwarp();
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+#pragma unroll
+        for (int tile = 0; tile < 2; tile++) {
+            uint32_t i = g + 8 * half, j = 8 * tile + 2 * c;
+            float first = j <= i ? m[4 * tile + 2 * half] : 0.0f;
+            float second = j + 1 <= i ? m[4 * tile + 2 * half + 1] : 0.0f;
+            shared_store_32(shared_address(factor.m) + 256 * half + 128 * tile + 4 * lane,
+                            pack_16x2<0>(first, second));
+        }
     uint32_t row = lane % 16;
     float own = LIFT * __uint_as_float(shared_load_32(r + 4 * row));
 #pragma unroll
@@ -232,7 +246,7 @@ ATTN_DEVICE void prepare_inverse(kda_factor<D> &factor, float beta, const uint64
     uint32_t packed[8];
 #pragma unroll
     for (int j = 0; j < 16; j += 4) {
-        float4 b = shared_load_4f(shared_address(factor.b) + 4 * j);
+        float4 b = shared_load_4f(shared_address(scratch.b) + 4 * j);
         packed[j / 2] = pack_16x2<0>(x[j] * b.x, x[j + 1] * b.y);
         packed[j / 2 + 1] = pack_16x2<0>(x[j + 2] * b.z, x[j + 3] * b.w);
     }
@@ -243,81 +257,81 @@ ATTN_DEVICE void prepare_inverse(kda_factor<D> &factor, float beta, const uint64
     }
 }
 
-/* M from qd and ki.  One warp. */
-template <int D> ATTN_DEVICE void prepare_scores(kda_factor<D> &factor)
-{
-    uint32_t lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
-    float d[8];
-    product_16x16<D, 4096, 4096>(d, shared_address(factor.kd_qd) + 2048,
-                                 shared_address(factor.kr_ki) + 2048);
-#pragma unroll
-    for (int half = 0; half < 2; half++)
-#pragma unroll
-        for (int tile = 0; tile < 2; tile++) {
-            uint32_t i = g + 8 * half, j = 8 * tile + 2 * c;
-            float first = j <= i ? d[4 * tile + 2 * half] : 0.0f;
-            float second = j + 1 <= i ? d[4 * tile + 2 * half + 1] : 0.0f;
-            shared_store_32(shared_address(factor.m) + 256 * half + 128 * tile + 4 * lane,
-                            pack_16x2<0>(first, second));
-        }
-}
-
-/* Warpgroup `group` of the producers prepares chunks group, group + PRODUCERS, ..  Of its four
- * warps one has the inverse of a chunk, one the scores, two the norms, in turn; inverse and scores
- * need what all four scale, and wait for it best by scaling their part of the next chunk first. */
+/* Warpgroup `group` of the producers: this block's chunks group, group + PRODUCERS, .., but for A
+ * and M.  Of its four warps two have the norms of a chunk, in turn. */
 template <int D, int VB>
-ATTN_DEVICE void produce(const attn_kda_fwd_params &p, kda_fwd_smem<D, VB> &sm, int group)
+ATTN_DEVICE void produce(const attn_kda_fwd_params &p, kda_fwd_smem<D, VB> &sm, int group, int rank)
 {
     typedef kda_fwd_smem<D, VB> smem;
-    int lane = threadIdx.x % 32;
-    uint32_t now = group; /* the next chunk */
-    float b = 0; /* of token `lane` of the chunk before, where its inverse is this warp's */
+    uint32_t own = group; /* the next chunk, counted over those of this block */
     for (uint32_t turn = 0;; turn++) {
         wait_full<smem::ITEMS>(sm.item_full, turn);
         const kda_item &item = sm.item[turn % smem::ITEMS];
         if (item.length < 0) return;
-        bool owes = false; /* inverse or scores of the chunk before, now - PRODUCERS */
 #pragma unroll 1
-        for (;; now += smem::PRODUCERS) {
-            int done = 16 * (int)(now - item.first), rows = item.length - done;
-            uint32_t duty = (threadIdx.x / 32 + now / smem::PRODUCERS + 2 * group) % 4;
-            uint32_t logit = 0;
-            if (rows > 0) {
-                kda_factor<D> &factor = *(kda_factor<D> *)sm.factor[now % smem::FACTORS];
-                uint32_t raw = shared_address(sm.raw[now % smem::RAW]);
-                if (duty == 0 && lane < 16 && lane < rows)
-                    logit = ((const uint16_t *)p.beta)[item.beta + (done + lane) * p.beta_t];
-                wait_empty<smem::FACTORS>(sm.factor_empty, now);
-                wait_full<smem::RAW>(sm.raw_full, now);
-                prepare_factors<D>(item, p.bound, rows, raw, factor);
-                arrive<smem::FACTORS>(sm.factor_scaled, now);
-                if (duty == 2) {
-                    inverse_norms<D>(raw + smem::TILE_BYTES, shared_address(factor.r), 1.0f, rows);
-                    arrive<smem::FACTORS>(sm.factor_normed, now);
-                }
-                if (duty == 3) inverse_norms<D>(raw, shared_address(factor.s), p.scale, rows);
-                arrive<smem::RAW>(sm.raw_empty, now);
-                if (duty >= 2) {
-                    fence_proxy_async_shared();
-                    arrive<smem::FACTORS>(sm.factor_full, now);
-                }
-            }
-            if (owes) {
-                uint32_t before = now - smem::PRODUCERS;
-                kda_factor<D> &factor = *(kda_factor<D> *)sm.factor[before % smem::FACTORS];
-                wait_full<smem::FACTORS>(sm.factor_scaled, before);
-                if (duty == 1)
-                    prepare_inverse<D>(factor, b, sm.factor_normed, before);
-                else
-                    prepare_scores<D>(factor);
-                fence_proxy_async_shared();
-                arrive<smem::FACTORS>(sm.factor_full, before);
-            }
+        for (;; own += smem::PRODUCERS) {
+            uint32_t now = own * smem::CLUSTER + rank;
+            int rows = item.length - 16 * (int)(now - item.first);
             if (rows <= 0) break;
-            owes = duty < 2;
-            b = __uint_as_float(logit << 16);
-            if (!p.beta_activated) b = rcp_approx(1.0f + ex2_approx(-LOG2E * b));
-            if (lane >= rows) b = 0;
+            uint32_t duty = (threadIdx.x / 32 + own / smem::PRODUCERS + 2 * group) % 4;
+            kda_factor<D> &factor = *(kda_factor<D> *)sm.factor[now % smem::FACTORS];
+            uint32_t raw = shared_address(sm.raw[own % smem::RAW]);
+            wait_empty<smem::SCRATCHES>(sm.scratch_empty, own);
+            wait_empty<smem::FACTORS>(sm.factor_empty, now);
+            wait_full<smem::RAW>(sm.raw_full, own);
+            prepare_factors<D>(item, p.bound, rows, raw, factor, sm.scratch[own % smem::SCRATCHES]);
+            if (duty == 0)
+                inverse_norms<D>(raw + smem::TILE_BYTES, shared_address(factor.r), 1.0f, rows);
+            if (duty == 2) inverse_norms<D>(raw, shared_address(factor.s), p.scale, rows);
+            fence_proxy_async_shared();
+            arrive<smem::FACTORS>(sm.factor_scaled, now);
+            arrive<smem::RAW>(sm.raw_empty, own);
+        }
+        arrive<smem::ITEMS>(sm.item_empty, turn);
+    }
+}
+
+/* b of token `lane` of a chunk, from its logit. */
+ATTN_DEVICE float write_strength(const attn_kda_fwd_params &p, uint32_t logit, int rows)
+{
+    float b = __uint_as_float(logit << 16);
+    if (!p.beta_activated) b = rcp_approx(1.0f + ex2_approx(-LOG2E * b));
+    return (int)(threadIdx.x % 32) < rows ? b : 0.0f;
+}
+
+/* Finisher `which` adds A and M to every FINISHERS-th chunk that the producers made, and hands it on:
+ * to the consumers here and, of a cluster of two, to the other block.  One warp. */
+template <int D, int VB>
+ATTN_DEVICE void finish(const attn_kda_fwd_params &p, kda_fwd_smem<D, VB> &sm, int which, int rank)
+{
+    typedef kda_fwd_smem<D, VB> smem;
+    int lane = threadIdx.x % 32;
+    uint32_t own = which;
+    for (uint32_t turn = 0;; turn++) {
+        wait_full<smem::ITEMS>(sm.item_full, turn);
+        const kda_item &item = sm.item[turn % smem::ITEMS];
+        if (item.length < 0) return;
+        uint32_t logit = 0;
+        for (bool first = true;; first = false) {
+            constexpr int STEP = 16 * smem::FINISHERS * smem::CLUSTER;
+            uint32_t now = own * smem::CLUSTER + rank, stage = now % smem::FACTORS;
+            int done = 16 * (int)(now - item.first), rows = item.length - done;
+            if (rows <= 0) break;
+            const uint16_t *beta = (const uint16_t *)p.beta + item.beta + (done + lane) * p.beta_t;
+            if (first && lane < 16 && lane < rows) logit = *beta;
+            float b = write_strength(p, logit, rows);
+            /* the next chunk's are on their way while this one is worked on */
+            if (lane < 16 && lane + STEP < rows) logit = beta[STEP * p.beta_t];
+            wait_full<smem::FACTORS>(sm.factor_scaled, now);
+            prepare_small<D>(*(kda_factor<D> *)sm.factor[stage],
+                             sm.scratch[own % smem::SCRATCHES], b);
+            fence_proxy_async_shared();
+            arrive<smem::FACTORS>(sm.factor_full, now);
+            if (smem::CLUSTER == 2 && lane == 0)
+                bulk_copy_to_block(shared_address(sm.factor[stage]), sizeof(kda_factor<D>),
+                                   shared_address(sm.factor_full + stage), 1 - rank);
+            arrive<smem::SCRATCHES>(sm.scratch_empty, own);
+            own += smem::FINISHERS;
         }
         arrive<smem::ITEMS>(sm.item_empty, turn);
     }

@@ -68,6 +68,59 @@ ATTN_DEVICE float rsqrt_approx(float x)
     return y;
 }
 
+/* The shared::cluster address of this block's `address` in block `rank`.  PTX ISA: mapa */
+ATTN_DEVICE uint32_t address_in_block(uint32_t address, uint32_t rank)
+{
+    uint32_t there;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+    return there;
+}
+
+/* An arrival at a shared::cluster address.  PTX ISA: mbarrier.arrive */
+ATTN_DEVICE void mbarrier_arrive_at(uint32_t bar)
+{
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(bar) : "memory");
+}
+
+/* Shared memory of this block, to the same place in block `rank` of the cluster; the bytes count on
+ * that block's barrier at `bar`.  PTX ISA: mapa, cp.async.bulk */
+ATTN_DEVICE void bulk_copy_to_block(uint32_t at, uint32_t bytes, uint32_t bar, uint32_t rank)
+{
+    asm volatile("{ .reg .b32 there, counted;\n"
+                 "mapa.shared::cluster.u32 there, %0, %3;\n"
+                 "mapa.shared::cluster.u32 counted, %2, %3;\n"
+                 "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes "
+                 "[there], [%0], %1, [counted]; }" ::"r"(at),
+                 "r"(bytes), "r"(bar), "r"(rank)
+                 : "memory");
+}
+
+/* One word to block `rank` of the cluster, counted there on the barrier at `bar`.
+ * PTX ISA: mapa, st.async */
+ATTN_DEVICE void store_to_block(uint32_t at, int x, uint32_t bar, uint32_t rank)
+{
+    asm volatile("{ .reg .b32 there, counted;\n"
+                 "mapa.shared::cluster.u32 there, %0, %3;\n"
+                 "mapa.shared::cluster.u32 counted, %2, %3;\n"
+                 "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u32 "
+                 "[there], %1, [counted]; }" ::"r"(at),
+                 "r"(x), "r"(bar), "r"(rank)
+                 : "memory");
+}
+
+/* Whether the phase of `bar` with this parity is over.  PTX ISA: mbarrier.test_wait */
+ATTN_DEVICE bool mbarrier_test_parity(uint32_t bar, uint32_t parity)
+{
+    uint32_t done;
+    asm volatile("{ .reg .pred done;\n"
+                 "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+                 "selp.u32 %0, 1, 0, done; }"
+                 : "=r"(done)
+                 : "r"(bar), "r"(parity)
+                 : "memory");
+    return done;
+}
+
 /* min(x, limit), a NaN of x included; fminf would drop it. */
 ATTN_DEVICE float at_most(float x, float limit) { return x > limit ? limit : x; }
 
@@ -144,6 +197,15 @@ ATTN_DEVICE void shared_store_128(uint32_t address, uint32_t x, uint32_t y, uint
 {
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x), "r"(y), "r"(z),
                  "r"(w)
+                 : "memory");
+}
+
+/* 16 bytes to global memory where `wanted`: a branch would split the warp.  PTX ISA: st.global */
+ATTN_DEVICE void global_store_128_if(bool wanted, void *to, uint4 x)
+{
+    asm volatile("{ .reg .pred wanted; setp.ne.b32 wanted, %0, 0;\n"
+                 "@wanted st.global.v4.b32 [%1], {%2, %3, %4, %5}; }" ::"r"((int)wanted),
+                 "l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
                  : "memory");
 }
 

@@ -25,45 +25,58 @@ struct kda_item {
     alignas(16) float bias[128]; /* slope dt_bias */
 };
 
-/* What the recurrence takes of one chunk. */
+/* What the recurrence takes of one chunk: what a block sends to the other one of its cluster. */
 template <int D> struct kda_factor {
-    static constexpr int PANELS = D / 64, PANEL_BYTES = 4096;
-    uint8_t kd_qd[PANELS * PANEL_BYTES]; /* a panel: 16 rows of kd, then 16 of qd */
-    uint8_t kr_ki[PANELS * PANEL_BYTES];
+    static constexpr int PANEL_BYTES = 6144;
+    uint8_t rows[D / 64 * PANEL_BYTES]; /* a panel: 16 rows of kd, 16 of qd, 16 of kr */
     uint8_t a[512], m[512]; /* 16 x 16, see wgmma_descriptor_16x16 */
     float decay[D];         /* 2^G_16; channels as decay_offset() says */
-    float r[16], s[16], b[16];
+    float r[16], s[16];
+};
+
+/* What the producers keep of a chunk to themselves. */
+template <int D> struct alignas(128) kda_scratch {
+    uint8_t ki[D / 64 * 2048];
     float l[16 * 20]; /* L, for the inverse */
+    float b[16];
 };
 
 template <int D, int VB> struct kda_fwd_smem {
-    static constexpr int PRODUCERS = ATTN_KDA_PRODUCERS(VB), CONSUMERS = ATTN_KDA_CONSUMERS(VB);
-    static constexpr uint32_t RAW = ATTN_KDA_RAW_STAGES, VALUES = ATTN_KDA_VALUE_STAGES;
-    static constexpr uint32_t FACTORS = ATTN_KDA_FACTOR_STAGES, ITEMS = ATTN_KDA_ITEM_STAGES;
-    static constexpr int THREADS = ATTN_KDA_FWD_THREADS(VB);
+    static constexpr int CLUSTER = ATTN_KDA_CLUSTER(D, VB);
+    static constexpr int PRODUCERS = ATTN_KDA_PRODUCERS(D);
+    static constexpr int CONSUMERS = ATTN_KDA_CONSUMERS(VB);
+    static constexpr int FINISHERS = 2; /* warps */
+    static constexpr uint32_t RAW = ATTN_KDA_RAW_STAGES, FACTORS = ATTN_KDA_FACTOR_STAGES;
+    static constexpr uint32_t SCRATCHES = ATTN_KDA_SCRATCH_STAGES, ITEMS = ATTN_KDA_ITEM_STAGES;
+    static constexpr int THREADS = ATTN_KDA_FWD_THREADS(D, VB);
+    static_assert(FACTORS % CLUSTER == 0, "a stage is always filled by the same block");
 
-    /* The block's pool is what its five warpgroups start with, 96 registers a thread. */
-    static constexpr int LOADER_REGISTERS = VB == 128 ? 32 : 40;
-    static constexpr int PRODUCER_REGISTERS = VB == 128 ? 80 : 96;
-    static constexpr int CONSUMER_REGISTERS = VB == 128 ? 144 : 152;
+    /* The block's pool is what its warpgroups start with: 96 registers a thread with five of them,
+     * 128 with four. */
+    static constexpr int LOADER_REGISTERS = 88;
+    static constexpr int PRODUCER_REGISTERS = D == 64 ? 80 : 112;
+    static constexpr int CONSUMER_REGISTERS = D == 64 ? 152 : 200;
 
     static constexpr int TILE_BYTES = 32 * D, VALUE_BYTES = 32 * VB;
 
     uint8_t factor[FACTORS][ATTN_KDA_FACTOR_BYTES(D)];
     uint8_t raw[RAW][3 * TILE_BYTES]; /* q, k, g */
-    uint8_t v[VALUES][VALUE_BYTES];
+    uint8_t v[FACTORS][VALUE_BYTES];
+    kda_scratch<D> scratch[SCRATCHES];
     uint8_t out[CONSUMERS * 4][512]; /* a warp's 16 tokens x 16 value rows, on their way */
     kda_item item[ITEMS];
 
-    /* full: 1 arrival and the bytes, for factors one a producing warp, for items 1
-     * empty: one a warp that reads: 4 of the warpgroup preparing it, the consumers', or all */
+    /* full: 1 arrival and the bytes; of factors 1 for v, with the bytes of factors that come from
+     * the other block, and 1 for those made here
+     * empty: one a warp that reads; factors made here are read in both blocks */
     uint64_t raw_full[RAW], raw_empty[RAW];
-    uint64_t v_full[VALUES], v_empty[VALUES];
-    uint64_t factor_full[FACTORS], factor_empty[FACTORS];
-    uint64_t factor_scaled[FACTORS]; /* one a producing warp: kd qd kr ki are there */
-    uint64_t factor_normed[FACTORS]; /* 1: r is there */
-    uint64_t item_wanted;            /* 1 an item: its last load is under way */
+    uint64_t factor_full[FACTORS], factor_empty[FACTORS], v_empty[FACTORS];
+    uint64_t factor_scaled[FACTORS];   /* one a producing warp: all but A and M are there */
+    uint64_t scratch_empty[SCRATCHES]; /* 1: A and M are made */
+    uint64_t item_wanted;              /* 1 an item: its last load is under way */
     uint64_t item_full[ITEMS], item_empty[ITEMS];
+    uint64_t drawn_full[ITEMS], drawn_empty[ITEMS]; /* from block 0 of a cluster to block 1 */
+    int32_t drawn[ITEMS];                           /* numbers of items */
 };
 
 /* Waits for turn `n` of a ring of STAGES to be full, or to be empty. */
