@@ -2,7 +2,7 @@
  *
  * Runs a checked kda_fwd problem on the current device: copies of what the copy engine cannot
  * address, for ragged batches the order of their sequences, then the kernel.  Activated gates, which
- * have no bound, go token by token through kda_step's kernel.
+ * have no bound, go token by token through kda_scan.
  */
 #include <string.h>
 
@@ -32,7 +32,7 @@ static attn_status choose(const problem_t *p, int multiprocessors, plan_t *plan,
 {
     memset(plan, 0, sizeof *plan);
     ATTN_TRY(attn_kda_cuda_check(p));
-    if (p->gate_activated) return attn_plain_kernel("attn_kda_step_sm90", kernel);
+    if (p->gate_activated) return attn_plain_kernel("attn_kda_scan_sm90", kernel);
     attn_kda_cuda_choose(p, multiprocessors, plan);
     *kernel = kernel_of(p);
     ATTN_CHECK(*kernel, ATTN_E_NOT_BUILT,

@@ -33,7 +33,7 @@ attn_status attn_kda_step_launch(const struct attn_kda_problem *p, cu_device dev
     struct attn_cuda_kernel *kernel;
     cu_kernel handle;
     ATTN_TRY(attn_cuda_driver(&cu));
-    ATTN_TRY(attn_plain_kernel("attn_kda_step_sm90", &kernel));
+    ATTN_TRY(attn_plain_kernel(p->step ? "attn_kda_step_sm90" : "attn_kda_scan_sm90", &kernel));
     ATTN_TRY(attn_cuda_kernel_load(kernel, device, &handle));
 
     struct attn_kda_step_params params = {
@@ -63,7 +63,6 @@ attn_status attn_kda_step_launch(const struct attn_kda_problem *p, cu_device dev
         .checkpoint_is_bf16 = p->checkpoint.dtype == ATTN_BF16,
         .gate_activated = p->gate_activated,
         .beta_activated = p->beta_activated,
-        .padding = p->step,
         .aligned = aligned(&p->q) && aligned(&p->k) && aligned(&p->g),
         .scale = (float)p->scale,
         .bound = (float)(p->lower_bound * LOG2E),

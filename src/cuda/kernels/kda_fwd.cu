@@ -95,6 +95,8 @@ ATTN_DEVICE void describe(const attn_kda_fwd_params &p, int number, int rank, kd
     item.checkpoint = head * p.checkpoint_h + dense;
 }
 
+#define SHORT_ITEM 128 /* tokens */
+
 /* The next number from the counter.  Block 0 of a cluster draws and tells block 1. */
 template <int D, int VB>
 ATTN_DEVICE int draw(const attn_kda_fwd_params &p, kda_fwd_smem<D, VB> &sm, int rank, uint32_t turn)
@@ -111,8 +113,10 @@ ATTN_DEVICE int draw(const attn_kda_fwd_params &p, kda_fwd_smem<D, VB> &sm, int 
         if (lane == 0) mbarrier_arrive_cluster(shared_address(sm.drawn_empty + place), 0);
         return number;
     }
-    /* late, so that whoever is done first gets the next */
-    if (turn) mbarrier_wait_parity(shared_address(&sm.item_wanted), ~turn & 1);
+    /* Late, so that whoever is done first gets the next; after a short item, whose work would not
+     * cover the way to the next one's tokens, an item earlier. */
+    uint32_t ahead = turn && sm.item[(turn - 1) % smem::ITEMS].length <= SHORT_ITEM ? 2 : 1;
+    if (turn >= ahead) wait_full<smem::ITEMS>(sm.item_wanted, turn - ahead);
     if (lane == 0) number = atomicAdd(p.ticket, 1);
     number = __shfl_sync(0xffffffff, number, 0);
     if constexpr (smem::CLUSTER == 2) {
@@ -155,8 +159,9 @@ struct kda_cursor {
 template <int D, int VB>
 ATTN_DEVICE void leave_item(kda_fwd_smem<D, VB> &sm, kda_cursor &at, bool draws)
 {
-    mbarrier_arrive(shared_address(sm.item_empty + at.turn++ % kda_fwd_smem<D, VB>::ITEMS));
-    if (draws) mbarrier_arrive(shared_address(&sm.item_wanted));
+    uint32_t place = at.turn++ % kda_fwd_smem<D, VB>::ITEMS;
+    mbarrier_arrive(shared_address(sm.item_empty + place));
+    if (draws) mbarrier_arrive(shared_address(sm.item_wanted + place));
 }
 
 /* Whether the cursor stands at a chunk; it goes on to the next item where there is one yet.  The
@@ -187,12 +192,14 @@ ATTN_DEVICE void next_chunk(kda_fwd_smem<D, VB> &sm, kda_cursor &at, bool draws)
 /* Of every item g, k, q of the chunks prepared here, and v of all of them.  The producers are ahead
  * of the consumers, and neither must wait for the other's memory: two cursors.  One lane. */
 template <int D, int VB>
-ATTN_DEVICE void load(const attn_kda_fwd_maps &maps, kda_fwd_smem<D, VB> &sm, int rank)
+ATTN_DEVICE void load(const attn_kda_fwd_params &p, const attn_kda_fwd_maps &maps,
+                      kda_fwd_smem<D, VB> &sm, int rank)
 {
     typedef kda_fwd_smem<D, VB> smem;
+    bool draws = p.ticket && rank == 0;
     kda_cursor raw = {}, v = {};
     while (raw.left >= 0 || v.left >= 0) {
-        if (at_chunk(sm, raw, true)) {
+        if (at_chunk(sm, raw, draws)) {
             uint32_t own = raw.n / smem::CLUSTER, place = own % smem::RAW;
             bool here = (int)(raw.n % smem::CLUSTER) == rank;
             if (!here || mbarrier_test_parity(shared_address(sm.raw_empty + place),
@@ -207,7 +214,7 @@ ATTN_DEVICE void load(const attn_kda_fwd_maps &maps, kda_fwd_smem<D, VB> &sm, in
                     tma_load_5d(to + smem::TILE_BYTES, &maps.k, full, 0, token, 0, head, batch);
                     tma_load_5d(to, &maps.q, full, 0, token, 0, head, batch);
                 }
-                next_chunk(sm, raw, true);
+                next_chunk(sm, raw, draws);
             }
         }
         uint32_t place = v.n % smem::FACTORS;
@@ -260,10 +267,10 @@ ATTN_DEVICE void kda_fwd_body(const attn_kda_fwd_params &p, const attn_kda_fwd_m
                           4 * (smem::PRODUCERS + smem::CONSUMERS) + 2 + smem::FINISHERS);
         }
         for (uint32_t i = 0; i < smem::ITEMS; i++) {
+            mbarrier_init(shared_address(sm.item_wanted + i), 1);
             mbarrier_init(shared_address(sm.drawn_full + i), 1);
             mbarrier_init(shared_address(sm.drawn_empty + i), 1);
         }
-        mbarrier_init(shared_address(&sm.item_wanted), 1);
         fence_mbarrier_init();
         prefetch_tensormap(&maps.q);
         prefetch_tensormap(&maps.k);
@@ -287,7 +294,7 @@ ATTN_DEVICE void kda_fwd_body(const attn_kda_fwd_params &p, const attn_kda_fwd_m
         if (warp == 0)
             schedule<D, VB>(p, sm, rank);
         else if (warp == 1 && elect_one())
-            load<D, VB>(maps, sm, rank);
+            load<D, VB>(p, maps, sm, rank);
         else if (warp >= 2)
             finish<D, VB>(p, sm, warp - 2, rank);
     }

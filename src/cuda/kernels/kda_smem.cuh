@@ -73,7 +73,7 @@ template <int D, int VB> struct kda_fwd_smem {
     uint64_t factor_full[FACTORS], factor_empty[FACTORS], v_empty[FACTORS];
     uint64_t factor_scaled[FACTORS];   /* one a producing warp: all but A and M are there */
     uint64_t scratch_empty[SCRATCHES]; /* 1: A and M are made */
-    uint64_t item_wanted;              /* 1 an item: its last load is under way */
+    uint64_t item_wanted[ITEMS];       /* 1: the item's last load is under way */
     uint64_t item_full[ITEMS], item_empty[ITEMS];
     uint64_t drawn_full[ITEMS], drawn_empty[ITEMS]; /* from block 0 of a cluster to block 1 */
     int32_t drawn[ITEMS];                           /* numbers of items */

@@ -27,14 +27,16 @@ struct attn_kda_step_params {
     struct attn_kda_states in;         /* absent: zeros */
     struct attn_kda_states kept;       /* after the last token; may be the same memory */
     struct attn_kda_states checkpoint; /* after every `every` tokens, sequence after sequence */
-    const int32_t *state_index; /* [n]; outside 0 .. slots - 1: no state in, none kept; NULL: i */
-    const void *cu_seqlens;     /* [n + 1], int32 or int64; NULL: row i of b is sequence i */
+    /* [n]; NULL: i.  Outside 0 .. slots - 1: in kda_step padding, out becomes 0; in kda_scan no
+     * state in and none kept. */
+    const int32_t *state_index;
+    const void *cu_seqlens; /* [n + 1], int32 or int64; NULL: row i of b is sequence i */
     int64_t dt_bias_h, slots, checkpoint_rows;
     int32_t n, h, t, d;
     int32_t every;
     int32_t cu_is_64, state_is_bf16, checkpoint_is_bf16;
     int32_t gate_activated, beta_activated;
-    int32_t padding;    /* 1: a sequence of no slot reads nothing, its out becomes 0 */
+    int32_t reserved;
     int32_t aligned;    /* 1: rows of q k g on multiples of 8 bytes */
     float scale, bound; /* of q; lower bound of the log-decay, times log2 e */
 };
