@@ -270,8 +270,10 @@ static void mla_group(int dtype, int64_t h, int64_t page)
     done(plan.kernel);
 }
 
-/* n sequences of `each` tokens; `odd`: rows that start off 16 bytes, which are packed first. */
-static void kda_fwd(int64_t d, int32_t n, int32_t each, int odd)
+enum { KDA_ODD = 1, KDA_ACTIVATED = 2 };
+
+/* n sequences of `each` tokens; odd: rows that start off 16 bytes, which are packed first. */
+static void kda_fwd(int64_t d, int32_t n, int32_t each, int features)
 {
     DLDataType type = types[BF16];
     const int64_t t = (int64_t)n * each, h = 2;
@@ -293,6 +295,12 @@ static void kda_fwd(int64_t d, int32_t n, int32_t each, int odd)
         .lower_bound = -5,
     };
     DLTensor *q = filled(type, SHAPE(1, t + 1, h, d));
+    const int odd = features & KDA_ODD;
+    if (features & KDA_ACTIVATED) {
+        a.gate_activated = 1;
+        a.A_log = a.dt_bias = NULL;
+        a.lower_bound = 0;
+    }
     if (odd) {
         q->byte_offset = 4;
         puts("attn_kda_pack_sm90");
@@ -334,8 +342,9 @@ static void kda_step(int64_t d)
 static void kda_group(int64_t d)
 {
     kda_fwd(d, 3, 40, 0);
-    kda_fwd(d, 2, 21, 1);
-    kda_fwd(d, 35, 17, 0); /* 70 pairs of sequence and head: whole states at d 128 */
+    kda_fwd(d, 2, 21, KDA_ODD);
+    kda_fwd(d, 2, 19, KDA_ACTIVATED);
+    kda_fwd(d, 35, 17, 0); /* 70 pairs of sequence and head: more than clusters, at d 128 */
     kda_fwd(d, 70, 3, 0);  /* more pairs than multiprocessors: longest first */
     kda_step(d);
 }
