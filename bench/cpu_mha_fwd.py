@@ -15,7 +15,8 @@ caches as make ROTATE_BYTES, more than a last-level cache holds.
 The ceiling is measured in the same run by bench/ceiling.c: of all threads together the multiply-adds
 in registers that the dtype could use (bf16: the best of tiles, bf16 dot products and fp32; fp16 and
 fp32: fp32, or a third and a sixth of the tiles' rate, as they are exact in two and in three planes of
-bf16), and for decode the rate of reading memory.  Without a C compiler torch's matmul and sum stand in, and the row says so.
+bf16), and for decode the rate of reading memory.  Without a C compiler torch's matmul and sum stand
+in, and the row says so.
 The `call` row also says what Python and binding add: its time less that of the same problem run by
 bench/smallest.c.
 """

@@ -49,17 +49,14 @@
 
 #include "cpu/x86/kernels_x86.h"
 #include "cpu/x86/mha_fwd_amx_pack.h"
-#include "cpu/x86/tanh_table.h"
+#include "cpu/x86/softcap_avx512.h"
 
 enum {
     ROWS_MAX = 256,
     PAIRS_MAX = ROWS_MAX / 32,
     BEAT_STEPS = 2,
-    S_STEPS = 3,                          /* S of the steps being made and being used */
-    CHUNK_KEYS = PLANES == 1 ? 8 : 4,     /* of exp, after a step of a product */
-    VECTORS = 4,                          /* keys whose exponentials are taken together */
-    TILE_CHUNKS = STEP_KEYS / CHUNK_KEYS, /* of a tile of queries in a step */
-    STEP_CHUNKS = 2 * TILE_CHUNKS,
+    S_STEPS = 3, /* S of the steps being made and being used */
+    VECTORS = 4, /* keys whose exponentials are taken together */
     S_PRODUCTS = PLANES == 2 ? 4 : PLANES * (PLANES + 1) / 2, /* of planes, in a product K Q; */
     PV_PRODUCTS = PLANES * (PLANES + 1) / 2,                  /* in one of V P */
 };
@@ -95,10 +92,10 @@ struct work {
     int64_t v_offset, bits_offset; /* of V in it, of the bits */
     int pairs;                     /* of 2 tiles of 16 queries */
     enum attn_dtype dtype;
-    float scale;          /* c above, positive; 1 with softcap */
-    float cap, cap_scale; /* softcap, or 0; the score's factor inside tanh */
-    char *q, *s, *p, *o;  /* layouts in mha_fwd_amx_pack.h; two halves of p */
-    char *pending;        /* where tiles 0 to 3 are to be stored, or NULL */
+    float scale; /* c above, positive; 1 with softcap */
+    bool capped;
+    char *q, *s, *p, *o; /* layouts in mha_fwd_amx_pack.h; two halves of p */
+    char *pending;       /* where tiles 0 to 3 are to be stored, or NULL */
 
     struct beat exp;       /* whose exponentials are being taken */
     int chunk, chunks;     /* next one; all of the beat */
@@ -121,8 +118,14 @@ struct work {
     bool finished[PAIRS_MAX];                             /* out and lse are written */
     bool v_bad;                                           /* some V has infinities or NaNs */
     bool q_bad[PAIRS_MAX]; /* more planes: q of the pair has infinities or NaNs */
-    float cap_table[TANH_TERMS][TANH_PIECES] __attribute__((aligned(64))); /* cap log2(e) tanh */
+    struct softcap cap;
 };
+
+/* Keys whose exponentials are taken between steps of a product: as many as hide beside one. */
+static inline int chunk_keys(bool capped) { return PLANES == 1 && !capped ? 8 : 4; }
+
+/* With softcap they are more work, and half a step hides some too. */
+static inline bool halves(bool capped) { return PLANES == 1 && capped; }
 
 /* 16 queries of `tile`, element d of O. */
 static inline float *o_line(const struct work *w, int64_t tile, int64_t d)
@@ -139,10 +142,6 @@ static inline char *s_quad(const struct work *w, const struct beat *b, int64_t s
 }
 
 /* ---- exponentials ---------------------------------------------------------------------------- */
-
-/* Loops over a few independent vectors: written stage by stage, so that what waits for its operands
- * never fills the scheduler and the tile products behind it get in. */
-#define EACH(i, n) VEC_UNROLL for (int i = 0; i < (n); i++)
 
 /* x = 2^x by a degree 3 polynomial in x - floor(x), relative error 7.5e-5; -inf gives 0. */
 static inline __attribute__((always_inline)) void exp2_few(__m512 *x, int n)
@@ -239,36 +238,6 @@ static inline __m512 mask_score(const struct mask *k, __m512 x, int32_t key)
     return _mm512_mask_mov_ps(x, hidden(k, key), _mm512_set1_ps(-INFINITY));
 }
 
-/* Softcap: x = cap log2(e) tanh(x cap_scale), by a table.  Adding 1.5 2^21 leaves the number of the
- * nearest quarter in the low bits; table look-ups are port 5's, which keeps 6 slots for port 0. */
-static inline __attribute__((always_inline)) void cap_scores(const struct work *w, __m512 *x, int n)
-{
-    const __m512 shift = _mm512_set1_ps(0x1.8p21f), sign = _mm512_set1_ps(-0.0f);
-    const __m512 most = _mm512_set1_ps(0.25f * (TANH_PIECES - 1));
-    const __m512 scale = _mm512_set1_ps(w->cap_scale);
-    __m512 a[VECTORS], at[VECTORS], t[VECTORS], y[VECTORS];
-    EACH(i, n) a[i] = _mm512_mul_ps(x[i], scale);
-    EACH(i, n) a[i] = _mm512_min_ps(most, _mm512_andnot_ps(sign, a[i])); /* NaN stays */
-    EACH(i, n) at[i] = _mm512_add_ps(a[i], shift);
-    EACH(i, n) t[i] = _mm512_sub_ps(at[i], shift);
-    EACH(i, n) t[i] = _mm512_sub_ps(a[i], t[i]);
-    EACH(i, n) y[i] = _mm512_setzero_ps();
-    EACH(k, TANH_TERMS)
-    {
-        const float *table = w->cap_table[TANH_TERMS - 1 - k];
-        __m512 low = _mm512_load_ps(table), high = _mm512_load_ps(table + 16);
-        EACH(i, n)
-        {
-            __m512 c = _mm512_permutex2var_ps(low, _mm512_castps_si512(at[i]), high);
-            y[i] = k ? _mm512_fmadd_ps(y[i], t[i], c) : c;
-        }
-    }
-    EACH(i, n) /* y or the sign of x */
-    x[i] = _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(y[i]),
-                                                         _mm512_castps_si512(x[i]),
-                                                         _mm512_castps_si512(sign), 0xf8));
-}
-
 /* Whether step `step` needs no mask for a tile: all queries see all its keys. */
 static inline bool is_plain(const struct work *w, int tile, int64_t step)
 {
@@ -307,10 +276,10 @@ exp_rows(struct work *w, int tile, int32_t key, const float *s, char *p, bool pl
         exact = hidden(&mask, first) | hidden(&mask, last);
     }
     VEC_UNROLL
-    for (int j = 0; j < CHUNK_KEYS; j += VECTORS) {
+    for (int j = 0; j < chunk_keys(capped); j += VECTORS) {
         __m512 x[VECTORS];
         EACH(i, VECTORS) x[i] = _mm512_load_ps(s + 16 * (j + i));
-        if (capped) cap_scores(w, x, VECTORS);
+        if (capped) cap_few(&w->cap, x, VECTORS, PLANES == 3);
         if (!plain) EACH(i, VECTORS) x[i] = mask_score(&mask, x[i], key + j + i);
         EACH(i, VECTORS) x[i] = capped ? _mm512_sub_ps(x[i], m) : _mm512_fmsub_ps(x[i], scale, m);
         if (PLANES > 1)
@@ -333,45 +302,54 @@ exp_rows(struct work *w, int tile, int32_t key, const float *s, char *p, bool pl
     _mm512_store_si512(beat_or, any);
 }
 
-/* Out of line, so that the loops of products stay small. */
-static __attribute__((noinline)) void exp_rows_capped(struct work *w, int tile, int32_t key,
-                                                      const float *s, char *p, bool plain)
+/* Out of line, so that the loops of products stay small: few steps hide keys. */
+static __attribute__((noinline)) void exp_rows_masked(struct work *w, int tile, int32_t key,
+                                                      const float *s, char *p, bool capped)
 {
-    if (plain)
-        exp_rows(w, tile, key, s, p, true, true);
-    else
+    if (capped)
         exp_rows(w, tile, key, s, p, false, true);
+    else
+        exp_rows(w, tile, key, s, p, false, false);
 }
 
 /* Chunk number `chunk` of w->exp: its steps, in each its tiles, in each its keys. */
-static inline __attribute__((always_inline)) void exp_chunk(struct work *w, int chunk)
+static inline __attribute__((always_inline)) void exp_chunk(struct work *w, int chunk, bool capped)
 {
-    int at = chunk / STEP_CHUNKS, side = chunk / TILE_CHUNKS % 2, c = chunk % TILE_CHUNKS;
+    const int tile_chunks = STEP_KEYS / chunk_keys(capped);
+    int at = chunk / tile_chunks / 2, side = chunk / tile_chunks % 2, c = chunk % tile_chunks;
     int64_t step = w->exp.begin + at;
-    int tile = 2 * w->exp.pair + side, j = c * CHUNK_KEYS;
+    int tile = 2 * w->exp.pair + side, j = c * chunk_keys(capped);
     const float *s = (const float *)(const void *)(s_quad(w, &w->exp, step) + j / 16 * PAIR_BYTES +
                                                    side * TILE_BYTES + j % 16 * TILE_ROW_BYTES);
     char *p = w->p + (w->exp.parity * BLOCK_STEPS + step % BLOCK_STEPS) * OPERAND_BYTES +
               side * TILE_BYTES + j / 2 * TILE_ROW_BYTES;
     int32_t key = (int32_t)step * STEP_KEYS + j;
     bool plain = is_plain(w, tile, step);
-    if (w->cap > 0)
-        exp_rows_capped(w, tile, key, s, p, plain);
-    else if (plain)
-        exp_rows(w, tile, key, s, p, true, false);
+    if (plain)
+        exp_rows(w, tile, key, s, p, true, capped);
     else
-        exp_rows(w, tile, key, s, p, false, false);
+        exp_rows_masked(w, tile, key, s, p, capped);
+}
+
+/* The same beside no product. */
+static __attribute__((noinline)) void exp_chunk_alone(struct work *w, int chunk)
+{
+    if (w->capped)
+        exp_chunk(w, chunk, true);
+    else
+        exp_chunk(w, chunk, false);
 }
 
 /* ---- tile products --------------------------------------------------------------------------- */
 
-/* Called after each step of a product: takes the chunks that are due. */
-static inline __attribute__((always_inline)) void tick(struct work *w)
+/* Called after each step of a product, and with softcap after half of it: takes the chunks that are
+ * due. */
+static inline __attribute__((always_inline)) void tick(struct work *w, bool capped)
 {
     w->credit += w->chunks;
     while (w->credit >= w->ticks && w->chunk < w->chunks) {
         w->credit -= w->ticks;
-        exp_chunk(w, w->chunk++);
+        exp_chunk(w, w->chunk++, capped);
     }
 }
 
@@ -389,7 +367,7 @@ static inline void store_pending(struct work *w)
 /* The planes of a step after the first product of two.  A's first plane is in tiles 4 and 5 and has
  * met B's last one.  `all`: with two planes also the second of A and B. */
 static inline __attribute__((always_inline)) void other_planes(struct work *w, const char *a,
-                                                               const char *b, bool all)
+                                                               const char *b, bool all, bool capped)
 {
 #define LOAD_A(plane)                                                                              \
     tile_load_once(4, a + (plane) * PAIR_BYTES);                                                   \
@@ -402,7 +380,7 @@ static inline __attribute__((always_inline)) void other_planes(struct work *w, c
     tile_dpbf16(1, 4, 7);                                                                          \
     tile_dpbf16(2, 5, 6);                                                                          \
     tile_dpbf16(3, 5, 7);                                                                          \
-    tick(w)
+    tick(w, capped)
 
     LOAD_B(0);
     MULTIPLY;
@@ -430,7 +408,7 @@ static inline __attribute__((always_inline)) void other_planes(struct work *w, c
  * streamed; B and C live in L1. */
 static inline __attribute__((always_inline)) void product(struct work *w, const char *a,
                                                           const char *b, char *c, int64_t steps,
-                                                          bool accumulate, bool all)
+                                                          bool accumulate, bool all, bool capped)
 {
     const int64_t last = OPERAND_BYTES - PAIR_BYTES; /* plane of B */
     char *before = w->pending;
@@ -449,6 +427,7 @@ static inline __attribute__((always_inline)) void product(struct work *w, const 
     tile_load(7, b + last + TILE_BYTES);
     FIRST(1);
     tile_dpbf16(1, 4, 7);
+    if (halves(capped)) tick(w, capped);
     tile_load_once(5, a + TILE_BYTES);
     FIRST(2);
     tile_dpbf16(2, 5, 6);
@@ -456,8 +435,8 @@ static inline __attribute__((always_inline)) void product(struct work *w, const 
     tile_dpbf16(3, 5, 7);
 #undef FIRST
     w->pending = c;
-    tick(w);
-    if (PLANES > 1) other_planes(w, a, b, all);
+    tick(w, capped);
+    if (PLANES > 1) other_planes(w, a, b, all, capped);
     for (int64_t i = 1; i < steps; i++) {
         a += OPERAND_BYTES;
         b += OPERAND_BYTES;
@@ -466,24 +445,31 @@ static inline __attribute__((always_inline)) void product(struct work *w, const 
         tile_dpbf16(0, 4, 6);
         tile_load(7, b + last + TILE_BYTES);
         tile_dpbf16(1, 4, 7);
+        if (halves(capped)) tick(w, capped);
         tile_load_once(5, a + TILE_BYTES);
         tile_dpbf16(2, 5, 6);
         tile_dpbf16(3, 5, 7);
-        tick(w);
-        if (PLANES > 1) other_planes(w, a, b, all);
+        tick(w, capped);
+        if (PLANES > 1) other_planes(w, a, b, all, capped);
     }
 }
 
 /* One 32 x 32 tile of S = K Q^T, of O (+)= V^T P^T. */
 static void product_s(struct work *w, const char *k, const char *q, char *s)
 {
-    product(w, k, q, s, w->k_steps, false, true);
+    if (w->capped)
+        product(w, k, q, s, w->k_steps, false, true, true);
+    else
+        product(w, k, q, s, w->k_steps, false, true, false);
 }
 
 static void product_o(struct work *w, const char *v, const char *p, char *o, int64_t steps,
                       bool accumulate)
 {
-    product(w, v, p, o, steps, accumulate, false);
+    if (w->capped)
+        product(w, v, p, o, steps, accumulate, false, true);
+    else
+        product(w, v, p, o, steps, accumulate, false, false);
 }
 
 /* Adds the P of w->full to p_sum by products with ones, whose rows are all the sum.  Steps of even
@@ -736,7 +722,7 @@ static __m512 beat_top(const struct work *w, int side)
             const char *s = s_quad(w, &w->exp, i) + j / 16 * PAIR_BYTES + side * TILE_BYTES +
                             j % 16 * TILE_ROW_BYTES;
             __m512 x = _mm512_load_ps(s);
-            if (w->cap > 0) cap_scores(w, &x, 1);
+            if (w->capped) cap_few(&w->cap, &x, 1, PLANES == 3);
             if (!plain) x = mask_score(&mask, x, (int32_t)i * STEP_KEYS + j);
             top = _mm512_max_ps(x, top);
         }
@@ -780,7 +766,7 @@ static void move_reference(struct work *w, int side, __mmask16 over)
     _mm512_store_ps(w->m + 16 * tile, _mm512_mask_mov_ps(m, up, top));
     _mm512_store_ps(w->beat_l + 16 * side, _mm512_setzero_ps());
     for (int i = 0; i < w->chunks; i++)
-        if (i / TILE_CHUNKS % 2 == side) exp_chunk(w, i);
+        if (i / (STEP_KEYS / chunk_keys(w->capped)) % 2 == side) exp_chunk_alone(w, i);
 }
 
 /* Ends the beat whose exponentials were taken: a larger m where one came to 2 or more, which is the
@@ -814,8 +800,9 @@ static void close_beat(struct work *w, const struct beat *next)
 static void play(struct work *w, const struct beat *next)
 {
     const struct beat *e = &w->exp;
+    const int step_chunks = 2 * STEP_KEYS / chunk_keys(w->capped);
     int64_t until = 0;
-    w->chunk = w->chunks = (int)(e->end - e->begin) * STEP_CHUNKS;
+    w->chunk = w->chunks = (int)(e->end - e->begin) * step_chunks;
     w->credit = 0;
     if (e->end > e->begin) {
         /* The last beat of a unit ends the products of the unit before. */
@@ -831,10 +818,11 @@ static void play(struct work *w, const struct beat *next)
     }
     w->ticks = PV_PRODUCTS * (until - w->full.done) * w->full.steps;
     if (next) w->ticks += S_PRODUCTS * (next->end - next->begin) * w->k_steps;
+    if (halves(w->capped)) w->ticks *= 2;
     if (next) {
         score(w, next);
         /* Its last S is stored in the next product: the place may be that of this beat's first. */
-        while (w->chunk < w->chunks && w->chunk < STEP_CHUNKS) exp_chunk(w, w->chunk++);
+        while (w->chunk < w->chunks && w->chunk < step_chunks) exp_chunk_alone(w, w->chunk++);
         mend_scores(w, next);
         if (w->complete >= 0) finish_pair(w, w->complete);
         w->complete = -1;
@@ -842,7 +830,7 @@ static void play(struct work *w, const struct beat *next)
     multiply_v(w, until);
     if (e->end > e->begin) {
         if (!w->ticks) store_pending(w);
-        while (w->chunk < w->chunks) exp_chunk(w, w->chunk++);
+        while (w->chunk < w->chunks) exp_chunk_alone(w, w->chunk++);
         close_beat(w, next);
         if (e->last) take_unit(w, e->end);
     }
@@ -975,12 +963,9 @@ static void run(enum attn_dtype dtype, const struct attn_mha_task *task, char *s
     w.v_offset = block_v(d_s);
     w.bits_offset = block_bits(d_s, task->d_v);
     w.pairs = (int)pairs_of(task->rows);
-    w.cap = task->softcap;
-    w.cap_scale = w.cap > 0 ? scale / w.cap : 0;
-    w.scale = w.cap > 0 ? 1 : fmaxf(scale * LOG2_E, 1e-30f); /* 0 * -inf is NaN */
-    for (int i = 0; w.cap > 0 && i < TANH_TERMS; i++)
-        for (int j = 0; j < TANH_PIECES; j++)
-            w.cap_table[i][j] = tanh_table[i][j] * (w.cap * LOG2_E);
+    w.capped = task->softcap > 0;
+    w.scale = w.capped ? 1 : fmaxf(scale * LOG2_E, 1e-30f); /* 0 * -inf is NaN */
+    if (w.capped) softcap_begin(&w.cap, task->softcap, scale);
     w.pending = NULL;
     w.complete = -1;
     w.v_bad = false;
