@@ -2,7 +2,8 @@
  *
  * mla on AMX tiles: bf16 rows, and rows that are exact in bf16 (e4m3, V32, MODEL1).
  *
- * Rows are padded to row tiles of 16 and taken two at a time, keys in blocks of up to 256:
+ * Rows are padded to row tiles of 16 and taken two at a time, keys in blocks of up to 256; while a
+ * block is multiplied, lines of the next one are asked for:
  *
  *   rows -> K, V      16 keys of a page are a tile of K where they lie; others are copied, or decoded.
  *                     V is two rows interleaved, made once for all row tiles.
@@ -18,6 +19,13 @@
  *   V, B   [pair of keys] V_ROW       [512 columns][2], columns in the order of interleave()
  *   O, C   [row tile][16 columns]     [16 rows][16 columns] fp32
  *
+ * Up to 16 rows have their own form of P V, which takes V where it lies, too.  As an operand B, a row of
+ * V is 32 columns in pairs, so that two operands A for 16 keys, each with zeros in every other place,
+ * give the even and the odd columns; twice the products, but no copy of V, which cost more:
+ *
+ *   P, A   [16 keys][even, odd]       [16 rows][16 keys][2]: (p, 0), (0, p)
+ *   O, C   [32 columns][even, odd]    [16 rows][16 columns] fp32
+ *
  * The reference m of a row moves only when a score exceeds it by 8: O is rarely rescaled.
  */
 #include <float.h>
@@ -27,8 +35,9 @@
 #include "cpu/x86/tile_amx.h"
 
 enum {
-    BLOCK = 256, /* keys */
-    STEP = 32,   /* keys of a step of P V */
+    BLOCK = 256,      /* keys */
+    BLOCK_LONE = 128, /* of a single row tile: O is small, and K is read again from L2 */
+    STEP = 32,        /* keys of a step of P V */
     STEPS = BLOCK / STEP,
     ROWS_MAX = 128,
     COLUMN_TILES = ATTN_MLA_LATENT / 16,
@@ -44,13 +53,22 @@ struct key_tile {
     int64_t bytes; /* from one row to the next */
 };
 
+/* Rows of the next block of which lines are still to be asked for, `step` bytes apart: all lines of
+ * single rows, every third of long runs, as the hardware then fetches those between. */
+struct ahead {
+    const char *const *row;
+    int32_t rows, at, bytes, step; /* at: in the first of the rows */
+};
+
 struct work {
     char *q, *k, *v, *s, *p, *o;
     float *m, *l, *top;         /* [rows] */
     int32_t *hi;                /* [rows] */
-    const char **row, **scales; /* [BLOCK] */
+    const char **row, **scales; /* [2][BLOCK] */
     struct key_tile *tile;      /* [BLOCK / 16] */
-    int row_tiles, width;       /* width: d_qk / 32 */
+    struct ahead *ahead;
+    int row_tiles, width; /* width: d_qk / 32 */
+    bool lone;            /* one row tile, V in place */
 };
 
 static int64_t lay_out(struct work *w, char *base, int64_t rows, int64_t d_qk)
@@ -65,14 +83,14 @@ static int64_t lay_out(struct work *w, char *base, int64_t rows, int64_t d_qk)
     PART(k, BLOCK * (int64_t)K_ROW);
     PART(v, BLOCK / 2 * (int64_t)V_ROW);
     PART(s, 2 * 4 * (int64_t)TILE_BYTES);
-    PART(p, tiles * STEPS * TILE_BYTES);
+    PART(p, (tiles < 2 ? 2 : tiles) * STEPS * TILE_BYTES);
     PART(o, tiles * COLUMN_TILES * TILE_BYTES);
     PART(m, tiles * 64);
     PART(l, tiles * 64);
     PART(top, tiles * 64);
     PART(hi, tiles * 64);
-    PART(row, BLOCK * (int64_t)sizeof(char *));
-    PART(scales, BLOCK * (int64_t)sizeof(char *));
+    PART(row, 2 * BLOCK * (int64_t)sizeof(char *));
+    PART(scales, 2 * BLOCK * (int64_t)sizeof(char *));
     PART(tile, BLOCK / 16 * (int64_t)sizeof(struct key_tile));
 #undef PART
     w->row_tiles = (int)tiles;
@@ -132,7 +150,20 @@ struct block {
     int steps;                  /* of 32 keys, the last one perhaps not full */
 };
 
-/* The tiles of K.  Rows past the last key, up to a whole step, hold anything that is memory. */
+enum { FETCH = 384 }; /* bytes asked for at a time, a third of a row of bf16 */
+
+VEC_INLINE void fetch(struct ahead *a)
+{
+    if (a->rows == 0) return;
+    for (int32_t i = 0; i < FETCH; i += a->step) _mm_prefetch(*a->row + a->at + i, _MM_HINT_T1);
+    a->at += FETCH;
+    if (a->at < a->bytes) return;
+    a->at = 0;
+    a->row++;
+    a->rows--;
+}
+
+/* The tiles of K.  Rows past the last key, up to a whole step, are 0. */
 static void find_keys(const struct block *b, enum attn_mla_format format, int32_t d,
                       const struct work *w)
 {
@@ -144,9 +175,13 @@ static void find_keys(const struct block *b, enum attn_mla_format format, int32_
             *tile = (struct key_tile){b->row[j], b->row[j + 1] - b->row[j]};
             continue;
         }
-        for (int32_t i = j; i < j + 16 && i < b->n; i++)
-            row_to_bf16(format, b->row[i], b->scales ? b->scales[i] : NULL, d,
-                        (uint16_t *)(void *)(w->k + i * K_ROW));
+        for (int32_t i = j; i < j + 16; i++) {
+            uint16_t *to = (uint16_t *)(void *)(w->k + i * K_ROW);
+            if (i < b->n)
+                row_to_bf16(format, b->row[i], b->scales ? b->scales[i] : NULL, d, to);
+            else
+                memset(to, 0, (size_t)d * 2);
+        }
     }
     tile_fence();
 }
@@ -178,6 +213,14 @@ VEC_INLINE float *strip_row(const struct strip *b, int j)
     return (float *)(void *)(b->s + j / 16 * b->s_tile + j % 16 * 64);
 }
 
+/* Row r of P for 16 keys, as (p, 0) and, a tile on, (0, p). */
+VEC_INLINE void put_apart(char *p, vec x)
+{
+    const __m512i odd = pair_bf16(vec_zero(), x);
+    _mm512_store_si512(p, _mm512_srli_epi32(odd, 16));
+    _mm512_store_si512(p + TILE_BYTES, odd);
+}
+
 /* Multiplies the rows of row tile r of O and of the P tiles before step x. */
 static void rescale(const struct work *w, const struct block *b, int r, int x, vec f)
 {
@@ -190,6 +233,12 @@ static void rescale(const struct work *w, const struct block *b, int r, int x, v
         float *row = (float *)(void *)(o + c * 64);
         vec_store(row, vec_mul(vec_load(row), vec_set1(factor[c % 16])));
     }
+    for (int64_t c = 0; w->lone && c < x * 32; c++) {
+        char *pair = p + c / 16 * 2 * TILE_BYTES + c % 16 * 64;
+        const vec old = vec_load((const float *)(const void *)(pair + TILE_BYTES));
+        put_apart(pair, vec_mul(old, vec_set1(factor[c % 16])));
+    }
+    if (w->lone) return;
     for (int64_t c = 0; c < x * 16; c++) {
         const __m512i pair = _mm512_load_si512(p + c * 64);
         const vec low = _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16));
@@ -293,6 +342,7 @@ VEC_INLINE void scores_pair(const struct work *w, const struct key_tile *k, cons
         tile_dpbf16(1, 4, 7);
         tile_dpbf16(2, 5, 6);
         tile_dpbf16(3, 5, 7);
+        fetch(w->ahead);
         if (x >= 16) continue;
         if (beside->strips) {
             strip_pair(&beside->strips[0], x);
@@ -374,8 +424,7 @@ static void scores_one(const struct key_tile *k, const char *q, int width, char 
     }
 }
 
-/* The same for one row tile: nothing to hide behind, reading is what takes time.  V is made here
- * when this is the only row tile. */
+/* The same for a row tile that has no partner.  V is made here when it is the only one. */
 static void weigh_one(const struct work *w, const struct attn_mla_task *t, const struct block *b,
                       int r, int32_t least)
 {
@@ -389,10 +438,36 @@ static void weigh_one(const struct work *w, const struct attn_mla_task *t, const
     }
 }
 
+/* The same for the only row tile, whose P is laid out for V in place. */
+static void weigh_lone(const struct work *w, const struct attn_mla_task *t, const struct block *b,
+                       int32_t least)
+{
+    for (int x = 0; x < b->steps; x++) {
+        scores_one(w->tile + 2 * x, w->q, w->width, w->s);
+        struct strip strip = strip_of(w, w->s, TILE_BYTES, 0, x);
+        strip_begin(w, t, b, &strip, x, least);
+        for (int j = 0; j < STEP; j += 16) {
+            char *p = w->p + (2 * x + j / 16) * 2 * TILE_BYTES;
+            vec e[16];
+            VEC_UNROLL
+            for (int i = 0; i < 16; i++) {
+                const vec y = vec_load(strip_row(&strip, j + i));
+                e[i] = vec_exp2(_mm512_fmsub_ps(y, strip.factor, strip.m));
+                strip.l = vec_add(strip.l, e[i]);
+            }
+            vec_transpose(e);
+            VEC_UNROLL
+            for (int i = 0; i < 16; i++) put_apart(p + 64 * i, e[i]);
+        }
+        vec_store(w->l, strip.l);
+    }
+}
+
 /* ---- O += P V ---------------------------------------------------------------------------------- */
+
 /* 32 rows x 32 columns. */
 static void values_pair(const char *p0, const char *p1, const char *v, int steps, bool first,
-                        char *o0, char *o1)
+                        char *o0, char *o1, struct ahead *ahead)
 {
     if (first) {
         tile_zero(0);
@@ -414,6 +489,7 @@ static void values_pair(const char *p0, const char *p1, const char *v, int steps
         tile_dpbf16(2, 5, 6);
         tile_dpbf16(1, 4, 7);
         tile_dpbf16(3, 5, 7);
+        fetch(ahead);
     }
     tile_store(0, o0);
     tile_store(1, o0 + TILE_BYTES);
@@ -462,20 +538,59 @@ static void values(const struct work *w, int r0, int count, int steps, bool firs
         char *o1 = o + COLUMN_TILES * TILE_BYTES;
         for (int c = 0; c < COLUMN_TILES; c += 2)
             values_pair(p, p + STEPS * TILE_BYTES, w->v + 64 * c, steps, first, o + c * TILE_BYTES,
-                        o1 + c * TILE_BYTES);
+                        o1 + c * TILE_BYTES, w->ahead);
     } else {
         for (int c = 0; c < COLUMN_TILES; c += 4)
             values_four(p, w->v + 64 * c, steps, first, o + c * TILE_BYTES);
     }
 }
 
+/* 16 rows x 64 columns, V in place. */
+static void values_lone(const struct work *w, int key_tiles, bool first)
+{
+    for (int c = 0; c < COLUMN_TILES; c += 4) {
+        char *o = w->o + c * TILE_BYTES;
+        if (first) {
+            tile_zero(0);
+            tile_zero(1);
+            tile_zero(2);
+            tile_zero(3);
+        } else {
+            tile_load(0, o);
+            tile_load(1, o + TILE_BYTES);
+            tile_load(2, o + 2 * TILE_BYTES);
+            tile_load(3, o + 3 * TILE_BYTES);
+        }
+        for (int x = 0; x < key_tiles; x++) {
+            const char *p = w->p + x * 2 * TILE_BYTES, *v = w->tile[x].row + 32 * c;
+            tile_load_at_once(6, v, w->tile[x].bytes);
+            tile_load_at_once(7, v + 64, w->tile[x].bytes);
+            tile_load(4, p);
+            tile_load(5, p + TILE_BYTES);
+            tile_dpbf16(0, 4, 6);
+            tile_dpbf16(1, 5, 6);
+            tile_dpbf16(2, 4, 7);
+            tile_dpbf16(3, 5, 7);
+        }
+        tile_store(0, o);
+        tile_store(1, o + TILE_BYTES);
+        tile_store(2, o + 2 * TILE_BYTES);
+        tile_store(3, o + 3 * TILE_BYTES);
+    }
+}
+
 /* ---- a task ------------------------------------------------------------------------------------ */
 
-/* O to [rows][512], columns put back in order. */
-static void write_rows(const struct attn_mla_task *t, const struct work *w)
+/* O to [rows][512], columns put back in order.  True: it holds a NaN. */
+static bool write_rows(const struct attn_mla_task *t, const struct work *w)
 {
-    const __m512i lower = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i unpacked = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22,
+                                               23);
+    const __m512i in_turn = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7,
+                                              23);
+    const __m512i lower = w->lone ? in_turn : unpacked;
     const __m512i upper = _mm512_add_epi32(lower, _mm512_set1_epi32(8));
+    vec_mask nan = 0;
     for (int32_t r = 0; r < t->rows; r++) {
         const char *o = w->o + (int64_t)(r / 16) * COLUMN_TILES * TILE_BYTES + r % 16 * 64;
         float *to = t->o + (int64_t)r * ATTN_MLA_LATENT;
@@ -484,24 +599,45 @@ static void write_rows(const struct attn_mla_task *t, const struct work *w)
             const vec b = vec_load((const float *)(const void *)(o + (c + 1) * TILE_BYTES));
             vec_store(to + 16 * c, _mm512_permutex2var_ps(a, lower, b));
             vec_store(to + 16 * c + 16, _mm512_permutex2var_ps(a, upper, b));
+            nan |= _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q);
         }
+    }
+    return vec_any(nan);
+}
+
+static int32_t row_bytes(enum attn_mla_format format, int32_t d)
+{
+    switch ((int)format) {
+    case ATTN_BF16: return 2 * d;
+    case ATTN_F8: return d;
+    case ATTN_MLA_V32: return ATTN_V32_BYTES;
+    default: return ATTN_MODEL1_ROW_BYTES;
     }
 }
 
-/* False: there are no more keys. */
-static bool next_block(struct block *b, struct attn_mla_cursor *keys)
+/* The block after b, of up to `max` keys, in the halves of w->row and w->scales that b leaves. */
+static struct block block_after(const struct block *b, struct attn_mla_cursor *keys, int32_t max,
+                                const struct work *w)
 {
-    b->first += b->n;
-    b->n = attn_mla_next_keys(keys, BLOCK, b->row, b->scales);
-    b->steps = (b->n + STEP - 1) / STEP;
-    return b->n > 0;
+    const int64_t half = b->row == w->row ? BLOCK : 0;
+    struct block next = {
+        .row = w->row + half,
+        .scales = keys->scales ? w->scales + half : NULL,
+        .first = b->first + b->n,
+    };
+    next.n = attn_mla_next_keys(keys, max, next.row, next.scales);
+    next.steps = (next.n + STEP - 1) / STEP;
+    return next;
 }
 
-static void attend(const struct attn_mla_task *t, enum attn_mla_format format, char *scratch)
+/* True: O holds a NaN. */
+static bool attend_in(const struct attn_mla_task *t, enum attn_mla_format format, char *scratch,
+                      bool lone)
 {
     struct work w;
     struct attn_mla_cursor keys = t->keys;
     lay_out(&w, scratch, t->rows, t->d_qk);
+    w.lone = lone;
     int32_t least = INT32_MAX;
     for (int i = 0; i < 16 * w.row_tiles; i++) {
         w.m[i] = -FLT_MAX;
@@ -511,13 +647,27 @@ static void attend(const struct attn_mla_task *t, enum attn_mla_format format, c
         least = w.hi[i] < least ? w.hi[i] : least;
     }
     pack_q(t, format, &w);
-    struct block b = {.row = w.row, .scales = keys.scales ? w.scales : NULL};
+    const bool runs = keys.pages && keys.cache->row_stride == 2 * t->d_qk;
+    const int32_t max = lone ? BLOCK_LONE : BLOCK;
+    struct ahead ahead;
+    w.ahead = &ahead;
+    struct block next = block_after(&(struct block){0}, &keys, max, &w);
     tile_begin();
-    while (next_block(&b, &keys)) {
+    while (next.n > 0) {
+        const struct block b = next;
         struct strip due[2];
         bool waiting = false;
         int turn = 0, r = 0;
+        next = block_after(&b, &keys, max, &w);
+        ahead = (struct ahead){next.row, next.n, 0, row_bytes(format, t->d_qk), runs ? 192 : 64};
         find_keys(&b, format, t->d_qk, &w);
+        if (lone) {
+            weigh_lone(&w, t, &b, least);
+            tile_fence();
+            values_lone(&w, 2 * b.steps, b.first == 0);
+            tile_fence();
+            continue;
+        }
         for (; r + 2 <= w.row_tiles; r += 2) weigh_pair(&w, t, &b, r, least, due, &waiting, &turn);
         if (waiting) finish_strips(&w, due);
         if (r < w.row_tiles) weigh_one(&w, t, &b, r, least);
@@ -527,10 +677,18 @@ static void attend(const struct attn_mla_task *t, enum attn_mla_format format, c
         tile_fence();
     }
     tile_end();
-    write_rows(t, &w);
     memcpy(t->m, w.m, (size_t)t->rows * sizeof *t->m);
     memcpy(t->l, w.l, (size_t)t->rows * sizeof *t->l);
     memcpy(t->top, w.top, (size_t)t->rows * sizeof *t->top);
+    return write_rows(t, &w);
+}
+
+/* V in place carries an infinity or a NaN to the column beside it, by a product with 0: such tasks are
+ * done again with V interleaved. */
+static void attend(const struct attn_mla_task *t, enum attn_mla_format format, char *scratch)
+{
+    const bool lone = t->rows <= 16;
+    if (attend_in(t, format, scratch, lone) && lone) attend_in(t, format, scratch, false);
 }
 
 static void run_bf16(const struct attn_mla_task *t, char *s)
