@@ -581,7 +581,7 @@ static void values_lone(const struct work *w, int key_tiles, bool first)
 
 /* ---- a task ------------------------------------------------------------------------------------ */
 
-/* O to [rows][512], columns put back in order.  True: it holds a NaN. */
+/* O to [rows][512], columns put back in order.  True: a NaN in a row whose l is a number. */
 static bool write_rows(const struct attn_mla_task *t, const struct work *w)
 {
     const __m512i unpacked = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22,
@@ -590,8 +590,9 @@ static bool write_rows(const struct attn_mla_task *t, const struct work *w)
                                               23);
     const __m512i lower = w->lone ? in_turn : unpacked;
     const __m512i upper = _mm512_add_epi32(lower, _mm512_set1_epi32(8));
-    vec_mask nan = 0;
+    bool stray = false;
     for (int32_t r = 0; r < t->rows; r++) {
+        vec_mask nan = 0;
         const char *o = w->o + (int64_t)(r / 16) * COLUMN_TILES * TILE_BYTES + r % 16 * 64;
         float *to = t->o + (int64_t)r * ATTN_MLA_LATENT;
         for (int c = 0; c < COLUMN_TILES; c += 2) {
@@ -601,8 +602,9 @@ static bool write_rows(const struct attn_mla_task *t, const struct work *w)
             vec_store(to + 16 * c + 16, _mm512_permutex2var_ps(a, upper, b));
             nan |= _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q);
         }
+        stray |= nan && w->l[r] == w->l[r];
     }
-    return vec_any(nan);
+    return stray;
 }
 
 static int32_t row_bytes(enum attn_mla_format format, int32_t d)
@@ -630,7 +632,7 @@ static struct block block_after(const struct block *b, struct attn_mla_cursor *k
     return next;
 }
 
-/* True: O holds a NaN. */
+/* True: O has a NaN in a row whose l is a number. */
 static bool attend_in(const struct attn_mla_task *t, enum attn_mla_format format, char *scratch,
                       bool lone)
 {
@@ -683,8 +685,8 @@ static bool attend_in(const struct attn_mla_task *t, enum attn_mla_format format
     return write_rows(t, &w);
 }
 
-/* V in place carries an infinity or a NaN to the column beside it, by a product with 0: such tasks are
- * done again with V interleaved. */
+/* V in place carries an infinity to the column beside it, by a product with 0: such tasks are done again
+ * with V interleaved. */
 static void attend(const struct attn_mla_task *t, enum attn_mla_format format, char *scratch)
 {
     const bool lone = t->rows <= 16;
