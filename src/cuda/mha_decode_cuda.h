@@ -11,13 +11,13 @@
 
 /* How one call runs. */
 struct attn_mha_decode_cuda_plan {
-    int kernel;                       /* attn_mha_decode_kernels, then attn_mla_decode_kernels */
-    int box_rows;                     /* rows of a k or v box; 0: rows are gathered */
-    int tiles;                        /* row tiles of the longest sequence */
-    int parts;                        /* blocks that share the keys; the grid is parts * tiles */
-    int splits;                       /* 0: equal shares for the parts; n: every item is cut in n */
-    int slot_rows;                    /* rows of a partial result in the workspace */
-    int64_t records, lse, out, bytes; /* where the parts of the workspace begin, and its size */
+    int kernel;         /* attn_mha_decode_kernels, then attn_mla_decode_kernels */
+    int box_rows;       /* rows of a k or v box; 0: rows are gathered */
+    int tiles;          /* row tiles of the longest sequence */
+    int parts;          /* blocks that share the keys; the grid is parts * tiles */
+    int splits;         /* 0: equal shares for the parts; n: every item is cut in n */
+    int slot_rows;      /* rows of a partial result in the workspace */
+    int64_t out, bytes; /* the workspace: lse, then rows from `out` on; its size */
 };
 
 /* Whether decode kernels, not those of mha_fwd, run the call: shapes and num_splits only. */

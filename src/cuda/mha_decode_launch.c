@@ -12,8 +12,10 @@
 #define KERNELS_MAX 64
 #define THREADS 256
 #define COMBINE_THREADS 128
-#define COMBINE_THREADS_MAX 512
+#define COMBINE_THREADS_MAX 256
 #define COMBINE_BLOCKS_A_MULTIPROCESSOR 8
+#define NARROW_SEQUENCES 32
+#define NARROW_COST (1 << 30)
 #define ITEM_COST 2 /* steps that an item costs beside its keys: q, the first product, its rows */
 
 typedef struct attn_mha_fwd_problem problem_t;
@@ -70,8 +72,7 @@ attn_status attn_mha_decode_cuda_check(const problem_t *p, const struct attn_cud
 
 void attn_decode_fill_plan(const plan_t *plan, char *workspace, struct attn_decode_params *params)
 {
-    params->records = (struct attn_decode_record *)(void *)(workspace + plan->records);
-    params->partial_lse = (float *)(void *)(workspace + plan->lse);
+    params->partial_lse = (float *)(void *)workspace;
     params->partial_out = (float *)(void *)(workspace + plan->out);
     params->tiles = plan->tiles;
     params->parts = plan->parts;
@@ -108,7 +109,7 @@ static attn_status launch_combine(struct attn_decode_params *params,
                                  device->multiprocessors * COMBINE_BLOCKS_A_MULTIPROCESSOR),
                  1, 1},
         .block = {(unsigned)threads, 1, 1},
-        .shared_bytes = groups > 1 ? (unsigned)threads * ATTN_DECODE_MERGED_BYTES : 0,
+        .shared_bytes = (unsigned)threads * ATTN_DECODE_MERGED_BYTES,
         .stream = stream,
         .attributes = &early,
         .attribute_count = 1,
@@ -136,6 +137,13 @@ attn_status attn_decode_launch(struct attn_decode_params *params,
         .attributes = &early,
         .attribute_count = params->after_append ? 1 : 0,
     };
+    const struct attn_mha_fwd_params *call = &params->call;
+    params->by_group = attn_divisor_of(call->group);
+    params->by_page = attn_divisor_of(call->page);
+    params->by_parts = attn_divisor_of(params->parts);
+    int64_t steps = (call->cu_seqlens_k ? call->t_k : call->s_k) / ATTN_DECODE_KEYS + 1;
+    params->narrow = !params->splits && params->parts > 1 && call->b <= NARROW_SEQUENCES &&
+                     call->b * call->h_k * (steps + params->item_cost) < NARROW_COST;
     void *arguments[] = {params, (void *)(uintptr_t)maps};
     ATTN_TRY(
         attn_cuda_status(cu->launch_kernel_ex(&config, handle, arguments, NULL), kernel->name));
@@ -187,9 +195,9 @@ attn_status attn_mha_decode_cuda_launch(const problem_t *p, const struct attn_cu
     fill_params(p, &plan, workspace, &params);
     memset(&maps, 0, sizeof maps);
     if (plan.box_rows && params.call.s_k > 0) {
-        ATTN_TRY(attn_mha_fwd_encode_keys(p, plan.box_rows, &p->k, p->d_qk,
+        ATTN_TRY(attn_mha_fwd_encode_keys(p, plan.box_rows, &p->k, p->d_qk, true,
                                           "k: cuTensorMapEncodeTiled", &maps.k));
-        ATTN_TRY(attn_mha_fwd_encode_keys(p, plan.box_rows, &p->v, p->d_v,
+        ATTN_TRY(attn_mha_fwd_encode_keys(p, plan.box_rows, &p->v, p->d_v, true,
                                           "v: cuTensorMapEncodeTiled", &maps.v));
     }
     struct attn_cuda_kernel *kernel = kernel_at(plan.kernel);

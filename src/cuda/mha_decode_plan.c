@@ -8,7 +8,7 @@
 
 #define QUERIES_MAX 16  /* of a sequence: with more, mha_fwd's tiles fill by themselves */
 #define SPLIT_KEYS 4096 /* keys from which splitting a call of few row tiles pays */
-#define RECORDS_MAX 256 /* decode_combine's */
+#define BLOCKS_MAX 256  /* decode_combine's */
 #define LATENT 512      /* d_v of the kernels that take qv */
 
 bool attn_mha_decode_cuda_wanted(const struct attn_mha_fwd_problem *p, int multiprocessors)
@@ -23,18 +23,16 @@ bool attn_mha_decode_cuda_wanted(const struct attn_mha_fwd_problem *p, int multi
 void attn_decode_share(int64_t tiles, int64_t items, int64_t steps, int64_t rows, int64_t d_v,
                        int multiprocessors, struct attn_mha_decode_cuda_plan *plan)
 {
-    int64_t parts = clamp64(multiprocessors / tiles, 1, RECORDS_MAX / tiles > 1 ? RECORDS_MAX : 1);
-    int64_t pieces = clamp64(items, 0, RECORDS_MAX) * (plan->splits ? plan->splits
-                                                       : steps > 0  ? steps
-                                                                    : 1);
+    int64_t parts = clamp64(multiprocessors / tiles, 1, BLOCKS_MAX / tiles > 1 ? BLOCKS_MAX : 1);
+    int64_t pieces = clamp64(items, 0, BLOCKS_MAX) * (plan->splits ? plan->splits
+                                                      : steps > 0  ? steps
+                                                                   : 1);
     parts = clamp64(parts, 1, pieces > 1 ? pieces : 1);
     plan->tiles = (int)tiles;
     plan->parts = (int)parts;
     plan->slot_rows = (int)clamp64(rows, 1, ATTN_DECODE_ROWS);
     int64_t slots = plan->splits || parts == 1 ? 0 : 2 * parts * tiles;
-    plan->records = 0;
-    plan->lse = round_up(parts * tiles * (int64_t)sizeof(struct attn_decode_record), 64);
-    plan->out = plan->lse + round_up(slots * plan->slot_rows * 4, 64);
+    plan->out = round_up(slots * plan->slot_rows * 4, 64);
     plan->bytes = plan->out + slots * plan->slot_rows * d_v * 4;
 }
 

@@ -44,8 +44,8 @@ void attn_mha_fwd_fill_params(const struct attn_mha_fwd_problem *problem,
                               const struct attn_mha_fwd_cuda_plan *plan,
                               struct attn_mha_fwd_params *params);
 attn_status attn_mha_fwd_encode_keys(const struct attn_mha_fwd_problem *problem, int box_rows,
-                                     const struct attn_rows *rows, int64_t width, const char *name,
-                                     struct attn_tensor_map *map);
+                                     const struct attn_rows *rows, int64_t width, bool alone,
+                                     const char *name, struct attn_tensor_map *map);
 
 /* Calls with k_new run kv_append first: it writes the cache and, into attn_kv_append_bytes() of
  * workspace, the lengths with the new keys and (with a rotary table) a rotated copy of q.

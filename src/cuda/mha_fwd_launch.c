@@ -120,7 +120,8 @@ void attn_mha_fwd_fill_params(const problem_t *p, const plan_t *plan,
 
 /* k or v: see struct attn_mha_fwd_maps. */
 attn_status attn_mha_fwd_encode_keys(const problem_t *p, int box_rows, const struct attn_rows *r,
-                                     int64_t width, const char *name, struct attn_tensor_map *map)
+                                     int64_t width, bool alone, const char *name,
+                                     struct attn_tensor_map *map)
 {
     bool packed = p->cu_seqlens_k != NULL;
     int64_t rows = p->page_table ? p->page : packed ? p->t_k : p->s_k;
@@ -131,7 +132,8 @@ attn_status attn_mha_fwd_encode_keys(const problem_t *p, int box_rows, const str
                                               .extent = {width, box_rows, rows + 1, p->h_k,
                                                          batches},
                                               .stride = {row, row, r->head, r->batch},
-                                              .box = {64, box_rows, 1, 1, 1}},
+                                              .box = {64, box_rows, 1, 1, 1},
+                                              .alone = alone},
                            p->dtype == ATTN_F16, name, map);
 }
 
@@ -150,10 +152,10 @@ static attn_status encode_maps(const problem_t *p, const plan_t *plan, int tile_
         maps->k = maps->v = maps->q;
         return ATTN_OK;
     }
-    ATTN_TRY(attn_mha_fwd_encode_keys(p, plan->box_rows, &p->k, p->d_qk,
+    ATTN_TRY(attn_mha_fwd_encode_keys(p, plan->box_rows, &p->k, p->d_qk, false,
                                       "k: cuTensorMapEncodeTiled", &maps->k));
-    return attn_mha_fwd_encode_keys(p, plan->box_rows, &p->v, p->d_v, "v: cuTensorMapEncodeTiled",
-                                    &maps->v);
+    return attn_mha_fwd_encode_keys(p, plan->box_rows, &p->v, p->d_v, false,
+                                    "v: cuTensorMapEncodeTiled", &maps->v);
 }
 
 /* The workspace before decode's part: the ticket, then kv_append's. */

@@ -26,6 +26,8 @@ attn_status attn_tma_encode(const struct attn_tma *t, bool fp16, const char *nam
                                                              : CU_TENSOR_BFLOAT16,
                                                         (uint32_t)t->rank, t->base, extent, stride,
                                                         box, ones, 0, CU_TENSOR_SWIZZLE_128B,
-                                                        CU_TENSOR_L2_PROMOTION_256B, 0),
+                                                        t->alone ? CU_TENSOR_L2_PROMOTION_128B
+                                                                 : CU_TENSOR_L2_PROMOTION_256B,
+                                                        0),
                             name);
 }

@@ -21,6 +21,7 @@ struct attn_tma {
     int64_t extent[ATTN_TMA_RANK];
     int64_t stride[ATTN_TMA_RANK - 1]; /* elements, multiples of 8; of dimension 1 and up */
     int32_t box[ATTN_TMA_RANK];
+    bool alone; /* what lies beside a box is not wanted with it: L2 fetches 128 bytes, not 256 */
 };
 
 attn_status attn_tma_encode(const struct attn_tma *tensor, bool fp16, const char *name,

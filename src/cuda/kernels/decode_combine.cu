@@ -7,14 +7,15 @@
  *
  * Layout.  d_v / 4 threads (rounded up to a power of two) share a row, four columns each; of those
  * p.combine_groups groups share the pieces, and the first merges what they have.
- * splits 0: the rows of the items in p.records, which the decode kernel wrote; most blocks of it
- * left none.  splits n: all rows of the call.  Starts while the decode kernel runs and waits for it;
- * a block is small enough to lie beside one of it.
+ * splits 0: the rows of the items that were cut, which every block finds in the line that the
+ * decode kernel walked (decode_sched.cuh).  splits n: all rows of the call.
+ * Starts while the decode kernel runs, finds its rows and waits; a block is small enough to lie
+ * beside one of it.
  */
 #include "attend.cuh"
 #include "decode_sched.cuh"
 
-enum { THREADS_MAX = 512, RECORDS_MAX = 256 };
+enum { THREADS_MAX = 256, ITEMS_MAX = 256 };
 
 /* Some pieces of a row, merged but not normalised: top = M, sum, and four columns. */
 struct merged {
@@ -31,18 +32,25 @@ ATTN_DEVICE void scale_add(float4 &to, float keep, float w, const float4 &x)
     to.w = fmaf(w, x.w, to.w * keep);
 }
 
-/* Adds another part.  A NaN stays; a part without keys (top -inf) changes nothing. */
-ATTN_DEVICE void merge(merged &m, float top, float sum, const float4 &out)
+/* Adds COUNT other parts.  A NaN stays; a part without keys (top -inf) changes nothing. */
+template <int COUNT> ATTN_DEVICE void merge(merged &m, const merged (&part)[COUNT])
 {
     const float log2e = 1.4426950408889634f;
-    if (top == -INFINITY) return;
-    float higher = m.top > top ? m.top : top; /* the NaN of m.top > NaN is `top` */
-    if (isnan(m.top)) higher = m.top;
-    float keep = m.top == -INFINITY ? 0.0f : ex2_approx((m.top - higher) * log2e);
-    float w = ex2_approx((top - higher) * log2e);
-    m.top = higher;
-    m.sum = fmaf(w, sum, m.sum * keep);
-    scale_add(m.out, keep, w, out);
+    float top = m.top;
+#pragma unroll
+    for (int i = 0; i < COUNT; i++)
+        top = fmaxf(top, part[i].top);
+    float base = top == -INFINITY ? 0.0f : top, keep = ex2_approx((m.top - base) * log2e);
+    m.top = top;
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+        float w = ex2_approx((part[i].top - base) * log2e);
+        if (part[i].top != -INFINITY) {
+            m.sum = fmaf(w, part[i].sum, m.sum * keep);
+            scale_add(m.out, keep, w, part[i].out);
+            keep = 1.0f;
+        }
+    }
 }
 
 /* A row of item (b, h_kv, tile). */
@@ -57,7 +65,7 @@ ATTN_DEVICE combined_row find_combined(const attn_decode_params &p, int b, int h
                                        int tile_row, int n, int pieces)
 {
     sequence seq = locate_sequence(p.call, b);
-    int row = tile * ATTN_DECODE_ROWS + tile_row, token = row / p.call.group;
+    int row = tile * ATTN_DECODE_ROWS + tile_row, token = divide(row, p.by_group);
     return {p.call.cu_seqlens_q ? 0 : b,
             h_kv * p.call.group + row - token * p.call.group,
             tile_row,
@@ -73,12 +81,21 @@ ATTN_DEVICE merged merge_pieces(const attn_decode_params &p, const combined_row 
                                 int group, int groups)
 {
     merged m = {-INFINITY, 0.0f, {0.0f, 0.0f, 0.0f, 0.0f}};
-#pragma unroll 4
-    for (int i = group; i < r.pieces; i += groups) {
-        int n = i ? r.second + (i - 1) * r.step : r.first;
-        float lse = *partial_lse_at(p, n, r.b, r.h_q, r.at, r.tile_row);
-        float4 x = *(const float4 *)(partial_out_row(p, n, r.b, r.h_q, r.at, r.tile_row) + column);
-        merge(m, lse, 1.0f, x);
+#pragma unroll 1
+    for (int i = group; i < r.pieces; i += 4 * groups) {
+        merged part[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            int piece = i + j * groups, n = piece ? r.second + (piece - 1) * r.step : r.first;
+            part[j] = {-INFINITY, 1.0f, {0.0f, 0.0f, 0.0f, 0.0f}};
+            if (piece < r.pieces) {
+                part[j].top = *partial_lse_at(p, n, r.b, r.h_q, r.at, r.tile_row);
+                part[j].out = *(const float4 *)(partial_out_row(p, n, r.b, r.h_q, r.at,
+                                                                r.tile_row) +
+                                                column);
+            }
+        }
+        merge(m, part);
     }
     return m;
 }
@@ -88,7 +105,7 @@ ATTN_DEVICE void store_row(const attn_decode_params &p, const combined_row &r, i
 {
     const attn_mha_fwd_params &call = p.call;
     const float ln2 = 0.6931471805599453f;
-    bool empty = m.top == -INFINITY;
+    bool empty = m.sum == 0.0f;
     float scale = empty ? 0.0f : 1.0f / m.sum;
     if (column == 0)
         call.lse[r.b * call.lse_stride_b + r.h_q * call.lse_stride_h + r.at * p.lse_stride_s] =
@@ -100,12 +117,57 @@ ATTN_DEVICE void store_row(const attn_decode_params &p, const combined_row &r, i
                            : make_uint2(pack_16x2<0>(x, y), pack_16x2<0>(z, w));
 }
 
+/* The cut items of a call, in the order of the blocks that began them. */
+struct cut_items {
+    struct {
+        int block, b, h_kv, pieces;
+    } item[ITEMS_MAX];
+    int found[THREADS_MAX / 32];
+    decode_line_smem line;
+};
+
+/* Finds them, and returns how many there are.  All threads call it; `through` is a number each. */
+ATTN_DEVICE int find_cut_items(const attn_decode_params &p, cut_items &sm, int64_t *through)
+{
+    int t = (int)threadIdx.x, threads = (int)blockDim.x, count = 0;
+    for (int tile = 0; tile < p.tiles; tile++) {
+        decode_line line = decode_lay(p, tile, sm.line);
+        through[t] = line.through; /* where the sequences of this thread end */
+        __syncthreads();
+        for (int base = 0; base < p.parts; base += threads) {
+            int part = base + t, pieces = 0;
+            decode_item item = {};
+            int64_t place = line.share * (part + 1) - 1;
+            if (part < p.parts && place < line.total) {
+                int owner = 0; /* the first thread whose sequences end behind the place */
+                for (int step = THREADS_MAX / 2; step; step /= 2)
+                    if (owner + step <= threads && through[owner + step - 1] <= place)
+                        owner += step;
+                int each = (p.call.b + threads - 1) / threads;
+                int64_t before = owner ? through[owner - 1] : 0;
+                item = decode_find(p, tile, owner * each, before, place);
+                pieces = decode_pieces(p, item, line.share, part);
+            }
+            uint32_t lanes = __ballot_sync(0xffffffff, pieces > 0);
+            if (t % 32 == 0) sm.found[t / 32] = __popc(lanes);
+            __syncthreads();
+            int at = count + __popc(lanes & ((1u << t % 32) - 1));
+            for (int w = 0; w < threads / 32; w++) {
+                if (w < t / 32) at += sm.found[w];
+                count += sm.found[w];
+            }
+            if (pieces) sm.item[at] = {part * p.tiles + tile, item.b, item.h, pieces};
+            __syncthreads();
+        }
+    }
+    return count;
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS_MAX)
     attn_decode_combine_sm90(const __grid_constant__ attn_decode_params p)
 {
-    __shared__ int begun[RECORDS_MAX]; /* blocks that began an item which others continued */
-    __shared__ int found[THREADS_MAX / 32];
-    extern __shared__ __align__(16) uint8_t raw[]; /* a `merged` a thread, with several groups */
+    __shared__ cut_items cut;
+    extern __shared__ __align__(16) uint8_t raw[]; /* a `merged` a thread */
     merged *shared = (merged *)raw;
     int t = (int)threadIdx.x, threads = (int)blockDim.x, groups = p.combine_groups;
     int sharers = 16; /* threads of a group */
@@ -114,25 +176,9 @@ extern "C" __global__ void __launch_bounds__(THREADS_MAX)
     int column = t % sharers * 4, group = t / sharers % groups, own = t / (sharers * groups);
     int rows = threads / (sharers * groups); /* of a block */
 
-    wait_for_previous_kernel();
-    int count = 0; /* the list must have one order in all blocks, which share its rows */
-    for (int base = 0; !p.splits && base < p.parts * p.tiles; base += threads) {
-        int i = base + t, warp = t / 32;
-        bool here = i < p.parts * p.tiles && p.records[i].pieces;
-        uint32_t lanes = __ballot_sync(0xffffffff, here);
-        if (t % 32 == 0) found[warp] = __popc(lanes);
-        __syncthreads();
-        int at = count + __popc(lanes & ((1u << t % 32) - 1));
-        for (int w = 0; w < threads / 32; w++) {
-            if (w < warp) at += found[w];
-            count += found[w];
-        }
-        if (here) begun[at] = i;
-        __syncthreads();
-    }
-
+    int items = p.splits ? p.call.b * p.call.h_k : find_cut_items(p, cut, (int64_t *)raw);
     int item_rows = p.splits ? p.tiles * ATTN_DECODE_ROWS : p.slot_rows;
-    uint32_t all = (uint32_t)(p.splits ? p.call.b * p.call.h_k : count) * item_rows;
+    uint32_t all = (uint32_t)items * item_rows;
     for (uint32_t first = blockIdx.x * rows; first < all; first += gridDim.x * rows) {
         uint32_t at = first + own;
         combined_row r = {};
@@ -142,22 +188,28 @@ extern "C" __global__ void __launch_bounds__(THREADS_MAX)
                 r = find_combined(p, item / p.call.h_k, item % p.call.h_k, row / ATTN_DECODE_ROWS,
                                   row % ATTN_DECODE_ROWS, 0, p.splits);
             } else {
-                int block = begun[item];
-                attn_decode_record record = p.records[block];
-                r = find_combined(p, record.b, record.h_kv, block % p.tiles, row, block * 2 + 1,
-                                  record.pieces);
+                auto found = cut.item[item];
+                r = find_combined(p, found.b, found.h_kv, found.block % p.tiles, row,
+                                  found.block * 2 + 1, found.pieces);
             }
         }
+        wait_for_previous_kernel();
         merged m = merge_pieces(p, r, column, group, groups);
         if (groups > 1) {
             __syncthreads(); /* the last row's have been read */
             shared[t] = m;
             __syncthreads();
-            for (int g = 1; group == 0 && g < groups; g++) {
-                const merged &other = shared[t + g * sharers];
-                merge(m, other.top, other.sum, other.out);
+            for (int g = 1; group == 0 && g < groups; g += 4) {
+                merged part[4];
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    part[j] = {-INFINITY, 0.0f, {0.0f, 0.0f, 0.0f, 0.0f}};
+                    if (g + j < groups) part[j] = shared[t + (g + j) * sharers];
+                }
+                merge(m, part);
             }
         }
         if (group == 0 && r.pieces) store_row(p, r, column, m);
     }
+    wait_for_previous_kernel(); /* always: no later call may overtake the decode kernel */
 }

@@ -18,10 +18,20 @@
 
 #define ATTN_DECODE_MERGED_BYTES 32 /* of a thread of decode_combine: what its pieces amount to */
 
-/* The item that a block began and others finish; `pieces` 0: there is none. */
-struct attn_decode_record {
-    int32_t b, h_kv, pieces, reserved;
+/* Divides 0 <= n < 2^31 by d >= 1 as umulhi(2 n, magic) >> shift. */
+struct attn_divisor {
+    uint32_t magic, shift;
 };
+
+static inline struct attn_divisor attn_divisor_of(int32_t d)
+{
+    uint32_t shift = 0;
+    d = d > 1 ? d : 1;
+    while ((uint64_t)1 << shift < (uint64_t)d) shift++;
+    struct attn_divisor divisor = {(uint32_t)(((uint64_t)1 << (31 + shift)) / (uint64_t)d + 1),
+                                   shift};
+    return divisor;
+}
 
 struct attn_decode_params {
     struct attn_mha_fwd_params call; /* the ticket, section and cluster of mha_fwd are unused */
@@ -36,7 +46,6 @@ struct attn_decode_params {
     float *partial_out, *partial_lse;
     int64_t partial_out_stride_n, partial_out_stride_b, partial_out_stride_s, partial_out_stride_h;
     int64_t partial_lse_stride_n, partial_lse_stride_b, partial_lse_stride_h;
-    struct attn_decode_record *records; /* [blocks], all written in every call with splits 0 */
 
     int32_t tiles;     /* row tiles of the longest sequence */
     int32_t parts;     /* blocks that share the keys of the call */
@@ -46,6 +55,8 @@ struct attn_decode_params {
     int32_t fp16;
     int32_t combine_groups; /* of threads that share a row's pieces in decode_combine: 2^n */
     int32_t after_append;   /* 1: kv_append comes first and may be running still */
+    int32_t narrow;         /* 1: equal shares, at most 32 sequences, less than 2^30 cost in all */
+    struct attn_divisor by_group, by_page, by_parts;
 };
 
 /* Shared memory of an mha_decode kernel: q, stages of k and v (panels of 64 columns), barriers. */
@@ -70,10 +81,8 @@ struct attn_decode_params {
     ((5 + 4 * ATTN_MLA_DECODE_HALVES + ATTN_MLA_DECODE_ROPES + 1) * ATTN_DECODE_PANEL + 3072)
 
 #ifdef __cplusplus
-static_assert(sizeof(struct attn_decode_record) == 16, "the host's and the kernel's layout");
-static_assert(sizeof(struct attn_decode_params) == 504, "the host's and the kernel's layout");
+static_assert(sizeof(struct attn_decode_params) == 528, "the host's and the kernel's layout");
 #else
-_Static_assert(sizeof(struct attn_decode_record) == 16, "the host's and the kernel's layout");
-_Static_assert(sizeof(struct attn_decode_params) == 504, "the host's and the kernel's layout");
+_Static_assert(sizeof(struct attn_decode_params) == 528, "the host's and the kernel's layout");
 #endif
 #endif

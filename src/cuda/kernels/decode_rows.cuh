@@ -27,7 +27,7 @@ struct query_row {
 
 ATTN_DEVICE query_row find_row(const attn_decode_params &p, const decode_piece &piece, int row)
 {
-    int token = row / p.call.group;
+    int token = divide(row, p.by_group);
     return {piece.h_kv * p.call.group + row - token * p.call.group,
             p.call.cu_seqlens_q ? 0 : piece.b, (int64_t)piece.seq.q_offset + token};
 }
@@ -63,23 +63,26 @@ ATTN_DEVICE int known_here(int x)
     return x;
 }
 
-/* Columns from column0 on of the rows of the tile that begins with row `first`, in panels; zeros
- * below the last row and right of the last column. */
-template <int PANELS>
+/* Columns from column0 on of the ROWS rows from `first` on, in panels of 64 rows; zeros below the
+ * last row and right of the last column.  Under way until wait_q. */
+template <int PANELS, int ROWS = ATTN_DECODE_ROWS>
 ATTN_DEVICE void load_query(const attn_decode_params &p, const query_rows &rows,
                             const decode_piece &piece, int first, int column0, uint32_t dst)
 {
-    constexpr int CHUNKS = PANELS * 8;
-#pragma unroll 4
-    for (int i = known_here((int)threadIdx.x) % 128; i < ATTN_DECODE_ROWS * CHUNKS; i += 128) {
+    constexpr int CHUNKS = PANELS * 8, PANEL = ATTN_DECODE_ROWS * 128;
+#pragma unroll 1
+    for (int i = known_here((int)threadIdx.x) % 128; i < ROWS * CHUNKS; i += 128) {
         int row = i / CHUNKS, chunk = i % CHUNKS;
-        bool live = first + row < piece.rows && column0 + chunk * 8 < rows.width;
-        query_row r = find_row(p, piece, live ? first + row : 0);
-        cp_async_16(dst + chunk / 8 * (ATTN_DECODE_ROWS * 128) + row * 128 +
-                        ((chunk % 8 ^ (row & 7)) << 4),
-                    live ? rows.at(r) + column0 + chunk * 8 : (const uint16_t *)p.q,
-                    live ? 16 : 0);
+        uint32_t to = dst + chunk / 8 * PANEL + row * 128 + ((chunk % 8 ^ (row & 7)) << 4);
+        if (first + row < piece.rows && column0 + chunk * 8 < rows.width)
+            cp_async_16(to, rows.at(find_row(p, piece, first + row)) + column0 + chunk * 8);
+        else
+            shared_zero_16(to);
     }
+}
+
+ATTN_DEVICE void wait_q()
+{
     cp_async_wait_all();
     fence_proxy_async_shared();
 }

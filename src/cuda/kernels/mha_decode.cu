@@ -13,14 +13,17 @@
  *
  * Pipeline: the consumer warpgroup runs S of a step beside the softmax of the step before; warps
  * without a live row only take part in the products.  Two warps load k and two load v, each half of
- * a tile, as far ahead as there are stages, also into the next item.
+ * a tile, as far ahead as there are stages, also into the next item.  At d 64 and 16 rows or fewer
+ * decode_few.cuh consumes.
+ *
+ * A short call is bound by its way to the first box: instructions come cold, eight in some 100
+ * clocks, so the roles share the code of the first piece, k and v that of their loader.
  *
  *  loaders  | K0 V0 K1 V1 K2 V2 ..        (all stages)
  *  wgmma    | S0        | S1        O += P0 V0   | S2        O += P1 V1   | O += Pn Vn
  *  consumer | q      P0 |        P1   rescale O  |        P2   rescale O  | rows or partial rows
  */
-#include "decode_rows.cuh"
-#include "softmax.cuh"
+#include "decode_few.cuh"
 
 enum { N = ATTN_DECODE_KEYS, M = ATTN_DECODE_ROWS, THREADS = 256, CONSUMER_BARRIER = 1 };
 
@@ -34,14 +37,47 @@ template <int DQK, int DV> struct decode_smem {
     uint8_t v[STAGES][V_PANELS * N * 128];
 
     /* full: one a loading warp, and the bytes (gathered: one a lane); empty: one a consumer warp */
-    uint64_t k_full[STAGES], k_empty[STAGES];
-    uint64_t v_full[STAGES], v_empty[STAGES];
+    uint64_t k_full[STAGES], v_full[STAGES], k_empty[STAGES], v_empty[STAGES];
     decode_start_smem start;
-    decode_piece piece;     /* the consumers' */
+    decode_walk walk;       /* the consumers' */
+    decode_piece piece;
     key_interval bounds[M]; /* visible keys of each row; a warp writes and reads its own 16 */
+    float2 few[4][FEW_ROWS]; /* maximum and sum of each warp's keys */
 };
 
 /* ---- loaders --------------------------------------------------------------------------------- */
+
+/* What a loader of k and one of v do not share; the code they share is fetched once. */
+template <int DQK, int DV> struct key_side {
+    static constexpr int QK_PANELS = ATTN_MHA_FWD_PANELS(DQK), V_PANELS = ATTN_MHA_FWD_PANELS(DV);
+    static constexpr int MOST = QK_PANELS > V_PANELS ? QK_PANELS : V_PANELS;
+
+    bool is_v;
+    const attn_tensor_map *map;
+    uint32_t tiles, full, empty; /* shared memory */
+    key_rows rows;
+
+    __device__ __forceinline__ int panels() const
+    {
+        return QK_PANELS == V_PANELS ? QK_PANELS : is_v ? V_PANELS : QK_PANELS;
+    }
+};
+
+template <int DQK, int DV>
+ATTN_DEVICE key_side<DQK, DV> choose_side(const attn_mha_fwd_params &call,
+                                          const attn_mha_fwd_maps &maps, decode_smem<DQK, DV> &sm,
+                                          bool is_v)
+{
+    if (is_v)
+        return {true, &maps.v, shared_address(sm.v[0]), shared_address(sm.v_full),
+                shared_address(sm.v_empty),
+                {(const uint16_t *)call.v, call.v_stride_b, call.v_stride_s, call.v_stride_h,
+                 call.d_v}};
+    return {false, &maps.k, shared_address(sm.k[0]), shared_address(sm.k_full),
+            shared_address(sm.k_empty),
+            {(const uint16_t *)call.k, call.k_stride_b, call.k_stride_s, call.k_stride_h,
+             call.d_qk}};
+}
 
 /* The pages that 32 boxes or rows ahead lie in, one a lane, so that a step does not wait for the
  * page table. */
@@ -51,35 +87,44 @@ struct page_window {
     int steps; /* that the window holds */
 };
 
-/* Boxes of one k or v tile, the two warps of a loader in turn.  `lane` counts through both. */
-template <int D, int IS_V>
-ATTN_DEVICE void load_boxes(const attn_decode_params &p, const attn_tensor_map *map, uint32_t dst,
-                            uint32_t bar, const decode_piece &piece, int n, page_window &pages,
-                            int warp)
+/* Boxes of one k or v tile, the two warps of a loader in turn. */
+template <int DQK, int DV>
+ATTN_DEVICE void load_boxes(const attn_decode_params &p, const key_side<DQK, DV> &side,
+                            uint32_t dst, uint32_t bar, const decode_piece &piece, int n,
+                            page_window &pages, int warp)
 {
-    constexpr int PANELS = ATTN_MHA_FWD_PANELS(D);
     const attn_mha_fwd_params &call = p.call;
     int lane = (int)threadIdx.x % 32, key = n * N, live = min(piece.seq.s_k - key, (int)N);
-    int rows = call.box_rows, boxes = N / rows; /* of a tile */
-    if (warp == 0) open_tile<PANELS, N, IS_V>(call, dst, bar, live);
-    else if (lane == 0) mbarrier_arrive(bar); /* or this warp could fall behind the ring */
-
-    int i = lane * 2 + warp, box = i / PANELS, panel = i % PANELS, row = box * rows;
+    int panels = side.panels(), rows = call.box_rows, boxes = N >> (__ffs(rows) - 1);
+    int i = lane * 2 + warp, box = i / panels, panel = i - box * panels, row = box * rows;
     int position = piece.seq.k_offset + key + row, source = piece.seq.k_row;
     if (call.page_table) {
         if (pages.step - n >= pages.steps) {
             const int32_t *table = call.page_table + piece.seq.k_row * call.page_table_stride;
-            int at = (n - lane / boxes) * N + lane % boxes * rows;
+            int ahead = lane * rows / N; /* of 32 boxes, in steps */
+            int at = (n - ahead) * N + lane * rows - ahead * N;
             bool there = at >= piece.begin * N && at < piece.seq.s_k;
-            pages.entry = there ? within(__ldg(table + at / call.page), call.num_pages - 1) : 0;
+            pages.entry =
+                there ? within(__ldg(table + divide(at, p.by_page)), call.num_pages - 1) : 0;
             pages.step = n;
         }
-        source = __shfl_sync(0xffffffff, pages.entry, ((pages.step - n) * boxes + box) % 32);
-        position %= call.page;
+        source = __shfl_sync(0xffffffff, pages.entry, (pages.step - n) * boxes + box);
+        position -= divide(position, p.by_page) * call.page;
     }
-    if (box < boxes && row < live)
-        load_box<IS_V>(call, map, dst + panel * N * 128 + row * 128, bar, panel,
-                       min(live - row, rows), position, piece.h_kv, source);
+    if (warp == 1) { /* arrives too, or it could fall behind the ring */
+        if (lane == 0) mbarrier_arrive(bar);
+    } else if (side.is_v) {
+        open_tile<side.V_PANELS, N, 1>(call, dst, bar, live);
+    } else {
+        open_tile<side.QK_PANELS, N, 0>(call, dst, bar, live);
+    }
+    if (row < live) {
+        int there = min(live - row, rows);
+        /* A panel right of v's head: see load_box in attend.cuh. */
+        int column = panel * 64 < side.rows.width ? panel * 64 : 0;
+        tma_load_5d(dst + panel * N * 128 + row * 128, side.map, bar, column, rows - there,
+                    position + there, piece.h_kv, source);
+    }
     __syncwarp();
 }
 
@@ -91,7 +136,7 @@ ATTN_DEVICE int64_t gathered_row(const attn_decode_params &p, const key_rows &ro
     int key = n * N + row, position = piece.seq.k_offset + key, source = piece.seq.k_row;
     if (n < piece.begin || key >= piece.seq.s_k) return -1;
     if (call.page_table) {
-        int page = position / call.page;
+        int page = divide(position, p.by_page);
         position -= page * call.page;
         source = within(__ldg(call.page_table + source * call.page_table_stride + page),
                         call.num_pages - 1);
@@ -101,66 +146,62 @@ ATTN_DEVICE int64_t gathered_row(const attn_decode_params &p, const key_rows &ro
 
 /* Half of a tile by copies of 16 bytes: any page size, any strides.  Lane l knows row 32 warp + l;
  * eight lanes share a row.  Each lane arrives. */
-template <int D>
-ATTN_DEVICE void load_rows(const key_rows &rows, uint32_t dst, uint32_t bar, int h_kv, int warp,
-                           int64_t offset)
+template <int DQK, int DV>
+ATTN_DEVICE void load_rows(const key_side<DQK, DV> &side, uint32_t dst, uint32_t bar, int h_kv,
+                           int warp, int64_t offset)
 {
     int lane = (int)threadIdx.x % 32, chunk = lane % 8;
-    const uint16_t *head = rows.data + h_kv * rows.stride_h;
+    const uint16_t *head = side.rows.data + h_kv * side.rows.stride_h;
 #pragma unroll 4
     for (int four = 0; four < 32; four += 4) {
         int from = four + lane / 8, row = 32 * warp + from;
         int64_t at = __shfl_sync(0xffffffff, offset, from);
         uint32_t to = dst + row * 128 + ((chunk ^ (row & 7)) << 4);
 #pragma unroll
-        for (int panel = 0; panel < ATTN_MHA_FWD_PANELS(D); panel++) {
+        for (int panel = 0; panel < side.MOST; panel++) {
             int column = panel * 64 + chunk * 8;
-            bool inside = at >= 0 && column < rows.width;
-            cp_async_16(to + panel * N * 128, inside ? head + at + column : head, inside ? 16 : 0);
+            bool inside = at >= 0 && column < side.rows.width;
+            if (panel < side.panels())
+                cp_async_16(to + panel * N * 128, inside ? head + at + column : head,
+                            inside ? 16 : 0);
         }
     }
     cp_async_mbarrier_arrive(bar);
 }
 
-/* All k or v tiles of this block, by warp `warp` of the loader's two. */
-template <int DQK, int DV, int IS_V>
-ATTN_DEVICE void load(const attn_decode_params &p, const attn_mha_fwd_maps &maps,
-                      decode_smem<DQK, DV> &sm, decode_walk walk, int warp)
+/* All k or v tiles of this block, by warp `warp` of the side's two. */
+template <int DQK, int DV>
+ATTN_DEVICE void load(const attn_decode_params &p, const key_side<DQK, DV> &side, decode_walk &walk,
+                      decode_piece &piece, int warp)
 {
-    constexpr int D = IS_V ? DV : DQK, BYTES = ATTN_MHA_FWD_PANELS(D) * N * 128;
     const attn_mha_fwd_params &call = p.call;
-    uint32_t tiles = shared_address(IS_V ? sm.v[0] : sm.k[0]);
-    uint32_t full = shared_address(IS_V ? sm.v_full : sm.k_full);
-    uint32_t empty = shared_address(IS_V ? sm.v_empty : sm.k_empty);
-    key_rows rows = IS_V ? key_rows{(const uint16_t *)call.v, call.v_stride_b, call.v_stride_s,
-                                    call.v_stride_h, call.d_v}
-                         : key_rows{(const uint16_t *)call.k, call.k_stride_b, call.k_stride_s,
-                                    call.k_stride_h, call.d_qk};
     int row = 32 * warp + (int)threadIdx.x % 32;
     decode_ring<decode_smem<DQK, DV>::STAGES> r = {0, 1};
-    decode_piece piece;
-    while (decode_next(p, walk, piece)) {
+    do {
         page_window pages = {0, piece.end + 32, call.gather ? 0 : 32 * call.box_rows / N};
-        int64_t offset = call.gather ? gathered_row(p, rows, piece, piece.end - 1, row) : 0;
+        int64_t offset = 0;
+        if (call.gather) offset = gathered_row(p, side.rows, piece, piece.end - 1, row);
         for (int n = piece.end - 1; n >= piece.begin; n--) {
-            uint32_t dst = tiles + r.stage * BYTES, bar = full + 8 * r.stage;
-            mbarrier_wait_parity(empty + 8 * r.stage, r.parity);
+            uint32_t dst = side.tiles + r.stage * (side.panels() * N * 128);
+            uint32_t bar = side.full + 8 * r.stage;
+            mbarrier_wait_parity(side.empty + 8 * r.stage, r.parity);
             if (call.gather) {
-                int64_t next = gathered_row(p, rows, piece, n - 1, row);
-                load_rows<D>(rows, dst, bar, piece.h_kv, warp, offset);
+                int64_t next = gathered_row(p, side.rows, piece, n - 1, row);
+                load_rows(side, dst, bar, piece.h_kv, warp, offset);
                 offset = next;
             } else {
-                load_boxes<D, IS_V>(p, IS_V ? &maps.v : &maps.k, dst, bar, piece, n, pages, warp);
+                load_boxes(p, side, dst, bar, piece, n, pages, warp);
             }
             r.next();
         }
-    }
+    } while (decode_next(p, walk, piece));
 }
 
 /* ---- the consumer warpgroup ------------------------------------------------------------------ */
 
 template <int FP16, int DQK, int DV>
-ATTN_DEVICE void consume(const attn_decode_params &p, decode_smem<DQK, DV> &sm)
+ATTN_DEVICE void consume(const attn_decode_params &p, decode_smem<DQK, DV> &sm, decode_walk walk,
+                         decode_piece next)
 {
     constexpr int STAGES = decode_smem<DQK, DV>::STAGES;
     const attn_mha_fwd_params &call = p.call;
@@ -172,29 +213,20 @@ ATTN_DEVICE void consume(const attn_decode_params &p, decode_smem<DQK, DV> &sm)
     uint32_t packed[N / 4];
     softmax_rows rows;
     const decode_piece &piece = sm.piece; /* and the walk in shared memory: registers are few */
-    if (!p.splits && t == 0) p.records[blockIdx.x].pieces = 0;
 
-    for (;;) {
-        decode_walk walk = sm.start.walk;
-        decode_piece next;
-        if (!decode_next(p, walk, next)) break;
-        if (t == 0) sm.piece = next;
-        load_q<ATTN_MHA_FWD_PANELS(DQK)>(p, next, first, 0, q);
-        named_barrier_sync<CONSUMER_BARRIER, 128>();
-        if (t == 0) sm.start.walk = walk;
-        if (next.pieces && t == 0)
-            p.records[blockIdx.x] = {next.b, next.h_kv, next.pieces, 0};
-
-        /* What this thread's rows see, and the steps that all rows see whole. */
-        int last = min(first + (int)M, piece.rows) - 1;
+    do {
+        load_query<ATTN_MHA_FWD_PANELS(DQK)>(p, q_rows(p), next, first, 0, q);
+        int last = min(first + (int)M, next.rows) - 1; /* and what this thread's rows see */
         bool live = warp_row <= last;
-        auto sees = [&](int r) {
-            return visible_keys(call, min(r, last) / call.group, piece.seq.s_q, piece.seq.s_k,
-                                piece.cp_tot);
-        };
-        if (lane < 16) sm.bounds[warp_row - first + lane] = sees(warp_row + lane);
-        __syncwarp();
-        int whole_begin = (sees(last).lo + N - 1) / N, whole_end = sees(first).hi / N;
+        if (lane < 16)
+            sm.bounds[warp_row - first + lane] =
+                visible_keys(call, divide(min(warp_row + lane, last), p.by_group), next.seq.s_q,
+                             next.seq.s_k, next.cp_tot);
+        if (t == 0) sm.piece = next;
+        wait_q();
+        named_barrier_sync<CONSUMER_BARRIER, 128>();
+        if (t == 0) sm.walk = walk;
+        int whole_begin = (sm.bounds[M - 1].lo + N - 1) / N, whole_end = sm.bounds[0].hi / N;
 
         auto wait_k = [&]() {
             mbarrier_wait_parity(shared_address(&sm.k_full[ks.stage]), ks.parity);
@@ -219,7 +251,7 @@ ATTN_DEVICE void consume(const attn_decode_params &p, decode_smem<DQK, DV> &sm)
                     s[i] = 0.0f;
                 return;
             }
-            if (call.score != ATTN_SCORE_PLAIN) transform_scores<N>(call, s);
+            if (rarely(call.score != ATTN_SCORE_PLAIN)) transform_scores<N>(call, s);
             if (n >= whole_end || n < whole_begin)
                 mask_scores<N>(s, n * N + 2 * (lane % 4), sm.bounds[row - first],
                                sm.bounds[row - first + 8]);
@@ -231,36 +263,31 @@ ATTN_DEVICE void consume(const attn_decode_params &p, decode_smem<DQK, DV> &sm)
 #pragma unroll
         for (int i = 0; i < DV / 2; i++)
             o[i] = 0.0f;
-        int n = piece.end - 1, begin = piece.begin;
-        if (n >= begin) {
+        int begin = piece.begin, end = piece.end;
+        for (int n = end - 1; n >= begin; n--) {
             wait_k();
             wgmma_pin(s);
+            wgmma_pin(o);
+            wgmma_pin(packed);
             wgmma_fence();
             issue_qk<FP16, DQK, M, N>(s, q, shared_address(sm.k[ks.stage]));
-            wgmma_wait_group<0>();
+            if (n < end - 1) {
+                wait_v();
+                issue_pv<FP16, DV, N>(o, packed, shared_address(sm.v[vs.stage]), 1);
+            } else {
+                wgmma_commit_group();
+            }
+            wgmma_wait_group<1>();
             wgmma_pin(s);
             release_k();
             scores_to_probabilities(n);
+            wgmma_wait_group<0>();
+            wgmma_pin(o);
+            if (n < end - 1) release_v();
             softmax_pack<FP16, N>(packed, s);
-            for (n--; n >= begin; n--) {
-                wait_k();
-                wgmma_pin(s);
-                wgmma_pin(o);
-                wgmma_pin(packed);
-                wgmma_fence();
-                issue_qk<FP16, DQK, M, N>(s, q, shared_address(sm.k[ks.stage]));
-                wait_v();
-                issue_pv<FP16, DV, N>(o, packed, shared_address(sm.v[vs.stage]), 1);
-                wgmma_wait_group<1>();
-                wgmma_pin(s);
-                release_k();
-                scores_to_probabilities(n);
-                wgmma_wait_group<0>();
-                wgmma_pin(o);
-                release_v();
-                softmax_pack<FP16, N>(packed, s);
-                softmax_rescale<DV>(rows, o);
-            }
+            softmax_rescale<DV>(rows, o);
+        }
+        if (begin < end) {
             wait_v();
             wgmma_pin(o);
             wgmma_pin(packed);
@@ -283,7 +310,8 @@ ATTN_DEVICE void consume(const attn_decode_params &p, decode_smem<DQK, DV> &sm)
         store_lse(p, piece, row, lse);
         store_out<FP16, DV>(p, piece, row, 0, normalise, o);
         named_barrier_sync<CONSUMER_BARRIER, 128>(); /* all products with q are over */
-    }
+        walk = sm.walk;
+    } while (decode_next(p, walk, next));
 }
 
 /* ---- the kernel ------------------------------------------------------------------------------ */
@@ -296,29 +324,34 @@ ATTN_DEVICE void mha_decode_body(const attn_decode_params &p, const attn_mha_fwd
     extern __shared__ __align__(1024) uint8_t raw[];
     smem &sm = *(smem *)raw;
 
-    launch_dependents();
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < smem::STAGES; i++) {
-            mbarrier_init(shared_address(&sm.k_full[i]), p.call.gather ? 64 : 2);
-            mbarrier_init(shared_address(&sm.v_full[i]), p.call.gather ? 64 : 2);
-            mbarrier_init(shared_address(&sm.k_empty[i]), 4);
-            mbarrier_init(shared_address(&sm.v_empty[i]), 4);
+    int t = (int)threadIdx.x, warp = __shfl_sync(0xffffffff, t / 32, 0);
+    if (t % 32 == 0) {
+        if (warp == 7) {
+            prefetch_tensormap(&maps.k);
+            prefetch_tensormap(&maps.v);
         }
+#pragma unroll 1
+        for (int i = warp; i < 4 * smem::STAGES; i += THREADS / 32) /* in the order of `smem` */
+            mbarrier_init(shared_address(&sm.k_full[i]),
+                          i >= 2 * smem::STAGES ? 4 : p.call.gather ? 64 : 2);
         fence_mbarrier_init();
-        prefetch_tensormap(&maps.k);
-        prefetch_tensormap(&maps.v);
     }
     wait_for_previous_kernel(); /* kv_append, when p.after_append */
-    decode_walk walk = decode_start<THREADS>(p, sm.start);
+    decode_walk walk;
+    decode_piece piece;
+    bool any = decode_first(p, sm.start, walk, piece);
     __syncthreads();
+    launch_dependents();
+    if (!any) return;
 
-    int warp = __shfl_sync(0xffffffff, (int)threadIdx.x / 32, 0);
-    if (warp < 4)
-        consume<FP16, DQK, DV>(p, sm);
-    else if (warp < 6)
-        load<DQK, DV, 0>(p, maps, sm, walk, warp - 4);
-    else
-        load<DQK, DV, 1>(p, maps, sm, walk, warp - 6);
+    if (warp >= 4) {
+        key_side<DQK, DV> side = choose_side<DQK, DV>(p.call, maps, sm, warp >= 6);
+        return load<DQK, DV>(p, side, walk, piece, warp % 2);
+    }
+    if constexpr (DQK == 64 && DV == 64) { /* where a step's bytes are fewest */
+        if (p.slot_rows <= FEW_ROWS) return consume_few<FP16, DQK, DV>(p, sm, walk, piece);
+    }
+    consume<FP16, DQK, DV>(p, sm, walk, piece);
 }
 
 /* The build compiles this file once a line of mha_decode.def, with the line's fields as macros. */

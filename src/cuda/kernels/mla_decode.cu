@@ -268,10 +268,9 @@ ATTN_DEVICE void score(const attn_decode_params &p, mla_smem &sm, step_ring &r)
         query_rows latent = SOURCE == LATENT ? q_rows(p) : qv_rows(p);
         load_query<4>(p, latent, piece, first, 0, q);
         load_query<1>(p, q_rows(p), piece, first, SOURCE == LATENT ? 512 : 0, q + 4 * TILE);
+        wait_q();
         load_q_registers<SOURCE>(p, latent, piece, first + own, q_more);
         named_barrier_sync<BARRIER_S, 128>();
-        if (piece.pieces && t == 0)
-            p.records[blockIdx.x] = {piece.b, piece.h_kv, piece.pieces, 0};
 
         int last = min(first + (int)M, piece.rows) - 1;
         auto sees = [&](int r) {
@@ -452,7 +451,6 @@ ATTN_DEVICE void mla_decode_body(const attn_decode_params &p, const attn_mha_fwd
     extern __shared__ __align__(1024) uint8_t raw[];
     mla_smem &sm = *(mla_smem *)raw;
 
-    launch_dependents();
     if (threadIdx.x == 0) {
         int lanes = p.call.gather ? 32 : 1;
         for (int i = 0; i < HALVES; i++)
@@ -467,10 +465,10 @@ ATTN_DEVICE void mla_decode_body(const attn_decode_params &p, const attn_mha_fwd
         fence_mbarrier_init();
         prefetch_tensormap(&maps.k);
         if (SOURCE == APART) prefetch_tensormap(&maps.v);
-        if (!p.splits) p.records[blockIdx.x].pieces = 0;
     }
     wait_for_previous_kernel(); /* kv_append, when p.after_append */
-    decode_start<THREADS>(p, sm.start);
+    launch_dependents(); /* not before: decode_combine reads the lengths at once */
+    decode_start(p, sm.start);
     int group = __shfl_sync(0xffffffff, (int)threadIdx.x / 128, 0);
     step_ring r = {{0, 0}, 0, 0};
     if (group == 0) {

@@ -13,6 +13,9 @@ ATTN_DEVICE uint32_t shared_address(const void *p)
     return (uint32_t)__cvta_generic_to_shared(p);
 }
 
+/* A condition whose code is laid out off the way: a short call is bound by instruction fetch. */
+ATTN_DEVICE bool rarely(bool condition) { return __builtin_expect(condition, 0); }
+
 /* ---- warps, warpgroups, clusters ------------------------------------------------------------- */
 
 /* True in one lane of a converged warp.  PTX ISA: elect.sync */
@@ -171,6 +174,22 @@ ATTN_DEVICE void shared_zero_16(uint32_t dst)
     asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(dst), "r"(0) : "memory");
 }
 
+/* Four 8 x 8 matrices of 16-bit elements; lane l passes the address of row l.  Lane l gets elements
+ * 2 (l % 4) and the next of row l / 4 of each; TRANSPOSED: of column l / 4.  PTX ISA: ldmatrix */
+template <int TRANSPOSED> ATTN_DEVICE void ldmatrix_x4(uint32_t (&x)[4], uint32_t row)
+{
+    if constexpr (TRANSPOSED)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                     : "r"(row)
+                     : "memory");
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                     : "r"(row)
+                     : "memory");
+}
+
 /* Four 8 x 8 matrices of 16-bit elements; lane l passes the address of row l.
  * PTX ISA: stmatrix */
 ATTN_DEVICE void stmatrix_x4(uint32_t row, uint32_t a, uint32_t b, uint32_t c, uint32_t d)
@@ -217,6 +236,25 @@ ATTN_DEVICE void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "me
 ATTN_DEVICE void cp_async_mbarrier_arrive(uint32_t bar)
 {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
+}
+
+/* ---- the tensor cores, a warp an instruction -------------------------------------------------- */
+
+/* D[16][8] += A[16][16] . B[8][16]^T.  Accumulator and A operand: those of wgmma.cuh for one warp;
+ * b[j] of lane l holds row l / 4 of B, k = 2 (l % 4) + {0, 1} + 8 j.  PTX ISA: mma */
+template <int FP16>
+ATTN_DEVICE void mma_16x8(float *d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
+{
+    if constexpr (FP16)
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, "
+                     "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    else
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
+                     "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 /* ---- arithmetic ------------------------------------------------------------------------------ */
