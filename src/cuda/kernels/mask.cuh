@@ -28,12 +28,12 @@ ATTN_DEVICE key_interval visible_keys(const attn_mha_fwd_params &p, int i, int s
 {
     int position = i + s_k - s_q;
     int lo = position - p.window_left, hi = position + p.window_right + 1;
-    if (rarely(p.chunk > 0)) {
+    if (p.chunk > 0) {
         int start = floor_div(position, p.chunk) * p.chunk;
         lo = max(lo, start);
         hi = min(hi, start + p.chunk);
     }
-    if (rarely(p.cp_world > 1)) {
+    if (p.cp_world > 1) {
         int last = p.cp_causal ? min(cp_tot - 1, i + cp_tot - s_q) : cp_tot - 1;
         hi = min(hi, floor_div(last - p.cp_rank, p.cp_world) + 1);
     }
