@@ -87,13 +87,6 @@ ATTN_DEVICE void wait_q()
     fence_proxy_async_shared();
 }
 
-template <int PANELS>
-ATTN_DEVICE void load_q(const attn_decode_params &p, const decode_piece &piece, int first,
-                        int column0, uint32_t dst)
-{
-    load_query<PANELS>(p, q_rows(p), piece, first, column0, dst);
-}
-
 /* The lse of a thread's rows `row` and row + 8. */
 ATTN_DEVICE void store_lse(const attn_decode_params &p, const decode_piece &piece, int row,
                            const float (&lse)[2])
