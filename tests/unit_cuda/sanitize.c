@@ -339,13 +339,18 @@ static void kda_step(int64_t d)
     done("attn_kda_step_sm90");
 }
 
-static void kda_group(int64_t d)
+static void kda_fwd_group(int64_t d)
 {
     kda_fwd(d, 3, 40, 0);
     kda_fwd(d, 2, 21, KDA_ODD);
-    kda_fwd(d, 2, 19, KDA_ACTIVATED);
     kda_fwd(d, 35, 17, 0); /* 70 pairs of sequence and head: more than clusters, at d 128 */
     kda_fwd(d, 70, 3, 0);  /* more pairs than multiprocessors: longest first */
+}
+
+/* Token by token. */
+static void kda_step_group(int64_t d)
+{
+    kda_fwd(d, 2, 19, KDA_ACTIVATED);
     kda_step(d);
 }
 
@@ -386,8 +391,10 @@ static int each_group(const char *name)
             GROUP(mla_group(t, caches[i][0], caches[i][1]), "mla_%s_h%d_page%d", dtype_names[t],
                   (int)caches[i][0], (int)caches[i][1]);
     }
-    GROUP(kda_group(128), "kda_d128");
-    GROUP(kda_group(64), "kda_d64");
+    for (int d = 64; d <= 128; d += 64) {
+        GROUP(kda_fwd_group(d), "kda_fwd_d%d", d);
+        GROUP(kda_step_group(d), "kda_step_d%d", d);
+    }
     GROUP(combine(), "split_combine");
 #undef GROUP
     return found;

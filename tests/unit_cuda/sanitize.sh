@@ -32,7 +32,7 @@ done | xargs -P "${JOBS:-8}" -L 1 sh -c '
     "$sanitizer" --tool "$0" --report-api-errors no --error-exitcode 9 "$out/sanitize" "$1" >"$log" 2>&1 && exit
     status=$?
     case "$status $0 $1" in
-    "9 racecheck kda_"* | "9 racecheck mla_"* | "9 racecheck mha_"*x512) echo "known: $0 $1" ;;
+    "9 racecheck kda_fwd_"* | "9 racecheck mla_"* | "9 racecheck mha_"*x512) echo "known: $0 $1" ;;
     "9 synccheck mla_"* | "9 synccheck mha_"*x512) echo "known: $0 $1" ;;
     *)
         echo "$0 $1: exit $status"
