@@ -32,6 +32,7 @@ attn_status attn_kda_step_launch(const struct attn_kda_problem *p, cu_device dev
     const struct attn_cuda_driver *cu;
     struct attn_cuda_kernel *kernel;
     cu_kernel handle;
+    ATTN_TRY(attn_kda_cuda_check(p));
     ATTN_TRY(attn_cuda_driver(&cu));
     ATTN_TRY(attn_plain_kernel(p->step ? "attn_kda_step_sm90" : "attn_kda_scan_sm90", &kernel));
     ATTN_TRY(attn_cuda_kernel_load(kernel, device, &handle));
@@ -80,7 +81,6 @@ attn_status attn_kda_step_cuda_run(const struct attn_kda_problem *p, void *strea
 {
     struct attn_cuda_device device;
     if (p->n * p->h == 0) return ATTN_OK;
-    ATTN_TRY(attn_kda_cuda_check(p));
     ATTN_TRY(attn_cuda_enter(p->device.device_id, &device));
     attn_status status = attn_kda_step_launch(p, device.device, stream);
     attn_cuda_leave(&device);
