@@ -16,7 +16,8 @@ The ceiling is measured in the same run by bench/ceiling.c: of all threads toget
 in registers that the dtype could use (bf16: the best of tiles, bf16 dot products and fp32; fp16 and
 fp32: fp32, or a third and a sixth of the tiles' rate, as they are exact in two and in three planes of
 bf16), and for decode the rate of reading memory.  Without a C compiler torch's matmul and sum stand
-in, and the row says so.
+in, and the row says so.  A row with isa=avx2 runs in a process of its own, whose switches hold us and
+torch's three libraries to AVX2; they are printed, and it has no share, since the ceiling is not held.
 The `call` row also says what Python and binding add: its time less that of the same problem run by
 bench/smallest.c.
 """
@@ -30,6 +31,7 @@ import os
 import shutil
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -51,6 +53,14 @@ SECONDS = 1.5  # for each of the two, a row
 ROTATE_BYTES = 1.1e9
 LEAST_CALLS = 5
 SDPA = F.scaled_dot_product_attention
+SWITCHES = {  # ours, then torch's own kernels, MKL and oneDNN
+    "avx2": {
+        "ATTN_CPU": "avx2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+    },
+}
 
 
 def alternate(*functions) -> list[list[float]]:
@@ -234,7 +244,19 @@ def call(h_q, d, dtype):
 KINDS = {"dense": dense, "decode": decode, "ragged": ragged, "call": call}
 
 
+def measure_held(kind: str, sizes: dict) -> dict:
+    """The row `sizes` in a process that is held to sizes["isa"]: libraries read switches once."""
+    plain = {key: value for key, value in sizes.items() if key != "isa"}
+    command = [sys.executable, __file__, "--one", json.dumps([kind, plain, SECONDS])]
+    switches = SWITCHES[sizes["isa"]]
+    got = subprocess.run(command, env={**os.environ, **switches}, check=True, stdout=subprocess.PIPE)
+    row = json.loads(got.stdout)
+    return {**row, "shape": {**row["shape"], "isa": sizes["isa"]}, "switches": switches}
+
+
 def measure(kind: str, sizes: dict) -> dict:
+    if "isa" in sizes:
+        return measure_held(kind, sizes)
     dtype = sizes["dtype"]
     row = KINDS[kind](**{**sizes, "dtype": DTYPES[dtype]})
     many = row.get("many", 1)
@@ -247,7 +269,7 @@ def measure(kind: str, sizes: dict) -> dict:
     share, bound, kernel_seconds = None, None, None
     if kind == "call":
         kernel_seconds = smallest_run(sizes["d"])
-    else:
+    elif "ATTN_CPU" not in os.environ:
         bound, rate = ceiling(DTYPES[dtype], row.get("memory", False))
         share = row["bytes" if row.get("memory") else "flops"] / mine / rate
     return {
@@ -283,6 +305,8 @@ def as_line(row: dict) -> str:
     extra = ""
     if row["overhead_seconds"]:
         extra = f"\n{'':7} of these {in_units(row['overhead_seconds']).strip()} are Python and binding"
+    if "switches" in row:
+        extra = f"\n{'':7} with {' '.join(f'{name}={value}' for name, value in row['switches'].items())}"
     return (
         f"{row['kind']:<7} {shape:<44} {row['dtype']:<5} {row['kernel']:<32} {in_units(row['best'])}"
         f" {in_units(row['seconds'])}"
@@ -304,7 +328,10 @@ def shapes(wanted: str):
         if line and not line.startswith("#") and wanted in line:
             kind, *pairs = line.split()
             sizes = dict(pair.split("=") for pair in pairs)
-            yield kind, {key: value if key == "dtype" else int(value) for key, value in sizes.items()}
+            yield (
+                kind,
+                {key: value if key in ("dtype", "isa") else int(value) for key, value in sizes.items()},
+            )
 
 
 def quick_shapes():
@@ -317,6 +344,7 @@ def quick_shapes():
     yield "decode", {"b": 1, "s_k": 1024, "h_q": 4, "h_k": 2, "d": 64, "dtype": "bf16"}
     yield "decode", {"b": 1, "s_k": 1024, "h_q": 4, "h_k": 2, "d": 64, "dtype": "bf16", "page": 16}
     yield "ragged", {"b": 3, "s": 100, "h_q": 4, "h_k": 2, "d": 64, "dtype": "bf16", "causal": 1}
+    yield "dense", {**sizes, "dtype": "fp32", "isa": "avx2"}
     yield "call", {"h_q": 1, "d": 8, "dtype": "bf16"}
 
 
@@ -325,9 +353,14 @@ def main():
     parser.add_argument("--rows", default="", help="only lines of the shape file that hold this text")
     parser.add_argument("--write", action="store_true", help="write bench/results/<machine>.json")
     parser.add_argument("--quick", action="store_true", help="a few calls of small rows: a smoke test")
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # JSON [kind, sizes, SECONDS]: prints its row
     args = parser.parse_args()
+    global SECONDS, ROTATE_BYTES
+    if args.one:
+        kind, sizes, SECONDS = json.loads(args.one)
+        print(json.dumps(measure(kind, sizes)))
+        return
     if args.quick:
-        global SECONDS, ROTATE_BYTES
         SECONDS, ROTATE_BYTES = 0.01, 1e6
 
     print(f"{machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
