@@ -59,9 +59,11 @@ tsan: ## the C program under the thread sanitizer: one OpenMP thread, many calle
 	@$(BUILD) tsan attn_check
 	OMP_NUM_THREADS=1 OMP_THREAD_LIMIT=1 build/tsan/attn_check $(CHECK)
 
-bench: dev ## the figures: a table, one row a shape (ARGS="--rows decode", ARGS=--write)
+bench: dev ## the figures, a row a shape (ARGS="--rows decode", MLA="sparse", KDA="--tokens 2048")
 	@$(VENV) demo
 	@.venv/bin/python bench/cpu_mha_fwd.py $(ARGS)
+	@.venv/bin/python bench/cpu_mla.py $(MLA)
+	@.venv/bin/python bench/cpu_kda.py $(KDA)
 
 bench-gpu: dev ## a Hopper GPU's figures (ARGS="--rows d128 --peer fa3=PATH")
 	@ATTN_LIB=build/release/libattn.so .venv/bin/python bench/gpu_mha_fwd.py $(ARGS)
