@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: MIT
 """mha_fwd on a GPU beside an 8192^3 bf16 torch.matmul and torch's cuDNN attention, in one run.
 
-    python bench/gpu_mha_fwd.py [--rows SUBSTRING,..] [--no-cudnn] [--peer NAME=PATH]..
+    python bench/gpu_mha_fwd.py [--asked] [--rows SUBSTRING,..] [--no-cudnn] [--peer NAME=PATH]..
 
 A peer is a package with a `flash_attn_interface` that lies in the folder PATH, the official one for
 example.  It is timed in a process of its own, row by row in turn with ours.
 
 A row is the median of triton's do_bench (L2 flushed between calls), the GEMM and ours in three
 turns 0.1 s apart, the middle one taken; then `sustained`: 0.2 s of calls back to back.  TFLOP/s
-count visible work only: 2 (d_qk + d_v) a visible score and head.
+count visible work only: 2 (d_qk + d_v) a visible score and head.  `share` and `asked` are of the GEMM,
+of feature rows of the plain one (its median, and sustained beside sustained).  --asked: only rows with
+a share to reach.
 """
 
 import argparse
@@ -23,6 +25,23 @@ import torch
 from triton.testing import do_bench
 
 TOKENS = 16384
+
+# The share asked of a row: of the GEMM (full, causal), of the plain feature row.
+ASKED = {
+    "d64x64 s16384": (0.66, 0.64),
+    "d64x64 s4096": (0.60, 0.52),
+    "d128x128 s16384": (0.86, 0.82),
+    "d128x128 s4096": (0.80, 0.72),
+    "d128x128 s1024": (0.72, 0.54),
+    "d256x256 s16384": (0.90, 0.88),
+    "d192x128 s16384": (0.88, 0.85),
+}
+ASKED = {f"{row} {mask}": x for row, pair in ASKED.items() for mask, x in zip(("full", "causal"), pair)}
+ASKED |= {"feature plain": None}
+for row in ("fp16", "gqa 16/4", "softcap", "sinks", "leftpad", "chunk 1024", "ragged"):
+    ASKED["feature " + row] = 0.85
+ASKED |= {"feature window 1024": 0.75, "feature page 256": 0.9, "feature page 64": 0.9}
+ASKED |= {"feature page 16": 0.7, "feature page 1": 0.7}
 
 
 def median_ms(fn, ms=120):
@@ -157,6 +176,14 @@ def feature_rows():
         }
     )
     yield "feature ragged", a, flop(h, sum(pairs(n, n, True) for n in lengths)), None
+    for s_q in (32, 64):  # query heads of a KV head in one tile, and not
+        for pack in (1, 0):
+            b, s_k = 32, 4096
+            q = torch.randn(b, s_q, 32, d, device="cuda", dtype=torch.bfloat16)
+            k, v = (torch.randn(b, s_k, 4, d, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+            a = outputs({"q": q, "k": k, "v": v, "causal": 1, "pack_gqa": pack})
+            name = f"{s_q} queries 32/4, {'' if pack else 'not '}packed"
+            yield f"feature {name}", a, flop(32, b * pairs(s_q, s_k, True)), None
 
 
 def cudnn(q, k, v, causal):
@@ -204,6 +231,8 @@ def interface_call(a):
     for name in ("softcap", "attention_chunk", "sinks"):
         if name in a:
             more[name] = a[name]
+    if "pack_gqa" in a:
+        more["pack_gqa"] = bool(a["pack_gqa"])
     if "window_left" in a:
         more["window_size"] = (a["window_left"], 0)
     q, k, v = a["q"], a["k"], a["v"]
@@ -246,6 +275,7 @@ def host_us(call, n=200):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--rows", default="")
+    parser.add_argument("--asked", action="store_true")
     parser.add_argument("--no-cudnn", action="store_true")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PATH")
     parser.add_argument("--ms", type=int, default=120)
@@ -273,12 +303,16 @@ def main():
     )
     names = "".join(f" {peer.name:>7}" for peer in peers)
     print(
-        f"{'row':26} {'TFLOP/s':>8} {'GEMM':>5} {'share':>6} {'sustained':>10} {'cuDNN':>7}{names}  kernel"
+        f"{'row':32} {'TFLOP/s':>8} {'GEMM':>5} {'share':>6} {'asked':>6} {'sustained':>10} {'cuDNN':>7}"
+        f"{names}  kernel"
         f"\n(cuDNN{names}: our rate over theirs)"
     )
+    plain = None
     for rows in (dense_rows, feature_rows):
         for name, a, flop, peer in rows():
             if not any(part in name for part in args.rows.split(",")):
+                continue
+            if args.asked and name not in ASKED:
                 continue
             call = Call(**a)
             call.run()
@@ -290,9 +324,13 @@ def main():
             theirs = [median_ms(other, args.ms) if other else None]
             theirs += [p.median_ms(name) for p in peers]
             ratio = " ".join(f"{ms / our_ms:7.2f}" if ms else f"{'':7}" for ms in theirs)
+            if name == "feature plain":
+                plain = ours, steady
+            whole = plain if plain and "feature" in name and name != "feature plain" else (burst, long)
+            asked = f"{ASKED[name]:6.2f}" if ASKED.get(name) else f"{'':6}"
             print(
-                f"{name:26} {ours:8.0f} {burst:5.0f} {ours / burst:6.3f} "
-                f"{steady:5.0f} {steady / long:.2f} "
+                f"{name:32} {ours:8.0f} {burst:5.0f} {ours / whole[0]:6.3f} {asked} "
+                f"{steady:5.0f} {steady / whole[1]:.2f} "
                 f"{ratio}  {call.kernel} c{call.plan.tile[1]} g{call.plan.tile[2]}",
                 flush=True,
             )

@@ -155,7 +155,8 @@ static void fill_params(const problem_t *p, const plan_t *plan, char *workspace,
                         struct attn_decode_params *out)
 {
     memset(out, 0, sizeof *out);
-    const struct attn_mha_fwd_cuda_plan call = {.gather = plan->box_rows == 0,
+    const struct attn_mha_fwd_cuda_plan call = {.pack = 1,
+                                                .gather = plan->box_rows == 0,
                                                 .box_rows = plan->box_rows,
                                                 .cluster = 1,
                                                 .section = 1};

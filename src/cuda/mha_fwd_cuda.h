@@ -16,6 +16,7 @@ struct attn_mha_fwd_cuda_plan {
     int box_rows; /* rows of a k or v box */
     int cluster;  /* blocks that share k and v tiles: 1 or 2 */
     int section;  /* KV heads walked together */
+    int pack;     /* query heads of a KV head that share a row tile: 1 or all */
     int grid;     /* blocks, a multiple of cluster */
     int ticket;   /* 1: row tiles differ in length and are drawn from a counter in the workspace */
 };

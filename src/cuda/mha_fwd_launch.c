@@ -27,6 +27,16 @@ static attn_status choose(const problem_t *p, const struct attn_cuda_device *dev
                                     plan);
 }
 
+/* For a division by n; unused with n = 0. */
+static struct attn_division division(int32_t n)
+{
+    struct attn_division d = {0, 0};
+    if (n <= 0) return d;
+    while ((int64_t)1 << d.shift < n) d.shift++;
+    d.magic = (uint32_t)((((int64_t)1 << (31 + d.shift)) + n - 1) / n);
+    return d;
+}
+
 static int32_t window(int64_t edge)
 {
     return edge < 0 || edge > ATTN_WINDOW_OFF ? ATTN_WINDOW_OFF : (int32_t)edge;
@@ -52,6 +62,22 @@ static void fill_scores(const problem_t *p, struct attn_mha_fwd_params *out)
                 : p->sinks_dtype == ATTN_BF16 ? ATTN_SINK_BF16
                                               : ATTN_SINK_FP16;
     out->lse_empty = p->no_keys ? INFINITY : -INFINITY;
+}
+
+/* `count` steps of `stride` elements cover less than 2^34. */
+static bool is_near(int64_t count, int64_t stride)
+{
+    return stride >= 0 && stride < ((int64_t)1 << 34) / (count > 0 ? count : 1);
+}
+
+/* How rows that no box fits are found. */
+static int32_t gather(const problem_t *p)
+{
+    int64_t batches = p->page_table ? p->num_pages : p->cu_seqlens_k ? 1 : p->cache_rows;
+    int64_t rows = p->page_table ? p->page : p->cu_seqlens_k ? p->t_k : p->s_k;
+    bool near = is_near(batches, p->k.batch) && is_near(batches, p->v.batch) &&
+                is_near(rows, p->k.row) && is_near(rows, p->v.row);
+    return near ? ATTN_GATHER_NEAR : ATTN_GATHER_FAR;
 }
 
 /* A cache or page pool without a row: no length can be live, whatever the index tensors say. */
@@ -102,16 +128,22 @@ void attn_mha_fwd_fill_params(const problem_t *p, const plan_t *plan,
     out->d_qk = (int32_t)p->d_qk;
     out->d_v = (int32_t)p->d_v;
     out->page = (int32_t)p->page;
+    out->page_division = division(out->page);
     out->box_rows = plan->box_rows;
-    out->gather = plan->gather;
+    out->gather = plan->gather ? gather(p) : ATTN_GATHER_NONE;
     out->cluster = plan->cluster;
     out->section = plan->section;
+    out->pack = plan->pack;
+    out->tile_heads = out->group / plan->pack;
+    out->queries = 64 / plan->pack;
+    out->pitch = out->tile_heads == 1 && out->cluster == 2 ? 2 * out->queries : out->queries;
 
     /* With context parallelism causal is a bound on global keys, and there is no window. */
     bool cp = p->cp_world > 1;
     out->window_left = cp ? ATTN_WINDOW_OFF : window(p->window_left);
     out->window_right = cp ? ATTN_WINDOW_OFF : p->causal ? 0 : window(p->window_right);
     out->chunk = cp ? 0 : (int32_t)(p->chunk > ATTN_WINDOW_OFF ? ATTN_WINDOW_OFF : p->chunk);
+    out->chunk_division = division(out->chunk);
     out->cp_world = cp ? (int32_t)p->cp_world : 1;
     out->cp_rank = cp ? (int32_t)p->cp_rank : 0;
     out->cp_causal = cp && p->causal;
@@ -137,17 +169,19 @@ attn_status attn_mha_fwd_encode_keys(const problem_t *p, int box_rows, const str
                            p->dtype == ATTN_F16, name, map);
 }
 
-static attn_status encode_maps(const problem_t *p, const plan_t *plan, int tile_rows,
+static attn_status encode_maps(const problem_t *p, const plan_t *plan,
                                struct attn_mha_fwd_maps *maps)
 {
-    bool packed = p->cu_seqlens_q != NULL;
-    ATTN_TRY(attn_tma_encode(&(struct attn_tma){.rank = 4,
-                                                .base = p->q.data,
-                                                .extent = {p->d_qk, packed ? p->t_q : p->s_q,
-                                                           p->h_q, packed ? 1 : p->b},
-                                                .stride = {p->q.row, p->q.head, p->q.batch},
-                                                .box = {64, tile_rows, 1, 1}},
-                             p->dtype == ATTN_F16, "q: cuTensorMapEncodeTiled", &maps->q));
+    bool ragged = p->cu_seqlens_q != NULL;
+    int64_t group = p->h_q / p->h_k, head = p->q.head;
+    ATTN_TRY(
+        attn_tma_encode(&(struct attn_tma){.rank = 5,
+                                           .base = p->q.data,
+                                           .extent = {p->d_qk, group, ragged ? p->t_q : p->s_q,
+                                                      p->h_k, ragged ? 1 : p->b},
+                                           .stride = {head, p->q.row, group * head, p->q.batch},
+                                           .box = {64, plan->pack, 64 / plan->pack, 1, 1}},
+                        p->dtype == ATTN_F16, "q: cuTensorMapEncodeTiled", &maps->q));
     if (plan->gather || p->no_keys) { /* no box of k or v is ever loaded */
         maps->k = maps->v = maps->q;
         return ATTN_OK;
@@ -208,7 +242,10 @@ static attn_status launch(const problem_t *p, const struct attn_cuda_device *dev
     ATTN_TRY(attn_cuda_driver(&cu));
     ATTN_TRY(attn_cuda_kernel_load(kernel, device->device, &handle));
     attn_mha_fwd_fill_params(p, &plan, &params);
-    ATTN_TRY(encode_maps(p, &plan, kernel->rows, &maps));
+    params.tile_queries = kernel->rows / 64 * params.queries;
+    int64_t fold = (int64_t)(params.chunk / params.tile_queries) * params.tile_heads / plan.cluster;
+    params.fold = (int32_t)(fold < ATTN_WINDOW_OFF ? fold : 1);
+    ATTN_TRY(encode_maps(p, &plan, &maps));
     if (plan.ticket) {
         params.ticket = (int32_t *)(void *)workspace;
         ATTN_TRY(

@@ -75,16 +75,38 @@ static int64_t mean_keys(const struct attn_mha_fwd_problem *p, int64_t rows)
     return keys;
 }
 
-/* Time of a call in a tile, up to a factor.  A step costs its padded rows, keys and widths; a tile
- * of rows about 140 keys more (first product, epilogue); steps of 128 rows run 7 % slower, small
- * boxes of pages up to 10 %.  From the rows of docs/kernels/mha_fwd_sm90.md. */
-static double tile_cost(const struct attn_mha_fwd_problem *p,
-                        const struct attn_mha_fwd_cuda_tile *t)
+/* Queries of a sequence; of a mean one where lengths are device data. */
+static int64_t mean_queries(const struct attn_mha_fwd_problem *p)
 {
-    double rows = (double)(ceil_div(p->s_q, t->rows) * t->rows);
-    double keys = (double)(ceil_div(mean_keys(p, t->rows), t->keys) * t->keys + 140);
+    return p->cu_seqlens_q && p->b ? ceil_div(p->t_q, p->b) : p->s_q;
+}
+
+/* Row tiles of one KV head with s_q queries, `pack` of its query heads in a tile. */
+static int64_t row_tiles(const struct attn_mha_fwd_problem *p, int rows, int pack, int64_t s_q)
+{
+    return ceil_div(s_q, rows / 64 * (64 / pack)) * (p->h_q / p->h_k / pack);
+}
+
+/* Whether tiles of all query heads of a KV head are fewer. */
+static bool packs_tighter(const struct attn_mha_fwd_problem *p, int rows)
+{
+    int64_t queries = mean_queries(p);
+    return row_tiles(p, rows, (int)(p->h_q / p->h_k), queries) < row_tiles(p, rows, 1, queries);
+}
+
+/* Time of a call in a tile with `pack` query heads, up to a factor.  A step costs its padded rows,
+ * keys and widths; a tile of rows about 140 keys more (first product, epilogue); steps of 128 rows
+ * run 7 % slower, small boxes of pages up to 10 %, packed rows 5 %; fewer tiles than multiprocessors
+ * take as long as one on each.  From the rows of docs/kernels/mha_fwd_sm90.md. */
+static double tile_cost(const struct attn_mha_fwd_problem *p,
+                        const struct attn_mha_fwd_cuda_tile *t, int pack, int multiprocessors)
+{
+    int64_t tiles = row_tiles(p, t->rows, pack, mean_queries(p)) * p->h_k * p->b;
+    double rows = (double)((tiles > multiprocessors ? tiles : multiprocessors) * t->rows);
+    double keys = (double)(ceil_div(mean_keys(p, t->rows / pack), t->keys) * t->keys + 140);
     double cost = rows * keys * (t->d_qk + t->d_v) * (t->rows < 192 ? 1.07 : 1.0);
     int box = p->page_table ? paged_box(p->page, t->keys) : 0;
+    if (pack > 1) cost *= 1.05;
     return box ? cost * (1.0 + 1.6 / box) : cost;
 }
 
@@ -129,13 +151,23 @@ attn_status attn_mha_fwd_cuda_choose(const struct attn_mha_fwd_problem *p,
                                      int multiprocessors, struct attn_mha_fwd_cuda_plan *plan)
 {
     ATTN_TRY(attn_mha_fwd_cuda_check(p));
+    int64_t group = p->h_q / p->h_k;
+    bool may_pack = group > 1 && group <= 64 && 64 % group == 0 && p->pack_gqa != 0;
+    double least = 0.0;
     plan->kernel = -1;
     for (int i = 0; i < tile_count; i++) {
         const struct attn_mha_fwd_cuda_tile *t = &tiles[i];
         if (t->dtype != (int)p->dtype || t->d_qk < p->d_qk || t->d_v < p->d_v) continue;
         if (panels(t->d_qk) != panels(p->d_qk)) continue; /* no box wholly right of k's head */
-        if (plan->kernel < 0 || tile_cost(p, t) < tile_cost(p, &tiles[plan->kernel]))
+        bool packs = may_pack && (p->pack_gqa > 0 || packs_tighter(p, t->rows));
+        for (int packed = packs && p->pack_gqa > 0; packed <= packs; packed++) {
+            int pack = packed ? (int)group : 1;
+            double cost = tile_cost(p, t, pack, multiprocessors);
+            if (plan->kernel >= 0 && cost >= least) continue;
+            least = cost;
             plan->kernel = i;
+            plan->pack = pack;
+        }
     }
     ATTN_CHECK(plan->kernel >= 0, ATTN_E_NOT_BUILT,
                "q: no Hopper kernel for %s, head dims %lld and %lld in this build%s",
@@ -147,13 +179,12 @@ attn_status attn_mha_fwd_cuda_choose(const struct attn_mha_fwd_problem *p,
     plan->gather = box == 0;
 
     /* Blocks share keys in twos where tiles pair up: with few and odd ones too many would idle. */
-    int64_t group = p->h_q / p->h_k;
-    int64_t mean = p->cu_seqlens_q && p->b ? ceil_div(p->t_q, p->b) : p->s_q;
-    int64_t row_tiles = ceil_div(mean, tile->rows) * group;
-    plan->cluster = !plan->gather && (row_tiles % 2 == 0 || row_tiles > 8) ? 2 : 1;
+    int64_t mean = row_tiles(p, tile->rows, plan->pack, mean_queries(p));
+    plan->cluster = !plan->gather && (mean % 2 == 0 || mean > 8) ? 2 : 1;
     plan->box_rows = plan->gather ? tile->keys : p->page_table ? box : box / plan->cluster;
 
-    int64_t items = ceil_div(ceil_div(p->s_q, tile->rows) * group, plan->cluster) * p->h_k * p->b;
+    int64_t items = ceil_div(row_tiles(p, tile->rows, plan->pack, p->s_q), plan->cluster) * p->h_k *
+                    p->b;
     ATTN_CHECK(items < LENGTH_MAX / 32, ATTN_E_NOT_BUILT,
                "q: fewer than 2^25 row tiles are built for Hopper, got %lld", (long long)items);
     int64_t blocks = clamp64(multiprocessors - p->sm_margin, plan->cluster, multiprocessors);

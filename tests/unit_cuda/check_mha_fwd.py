@@ -110,7 +110,7 @@ def spread(rng, shape, dtype, fill):
 def make_case(rng, small):
     dtype = rng.choice([torch.bfloat16, torch.bfloat16, torch.float16])
     d, dv = rng.choice(WIDTHS[:7] if rng.random() < 0.7 else WIDTHS)
-    h_k, group = rng.choice([1, 1, 2, 3]), rng.choice([1, 1, 2, 3, 4, 7])
+    h_k, group = rng.choice([1, 1, 2, 3]), rng.choice([1, 1, 2, 3, 4, 7, 16])
     b = rng.choice([1, 1, 2, 3, 5, 40 if not small else 2])
     most = 300 if small or b > 5 else 1500
     case = {
@@ -150,6 +150,7 @@ def make_case(rng, small):
         case["page"] = rng.choice([1, 3, 8, 16, 32, 48, 64, 80, 128, 256, 20])
     case["batch_idx"] = case["k_kind"] in ("used", "paged") and rng.random() < 0.4
     case["leftpad"] = case["k_kind"] != "dense" and rng.random() < 0.2
+    case["pack_gqa"] = rng.choice([-1, -1, 0, 1])
     case["sinks"] = rng.choice([None, None, None, torch.float32, torch.bfloat16, torch.float16])
     s_q, s_k = length(rng, most), length(rng, most)
     case["s_q"], case["s_k"] = max(s_q, 1), max(s_k, 1)
@@ -189,6 +190,7 @@ def build(case, seed):
         "softcap",
         "cp_world_size",
         "cp_rank",
+        "pack_gqa",
     ):
         a[name] = case[name]
 

@@ -54,12 +54,14 @@ static void random_problem(struct attn_mha_fwd_problem *p)
     p->b = PICK(1, 1, 2, 7, 64);
     p->h_k = PICK(1, 2, 3, 8);
     p->h_q = p->h_k * PICK(1, 2, 3, 4, 7, 16);
+    p->pack_gqa = (int32_t)PICK(-1, -1, 0, 1);
     do { /* the pairs that check lets through */
         p->d_qk = 8 * (1 + below(32));
         p->d_v = below(2) ? p->d_qk : 8 * (1 + below(p->d_qk <= 64 ? 64 : 32));
     } while (p->d_qk != p->d_v && p->d_qk > 64 &&
              !(p->d_qk > 128 && p->d_qk <= 192 && p->d_v > 96 && p->d_v <= 128));
-    p->s_q = PICK(1, 64, 191, 192, 193, 1024, 4096, 100000);
+    p->s_q = PICK(1, 17, 64, 191, 192, 193, 1024, 4096, 100000);
+    if (p->s_q < 100 && below(8) == 0) p->h_q = p->h_k * PICK(64, 65);
     p->s_k = PICK(0, 1, 79, 80, 1024, 4096, 131072);
     p->t_q = p->b * p->s_q;
     p->cache_rows = p->b;
@@ -129,7 +131,12 @@ int main(int argc, char **argv)
         if (status) continue;
         planned++;
         const struct attn_mha_fwd_cuda_tile *t = &tiles[plan.kernel];
-        int64_t group = p.h_q / p.h_k, row_tiles = (p.s_q + t->rows - 1) / t->rows * group;
+        int64_t group = p.h_q / p.h_k, queries = t->rows / 64 * (64 / plan.pack);
+        int64_t row_tiles = (p.s_q + queries - 1) / queries * (group / plan.pack);
+        EXPECT(plan.pack == 1 || (plan.pack == group && p.pack_gqa != 0));
+        EXPECT(plan.pack == group || 64 % group || p.pack_gqa <= 0);
+        if (p.pack_gqa < 0 && group > 1 && 64 % group == 0 && p.s_q == 17 && p.b * p.h_k > 132)
+            EXPECT(plan.pack == group);
         EXPECT(t->dtype == (int)p.dtype && t->d_qk >= p.d_qk && t->d_v >= p.d_v);
         EXPECT((t->d_qk + 63) / 64 == (p.d_qk + 63) / 64); /* no box wholly right of k's head */
         EXPECT(plan.cluster == 1 || (plan.cluster == 2 && !plan.gather));

@@ -97,6 +97,16 @@ template <int N> ATTN_DEVICE void transform_scores(const attn_mha_fwd_params &p,
     }
 }
 
+/* True where softmax_exponentiate_small may take a warp's scores. */
+template <int N> ATTN_DEVICE bool small_scores(const attn_mha_fwd_params &p, const float (&s)[N / 2])
+{
+    float top = fabsf(s[0]);
+#pragma unroll
+    for (int i = 1; i < N / 2; i++)
+        top = fmaxf(top, fabsf(s[i]));
+    return __all_sync(0xffffffff, top * fabsf(p.score_scale) <= 0.4f);
+}
+
 ATTN_DEVICE float load_sink(const attn_mha_fwd_params &p, int h_q)
 {
     if (p.sink == ATTN_SINK_FP32) return __ldg((const float *)p.sinks + h_q);

@@ -81,8 +81,8 @@ struct attn_decode_params {
     ((5 + 4 * ATTN_MLA_DECODE_HALVES + ATTN_MLA_DECODE_ROPES + 1) * ATTN_DECODE_PANEL + 3072)
 
 #ifdef __cplusplus
-static_assert(sizeof(struct attn_decode_params) == 528, "the host's and the kernel's layout");
+static_assert(sizeof(struct attn_decode_params) == 568, "the host's and the kernel's layout");
 #else
-_Static_assert(sizeof(struct attn_decode_params) == 528, "the host's and the kernel's layout");
+_Static_assert(sizeof(struct attn_decode_params) == 568, "the host's and the kernel's layout");
 #endif
 #endif

@@ -13,6 +13,12 @@ struct key_interval {
     int lo, hi; /* empty when lo >= hi; both in [0, s_k] */
 };
 
+/* x / d, for x in [0, 2^30). */
+ATTN_DEVICE int divide(attn_division d, int x)
+{
+    return (int)(__umulhi(2 * (uint32_t)x, d.magic) >> d.shift);
+}
+
 ATTN_DEVICE int floor_div(int a, int b)
 {
     int q = a / b;
@@ -21,7 +27,7 @@ ATTN_DEVICE int floor_div(int a, int b)
 
 /* Keys that query row `i` sees.  With p = i + s_k - s_q:
  *     window, causal     p - left <= j <= p + right
- *     chunk c            floor(p / c) c <= j < floor(p / c) c + c
+ *     chunk c            floor(p / c) c <= j < floor(p / c) c + c       (none for p < 0)
  *     context parallel   j world + rank < cp_tot, and <= i + cp_tot - s_q when causal */
 ATTN_DEVICE key_interval visible_keys(const attn_mha_fwd_params &p, int i, int s_q, int s_k,
                                       int cp_tot)
@@ -29,7 +35,7 @@ ATTN_DEVICE key_interval visible_keys(const attn_mha_fwd_params &p, int i, int s
     int position = i + s_k - s_q;
     int lo = position - p.window_left, hi = position + p.window_right + 1;
     if (p.chunk > 0) {
-        int start = floor_div(position, p.chunk) * p.chunk;
+        int start = position < 0 ? -p.chunk : divide(p.chunk_division, position) * p.chunk;
         lo = max(lo, start);
         hi = min(hi, start + p.chunk);
     }

@@ -71,7 +71,7 @@ ATTN_DEVICE void load_paged_tile(const attn_mha_fwd_params &p, const attn_tensor
     int rows = open_tile<PANELS, N, IS_V>(p, dst, bar, min(seq.s_k - key, N));
     const int32_t *pages = p.page_table + seq.k_row * p.page_table_stride;
     for (int i = first; i / PANELS * p.box_rows < rows; i += step) {
-        int row = i / PANELS * p.box_rows, page = (key + row) / p.page;
+        int row = i / PANELS * p.box_rows, page = divide(p.page_division, key + row);
         load_box<IS_V>(p, map, dst + i % PANELS * (N * 128) + row * 128, bar, i % PANELS,
                        min(seq.s_k - key - row, p.box_rows), key + row - page * p.page, h_kv,
                        within(__ldg(pages + page), p.num_pages - 1));
@@ -79,77 +79,108 @@ ATTN_DEVICE void load_paged_tile(const attn_mha_fwd_params &p, const attn_tensor
     __syncwarp();
 }
 
-/* Copies N rows by 16 bytes a lane, eight lanes a row.  Lane l holds where rows l, l + 32, .. lie from
- * `head` on, -1 for one past the sequence's end.  WHOLE: no such row, and heads as wide as the tile. */
-template <int D, int N, int WHOLE>
-ATTN_DEVICE void copy_rows(const uint16_t *head, const int64_t (&offset)[(N + 31) / 32], int width,
-                           uint32_t dst)
+/* Copies `count` rows (16 or 32) of a tile of N by 16 bytes a lane, eight lanes a row, to `dst`.  Lane
+ * l holds where row l lies from `head` on.  Every instruction counts: one warp copies all of k. */
+template <int D, int N>
+ATTN_DEVICE void copy_whole_rows(const uint16_t *head, int64_t place, int count, uint32_t dst)
 {
-    int lane = (int)threadIdx.x % 32, chunk = lane % 8;
+    int own = (int)threadIdx.x % 32 / 8, chunk = (int)threadIdx.x % 8;
+    const uint16_t *column = head + chunk * 8;
+    uint32_t to = dst + own * 128 + ((chunk ^ own) << 4), near = (uint32_t)(place >> 3);
+#pragma unroll 1
+    for (int row = own; row < count; row += 16, to += 2048) {
 #pragma unroll
-    for (int i = 0; i < (N + 31) / 32; i++) {
-#pragma unroll(WHOLE ? 2 : 4)
-        for (int four = 0; four < 32 && 32 * i + four < N; four += 4) {
-            int from = four + lane / 8, row = 32 * i + from;
-            int64_t at = __shfl_sync(0xffffffff, offset[i], from);
-            uint32_t to = dst + row * 128 + ((chunk ^ (row & 7)) << 4);
+        for (int i = 0; i < 4; i++) {
+            uint32_t at = __shfl_sync(0xffffffff, near, row + 4 * i);
+            const uint16_t *from = column + (uint64_t)at * 8;
 #pragma unroll
-            for (int panel = 0; panel < ATTN_MHA_FWD_PANELS(D); panel++) {
-                int column = panel * 64 + chunk * 8;
-                bool inside = at >= 0 && column < width;
-                if (WHOLE)
-                    cp_async_16(to + panel * N * 128, head + at + column);
-                else
-                    cp_async_16(to + panel * N * 128, inside ? head + at + column : head,
-                                inside ? 16 : 0);
-            }
+            for (int panel = 0; panel < ATTN_MHA_FWD_PANELS(D); panel++) /* ^ 64: odd half of a swizzle */
+                cp_async_16((i % 2 ? to ^ 64 : to) + i * 512 + panel * N * 128, from + panel * 64);
         }
     }
 }
 
-/* The same tile row by row: any page size, any strides.  A lane finds the rows lane, lane + 32, ..
- * A whole warp calls it; each lane arrives. */
+/* The same for rows that may lie past the sequence's end (`place` is -1, and zeros are copied), heads
+ * narrower than the tile, and rows far apart. */
 template <int D, int N>
-ATTN_DEVICE void load_gathered(const attn_mha_fwd_params &p, const key_rows &rows, uint32_t dst,
-                               uint32_t bar, const sequence &seq, int h_kv, int key)
+ATTN_DEVICE void copy_rows(const uint16_t *head, int64_t place, int count, int width, uint32_t dst)
 {
-    int lane = (int)threadIdx.x % 32;
-    const uint16_t *head = rows.data + h_kv * rows.stride_h;
-    int64_t offset[(N + 31) / 32];
+    int own = (int)threadIdx.x % 32 / 8, chunk = (int)threadIdx.x % 8;
+#pragma unroll 1
+    for (int row = own; row < count; row += 4) {
+        int64_t at = __shfl_sync(0xffffffff, place, row);
+        uint32_t to = dst + row * 128 + ((chunk ^ (row & 7)) << 4);
 #pragma unroll
-    for (int i = 0; i < (N + 31) / 32; i++) {
-        int position = seq.k_offset + key + 32 * i + lane, source = seq.k_row;
-        offset[i] = -1;
-        if (key + 32 * i + lane < seq.s_k) {
-            if (p.page_table) {
-                int page = position / p.page;
-                position -= page * p.page;
-                source = within(__ldg(p.page_table + seq.k_row * p.page_table_stride + page),
-                                p.num_pages - 1);
-            }
-            offset[i] = source * rows.stride_b + position * rows.stride_s;
+        for (int panel = 0; panel < ATTN_MHA_FWD_PANELS(D); panel++) {
+            int column = panel * 64 + chunk * 8;
+            bool inside = at >= 0 && column < width;
+            cp_async_16(to + panel * N * 128, inside ? head + at + column : head, inside ? 16 : 0);
         }
     }
-    if (D % 64 == 0 && rows.width == D && key + N <= seq.s_k)
-        copy_rows<D, N, 1>(head, offset, rows.width, dst);
-    else
-        copy_rows<D, N, 0>(head, offset, rows.width, dst);
-    cp_async_mbarrier_arrive(bar);
+}
+
+/* The page-table entry of a key; outside the sequence, that of its first or last key. */
+ATTN_DEVICE int look_up_page(const attn_mha_fwd_params &p, const sequence &seq, int key)
+{
+    if (!p.page_table) return 0;
+    return __ldg(p.page_table + seq.k_row * p.page_table_stride +
+                 divide(p.page_division, seq.k_offset + within(key, seq.s_k - 1)));
+}
+
+/* All k or v tiles of a row tile row by row: any page size, any strides.  Lane l finds row l of 32, and
+ * looks up its page 32 rows ahead.  A whole warp calls it; each lane arrives. */
+template <int D, int N, int FEW>
+ATTN_DEVICE void load_gathered(const attn_mha_fwd_params &p, const key_rows &rows,
+                               const row_tile &tile, uint32_t stages, uint32_t full,
+                               uint32_t empty, ring &r)
+{
+    const uint16_t *head = rows.data + tile.h_kv * rows.stride_h;
+    int lane = (int)threadIdx.x % 32;
+    int entry = FEW ? 0 : look_up_page(p, tile.seq, (tile.end - 1) * N + lane);
+    for (int n = tile.end - 1; n >= tile.begin; n--) {
+        uint32_t dst = stages + r.stage * (ATTN_MHA_FWD_PANELS(D) * N * 128);
+        bool whole = D % 64 == 0 && rows.width == D && (n + 1) * N <= tile.seq.s_k;
+        mbarrier_wait_parity(empty + 8 * r.stage, r.parity);
+#pragma unroll 1
+        for (int row = 0; row < N; row += 32, dst += 4096) {
+            int key = n * N + row + lane, source = tile.seq.k_row;
+            int position = tile.seq.k_offset + key;
+            if (FEW) entry = look_up_page(p, tile.seq, key);
+            if (p.page_table) {
+                position -= divide(p.page_division, position) * p.page;
+                source = within(entry, p.num_pages - 1);
+            }
+            int64_t place = source * rows.stride_b + position * rows.stride_s;
+            if (!FEW)
+                entry = look_up_page(p, tile.seq, row + 32 < N ? key + 32 : (n - 1) * N + lane);
+            if (!FEW && whole && p.gather == ATTN_GATHER_NEAR) {
+                copy_whole_rows<D, N>(head, place, min(N - row, 32), dst);
+            } else {
+                if (key >= tile.seq.s_k) place = -1;
+                copy_rows<D, N>(head, place, min(N - row, 32), rows.width, dst);
+            }
+        }
+        cp_async_mbarrier_arrive(full + 8 * r.stage);
+        ring_next(r);
+    }
 }
 
 /* All k or v tiles of a row tile, last keys first.  A whole warp calls it. */
-template <int D, int N, int IS_V>
+template <int D, int N, int IS_V, int FEW>
 ATTN_DEVICE void load_keys(const attn_mha_fwd_params &p, const attn_tensor_map *map,
                            const key_rows &rows, const row_tile &tile, uint32_t stages,
                            uint32_t full, uint32_t empty, ring &r)
 {
+    if (p.gather) {
+        if (tile.begin < tile.end)
+            load_gathered<D, N, FEW>(p, rows, tile, stages, full, empty, r);
+        return;
+    }
     for (int n = tile.end - 1; n >= tile.begin; n--) {
         uint32_t bar = full + 8 * r.stage;
         uint32_t dst = stages + r.stage * (ATTN_MHA_FWD_PANELS(D) * N * 128);
         mbarrier_wait_parity(empty + 8 * r.stage, r.parity);
-        if (p.gather)
-            load_gathered<D, N>(p, rows, dst, bar, tile.seq, tile.h_kv, n * N);
-        else if (p.page_table)
+        if (p.page_table)
             load_paged_tile<D, N, IS_V>(p, map, dst, bar, tile.seq, tile.h_kv, n * N);
         else
             load_tile<D, N, IS_V>(p, map, dst, bar, tile.seq, tile.h_kv, n * N);
@@ -163,33 +194,35 @@ template <int DQK, int DV, int M, int N, int IS_V>
 ATTN_DEVICE void load(const attn_mha_fwd_params &p, const attn_mha_fwd_maps &maps,
                       mha_fwd_smem<DQK, DV, M, N> &sm)
 {
-    ring tiles = {0, 0}, stages = {0, 1};
-    uint32_t q_parity = 1;
+    ring tiles = {0, 0}, stages = {0, 1}, qs = {0, 1};
     for (;;) {
         wait_full(sm.tile_full, tiles);
         const row_tile &tile = sm.tile[tiles.stage]; /* read in place: registers are few here */
         if (tile.b < 0) break;
         if (IS_V) {
-            uint32_t bar = shared_address(&sm.q_full);
-            mbarrier_wait_parity(shared_address(&sm.q_empty), q_parity);
+            uint32_t bar = shared_address(&sm.q_full[qs.stage]);
+            mbarrier_wait_parity(shared_address(&sm.q_empty[qs.stage]), qs.parity);
             if (elect_one()) {
-                mbarrier_arrive_expect_tx(bar, sizeof sm.q);
+                mbarrier_arrive_expect_tx(bar, sm.QK_PANELS * sm.CONSUMERS * p.queries * p.pack * 128);
 #pragma unroll
-                for (int panel = 0; panel < sm.QK_PANELS; panel++)
-                    tma_load_4d(shared_address(sm.q) + panel * M * 128, &maps.q, bar, panel * 64,
-                                tile.seq.q_offset + tile.row, tile.h_q,
+                for (int box = 0; box < sm.QK_PANELS * sm.CONSUMERS; box++) {
+                    int panel = box / sm.CONSUMERS, group = box % sm.CONSUMERS;
+                    tma_load_5d(shared_address(sm.q[qs.stage]) + (panel * M + group * 64) * 128, &maps.q, bar,
+                                panel * 64, tile.h_q - tile.h_kv * p.group,
+                                tile.seq.q_offset + tile.query + group * p.pitch, tile.h_kv,
                                 p.cu_seqlens_q ? 0 : tile.b);
+                }
             }
             __syncwarp();
-            q_parity ^= 1;
+            ring_next<sm.Q_STAGES>(qs);
             key_rows rows = {(const uint16_t *)p.v, p.v_stride_b, p.v_stride_s, p.v_stride_h,
                              p.d_v};
-            load_keys<DV, N, 1>(p, &maps.v, rows, tile, shared_address(sm.v),
+            load_keys<DV, N, 1, sm.FEW>(p, &maps.v, rows, tile, shared_address(sm.v),
                                 shared_address(sm.v_full), shared_address(sm.v_empty), stages);
         } else {
             key_rows rows = {(const uint16_t *)p.k, p.k_stride_b, p.k_stride_s, p.k_stride_h,
                              p.d_qk};
-            load_keys<DQK, N, 0>(p, &maps.k, rows, tile, shared_address(sm.k),
+            load_keys<DQK, N, 0, sm.FEW>(p, &maps.k, rows, tile, shared_address(sm.k),
                                  shared_address(sm.k_full), shared_address(sm.k_empty), stages);
         }
         __syncwarp();
@@ -237,12 +270,12 @@ ATTN_DEVICE void schedule(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M,
     int number = (int)blockIdx.x / p.cluster;
     for (bool more = true; more; ring_next(tiles)) {
         int b, h_kv, item;
-        more = find_item<M>(group, p, number, &b, &h_kv, &item);
+        more = find_item(group, p, sm.FEW ? 1 : p.fold, number, &b, &h_kv, &item);
         mbarrier_wait_parity(shared_address(&sm.tile_empty[tiles.stage]), tiles.parity);
         if (elect_one()) {
             row_tile &tile = sm.tile[tiles.stage];
             if (more)
-                tile = locate_tile<M, N>(p, b, h_kv, item, (int)cluster_rank());
+                tile = locate_tile<N>(p, b, h_kv, item, (int)cluster_rank());
             else
                 tile = {-1};
             mbarrier_arrive(shared_address(&sm.tile_full[tiles.stage]));
@@ -269,24 +302,25 @@ ATTN_DEVICE void release(const attn_mha_fwd_params &p, const uint64_t *empty, ri
     ring_next(r);
 }
 
-/* Writes out and lse of a warpgroup's live rows.  `row` is this thread's first row. */
+/* Writes out and lse of a warpgroup's live rows, whose first query is `top`. */
 template <int FP16, int DV>
-ATTN_DEVICE void store_rows(const attn_mha_fwd_params &p, const row_tile &tile, int row,
+ATTN_DEVICE void store_rows(const attn_mha_fwd_params &p, const row_tile &tile, int top,
                             softmax_rows &rows, float (&o)[DV / 2])
 {
     int c = (int)threadIdx.x % 4, b = p.cu_seqlens_q ? 0 : tile.b;
-    float sink = p.sink != ATTN_SINK_NONE ? load_sink(p, tile.h_q) : 0.0f;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        int i = row + 8 * h;
+        int row = (int)threadIdx.x % 128 / 32 * 16 + (int)threadIdx.x % 32 / 4 + 8 * h;
+        int i = row / p.pack, h_q = tile.h_q + row - i * p.pack;
+        bool live = i < p.queries && top + i < tile.seq.s_q;
+        float sink = p.sink != ATTN_SINK_NONE ? load_sink(p, live ? h_q : 0) : 0.0f;
         float normalise, lse;
         softmax_finish(rows.max[h], quad_sum(rows.sum[h]), p.exp_scale, p.sink != ATTN_SINK_NONE,
                        sink, p.lse_empty, &normalise, &lse);
-        int64_t at = (int64_t)tile.seq.q_offset + i;
-        if (i < tile.seq.s_q && c == 0)
-            p.lse[b * p.lse_stride_b + tile.h_q * p.lse_stride_h + at] = lse;
+        int64_t at = (int64_t)tile.seq.q_offset + top + i;
+        if (live && c == 0) p.lse[b * p.lse_stride_b + h_q * p.lse_stride_h + at] = lse;
         uint16_t *out = (uint16_t *)p.out + b * p.out_stride_b + at * p.out_stride_s +
-                        tile.h_q * p.out_stride_h;
+                        h_q * p.out_stride_h;
 #pragma unroll
         for (int j = 0; j < DV / 32; j++) {
             uint32_t x[4];
@@ -296,7 +330,7 @@ ATTN_DEVICE void store_rows(const attn_mha_fwd_params &p, const row_tile &tile, 
                                        o[16 * j + 4 * e + 2 * h + 1] * normalise);
             quad_transpose(x);
             int column = 32 * j + 8 * c;
-            if (i < tile.seq.s_q && column < p.d_v)
+            if (live && column < p.d_v)
                 *(uint4 *)(out + column) = make_uint4(x[0], x[1], x[2], x[3]);
         }
     }
@@ -306,10 +340,8 @@ template <int FP16, int DQK, int DV, int M, int N>
 ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, N> &sm, int group)
 {
     int t = (int)threadIdx.x % 128, warp = t / 32, lane = t % 32;
-    int own_row = group * 64 + warp * 16 + lane / 4; /* of this thread, and the 8th on */
-    uint32_t q = shared_address(sm.q) + group * 8192;
-    ring tiles = {0, 0}, ks = {0, 0}, vs = {0, 0};
-    uint32_t q_parity = 0;
+    int slot = group * 64 + warp * 16; /* of this warp's rows in q and bounds */
+    ring tiles = {0, 0}, qs = {0, 0}, ks = {0, 0}, vs = {0, 0};
 
     /* Where STORES_LATE, a tile's rows are stored under the first product of the next tile: o, rows
      * and `last`, the tile they are of (b < 0: nothing to store), live on until then. */
@@ -329,10 +361,11 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, 
          * that all its rows see whole. */
         __syncwarp(); /* other lanes have read the last tile's */
         if (lane < 16) {
-            int r = group * 64 + warp * 16 + lane;
-            sm.bounds[r] = visible_keys(p, tile.row + r, tile.seq.s_q, tile.seq.s_k, tile.cp_tot);
+            int query = tile.query + group * p.pitch + (warp * 16 + lane) / p.pack;
+            sm.bounds[slot + lane] =
+                visible_keys(p, query, tile.seq.s_q, tile.seq.s_k, tile.cp_tot);
         }
-        int top = tile.row + group * 64, bottom = min(top + 64, tile.seq.s_q) - 1;
+        int top = tile.query + group * p.pitch, bottom = min(top + p.queries, tile.seq.s_q) - 1;
         key_interval high = visible_keys(p, top, tile.seq.s_q, tile.seq.s_k, tile.cp_tot);
         key_interval low = visible_keys(p, bottom, tile.seq.s_q, tile.seq.s_k, tile.cp_tot);
         int begin = high.lo / N, end = (low.hi + N - 1) / N;
@@ -349,16 +382,21 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, 
             release(p, sm.v_empty, vs);
         };
         auto scores_to_probabilities = [&](int n) {
+            if (p.score == ATTN_SCORE_BOUNDED && n < whole_end && n >= whole_begin &&
+                small_scores<N>(p, s)) {
+                softmax_exponentiate_small<N>(rows, s, p.score_scale, p.exp_scale);
+                return;
+            }
             if (p.score != ATTN_SCORE_PLAIN) transform_scores<N>(p, s);
             if (n >= whole_end || n < whole_begin)
-                mask_scores<N>(s, n * N + 2 * (lane % 4), sm.bounds[own_row],
-                               sm.bounds[own_row + 8]);
+                mask_scores<N>(s, n * N + 2 * (lane % 4), sm.bounds[slot + lane / 4],
+                               sm.bounds[slot + lane / 4 + 8]);
             if (p.score != ATTN_SCORE_BOUNDED) softmax_update_max<N>(rows, s, p.exp_scale);
             softmax_exponentiate<N>(rows, s, p.exp_scale);
         };
         auto release_k = [&](int n) { /* and q behind the last product that reads it */
             release(p, sm.k_empty, ks);
-            if (n == begin && t == 0) mbarrier_arrive(shared_address(&sm.q_empty));
+            if (n == begin && t == 0) mbarrier_arrive(shared_address(&sm.q_empty[qs.stage]));
         };
         auto wait_k = [&]() {
             wait_full(sm.k_full, ks);
@@ -370,7 +408,7 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, 
         };
 
         auto store_last = [&]() {
-            if (last.b >= 0) store_rows<FP16, DV>(p, last, last.row + own_row, rows, o);
+            if (last.b >= 0) store_rows<FP16, DV>(p, last, last.query + group * p.pitch, rows, o);
             last = tile;
             if (top >= tile.seq.s_q) last.b = -1;
         };
@@ -388,8 +426,8 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, 
         int n = tile.end - 1;
         for (; n >= end; n--)
             skip();
-        mbarrier_wait_parity(shared_address(&sm.q_full), q_parity);
-        q_parity ^= 1;
+        wait_full(sm.q_full, qs);
+        uint32_t q = shared_address(sm.q[qs.stage]) + group * 8192;
         if (n >= begin) {
             wait_k();
             wgmma_pin(s);
@@ -434,12 +472,13 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, 
             wgmma_pin(o);
             release(p, sm.v_empty, vs);
         } else if (t == 0) {
-            mbarrier_arrive(shared_address(&sm.q_empty));
+            mbarrier_arrive(shared_address(&sm.q_empty[qs.stage]));
         }
+        ring_next<sm.Q_STAGES>(qs);
         for (; n >= tile.begin; n--)
             skip();
         if (!STORES_LATE && top < tile.seq.s_q)
-            store_rows<FP16, DV>(p, tile, tile.row + own_row, rows, o);
+            store_rows<FP16, DV>(p, tile, top, rows, o);
     }
 }
 
@@ -457,8 +496,6 @@ ATTN_DEVICE void mha_fwd_body(const attn_mha_fwd_params &p, const attn_mha_fwd_m
     int group = __shfl_sync(0xffffffff, (int)threadIdx.x / 128, 0);
     if (threadIdx.x == 0) {
         uint32_t loads = p.gather ? 32 : 1, readers = CONSUMERS * p.cluster;
-        mbarrier_init(shared_address(&sm.q_full), 1);
-        mbarrier_init(shared_address(&sm.q_empty), CONSUMERS);
         for (int i = 0; i < smem::STAGES; i++) {
             mbarrier_init(shared_address(&sm.k_full[i]), loads);
             mbarrier_init(shared_address(&sm.v_full[i]), loads);
@@ -466,6 +503,8 @@ ATTN_DEVICE void mha_fwd_body(const attn_mha_fwd_params &p, const attn_mha_fwd_m
             mbarrier_init(shared_address(&sm.v_empty[i]), readers);
         }
         for (int i = 0; i < 2; i++) {
+            mbarrier_init(shared_address(&sm.q_full[i]), 1);
+            mbarrier_init(shared_address(&sm.q_empty[i]), CONSUMERS);
             mbarrier_init(shared_address(&sm.tile_full[i]), 1);
             mbarrier_init(shared_address(&sm.tile_empty[i]), CONSUMERS * 4 + 2);
             mbarrier_init(shared_address(&sm.drawn_full[i]), 1);

@@ -13,11 +13,18 @@ struct __attribute__((aligned(128))) attn_tensor_map {
     uint8_t bytes[128];
 };
 
-/* q is (d_qk, s_q or t_q, h_q, b).  k and v are (d, box rows, rows + 1, h_k, batch or page): the
+/* q is (d_qk, group, s_q or t_q, h_k, b), a box the rows of a warpgroup.
+ * k and v are (d, box rows, rows + 1, h_k, batch or page): the
  * second and the third extent have the same stride and the base lies `box_rows` rows early, so
  * that the box at (0, box_rows - n, first + n, ..) holds n rows from `first` on, and zeros below. */
 struct attn_mha_fwd_maps {
     struct attn_tensor_map q, k, v;
+};
+
+/* Division by a constant n > 0: shift = ceil(log2 n), magic = ceil(2^(31 + shift) / n). */
+struct attn_division {
+    uint32_t magic;
+    int32_t shift;
 };
 
 enum attn_mha_fwd_score {
@@ -25,6 +32,13 @@ enum attn_mha_fwd_score {
     ATTN_SCORE_SCALED,  /* exponent = score * score_scale * exp_scale: a scale <= 0 */
     ATTN_SCORE_CAPPED,  /* exponent = tanh(score * score_scale) * exp_scale: softcap */
     ATTN_SCORE_BOUNDED, /* the same with exp_scale <= 80 and bf16: no running maximum */
+};
+
+/* k and v rows copied one by one, where no box fits. */
+enum attn_mha_fwd_gather {
+    ATTN_GATHER_NONE,
+    ATTN_GATHER_FAR,  /* rows anywhere */
+    ATTN_GATHER_NEAR, /* all rows of a head less than 2^36 bytes apart */
 };
 
 enum attn_mha_fwd_sink { ATTN_SINK_NONE, ATTN_SINK_FP32, ATTN_SINK_BF16, ATTN_SINK_FP16 };
@@ -60,14 +74,25 @@ struct attn_mha_fwd_params {
     int32_t h_k, group;  /* group = h_q / h_k */
     int32_t d_qk, d_v;   /* true widths: at most the kernel's, multiples of 8 */
     int32_t page;        /* rows of a page, 0 without a page table */
-    int32_t box_rows;    /* rows of a k or v box; divides the key tile (and the page) */
-    int32_t gather;      /* 1: k and v rows are copied one by one instead of in boxes */
-    int32_t cluster;     /* blocks of a cluster: 1, or 2 that share every k and v tile */
-    int32_t section;     /* KV heads walked together, so that their k and v stay in L2 */
+    struct attn_division page_division;
+    int32_t box_rows; /* rows of a k or v box; divides the key tile (and the page) */
+    int32_t gather;   /* enum attn_mha_fwd_gather */
+    int32_t cluster;  /* blocks of a cluster: 1, or 2 that share every k and v tile */
+    int32_t section;  /* KV heads walked together, so that their k and v stay in L2 */
+    int32_t fold;     /* items of a chunk, whose last rows see most keys; 0, 1: no chunks */
+
+    /* Rows of a tile (sched.cuh): a warpgroup's 64 are `queries` queries of `pack` heads each. */
+    int32_t pack;         /* 1, or group */
+    int32_t tile_heads;   /* query heads of a KV head with tiles of their own: group / pack */
+    int32_t queries;      /* 64 / pack */
+    int32_t tile_queries; /* queries, times the warpgroups of a block */
+    int32_t pitch;        /* from a warpgroup's first query to the next one's: queries, or twice as
+                             many where the blocks of a cluster take turns */
 
     int32_t window_left, window_right; /* ATTN_WINDOW_OFF: unlimited; causal is right = 0 */
     int32_t chunk;                     /* 0: off */
-    int32_t cp_world, cp_rank;         /* 1, 0: off */
+    struct attn_division chunk_division;
+    int32_t cp_world, cp_rank; /* 1, 0: off */
     int32_t cp_causal;
 
     int32_t score;     /* enum attn_mha_fwd_score */
@@ -77,20 +102,24 @@ struct attn_mha_fwd_params {
     float lse_empty;   /* LSE of a row without keys: -inf, or +inf when the call has no keys */
 };
 
-/* Shared memory of a kernel: q, two stages each of k and v (panels of 64 columns), then the row
- * bounds, tile slots and barriers. */
+/* Shared memory of a kernel: one or, where they fit, two stages of q, two each of k and v (panels of
+ * 64 columns), then the row bounds, tile slots and barriers. */
 #define ATTN_MHA_FWD_PANELS(d) (((d) + 63) / 64)
 #define ATTN_MHA_FWD_STAGES 2
-#define ATTN_MHA_FWD_SMEM(d_qk, d_v, m, n)                                                         \
-    (128 * (ATTN_MHA_FWD_PANELS(d_qk) * ((m) + ATTN_MHA_FWD_STAGES * (n)) +                        \
+#define ATTN_MHA_FWD_SMEM_WITH(q_stages, d_qk, d_v, m, n)                                          \
+    (128 * (ATTN_MHA_FWD_PANELS(d_qk) * ((q_stages) * (m) + ATTN_MHA_FWD_STAGES * (n)) +           \
             ATTN_MHA_FWD_PANELS(d_v) * ATTN_MHA_FWD_STAGES * (n)) +                                \
-     8 * (m) + 320)
+     8 * (m) + 336)
+#define ATTN_MHA_FWD_Q_STAGES(d_qk, d_v, m, n)                                                     \
+    (ATTN_MHA_FWD_SMEM_WITH(2, d_qk, d_v, m, n) <= 227 * 1024 ? 2 : 1)
+#define ATTN_MHA_FWD_SMEM(d_qk, d_v, m, n)                                                         \
+    ATTN_MHA_FWD_SMEM_WITH(ATTN_MHA_FWD_Q_STAGES(d_qk, d_v, m, n), d_qk, d_v, m, n)
 
 #ifdef __cplusplus
 static_assert(sizeof(struct attn_mha_fwd_maps) == 384, "three tensor maps");
-static_assert(sizeof(struct attn_mha_fwd_params) == 320, "the host's and the kernel's layout");
+static_assert(sizeof(struct attn_mha_fwd_params) == 360, "the host's and the kernel's layout");
 #else
 _Static_assert(sizeof(struct attn_mha_fwd_maps) == 384, "three tensor maps");
-_Static_assert(sizeof(struct attn_mha_fwd_params) == 320, "the host's and the kernel's layout");
+_Static_assert(sizeof(struct attn_mha_fwd_params) == 360, "the host's and the kernel's layout");
 #endif
 #endif

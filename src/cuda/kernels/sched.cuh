@@ -1,9 +1,17 @@
 /* SPDX-License-Identifier: MIT
  *
  * Which block computes what.  The grid is persistent.  An item is one pair of row tiles (one tile
- * when p.cluster is 1) of one KV head of one sequence: the rows of tile t are rows
- *     [t / group * M, + M) of query head h_k * group + t % group,
- * so that the blocks of a cluster read the same keys.  Items are numbered so that heads of one
+ * when p.cluster is 1) of one KV head of one sequence: with T = p.tile_heads, tile t is
+ *     queries [t / T * Q, + Q) of query head h_k * group + t % T,    Q = p.tile_queries,
+ * so that the blocks of a cluster read the same keys.  Few queries of grouped heads are packed: then
+ * T is 1 and row r of a warpgroup is query r / pack of head h_k * group + r % pack.  Where both tiles
+ * are of one head (T = 1), their warpgroups take turns instead, 64 rows each, so that under a causal
+ * mask the blocks have the same work:
+ *
+ *     T > 1    block 0: 0 1 2   block 1: 0 1 2 of the next head        (3 warpgroups a block)
+ *     T = 1    block 0: 0 2 4   block 1: 1 3 5
+ *
+ * Items are numbered so that heads of one
  * section are walked together, their last (when causal: longest) rows first.  The first item of
  * cluster c is item c; then either every n-th, n clusters in all, or, where items differ in length,
  * the next that nobody has: p.ticket counts them, and the cluster's first block draws for both.
@@ -29,7 +37,7 @@ struct sequence {
 struct row_tile {
     int b;          /* sequence; -1: no more work */
     int h_q, h_kv;  /* query head, its KV head */
-    int row;        /* first row inside the sequence; at or past s_q: only keep in step */
+    int query;      /* its first query; at or past s_q: only keep in step */
     int cp_tot;     /* global key count of the sequence, with context parallelism */
     int begin, end; /* key steps [begin, end) that some row of the cluster's tiles sees */
     sequence seq;
@@ -67,20 +75,36 @@ ATTN_DEVICE sequence locate_sequence(const attn_mha_fwd_params &p, int b)
     return s;
 }
 
-/* Items of one KV head with s_q rows. */
-template <int M> ATTN_DEVICE int head_items(const attn_mha_fwd_params &p, int s_q)
+/* Row tiles of one KV head with s_q queries, and its items. */
+ATTN_DEVICE int head_tiles(const attn_mha_fwd_params &p, int s_q)
 {
-    return ((s_q + M - 1) / M * p.group + p.cluster - 1) / p.cluster;
+    return (s_q + p.tile_queries - 1) / p.tile_queries * p.tile_heads;
 }
 
-/* Item `k` of `heads` heads with `items` items each: sections of heads, last item first. */
-ATTN_DEVICE void item_in_order(int k, int heads, int items, int section, int *head, int *item)
+ATTN_DEVICE int head_items(const attn_mha_fwd_params &p, int s_q)
+{
+    return (head_tiles(p, s_q) + p.cluster - 1) / p.cluster;
+}
+
+/* The item at place `k` of a head's, longest first: the last one, or the last of every chunk. */
+ATTN_DEVICE int longest_first(int k, int items, int fold)
+{
+    if (fold <= 1) return items - 1 - k;
+    int chunks = items / fold, rest = items - chunks * fold; /* `rest` more are in the last one */
+    if (k < (fold - rest) * chunks) return (k % chunks + 1) * fold - 1 - k / chunks;
+    k -= (fold - rest) * chunks;
+    return k % (chunks + 1) * fold + rest - 1 - k / (chunks + 1);
+}
+
+/* Item `k` of `heads` heads with `items` items each: sections of heads, longest item first. */
+ATTN_DEVICE void item_in_order(int k, int heads, int items, int section, int fold, int *head,
+                               int *item)
 {
     int per_section = section * items;
     int at = k / per_section, rest = k - at * per_section;
     int width = min(section, heads - at * section);
     *head = at * section + rest % width;
-    *item = items - 1 - rest / width;
+    *item = longest_first(rest / width, items, fold);
 }
 
 /* Ragged q: the 32 sequences that are being walked, one a lane, most keys first. */
@@ -92,7 +116,7 @@ struct sequence_group {
 };
 
 /* Reads the next 32 sequences.  A whole warp calls it. */
-template <int M> ATTN_DEVICE void next_group(sequence_group &g, const attn_mha_fwd_params &p)
+ATTN_DEVICE void next_group(sequence_group &g, const attn_mha_fwd_params &p)
 {
     int lane = (int)threadIdx.x % 32;
     if (g.first >= 0) g.before += __shfl_sync(0xffffffff, g.through, 31);
@@ -100,7 +124,7 @@ template <int M> ATTN_DEVICE void next_group(sequence_group &g, const attn_mha_f
     int b = g.first + lane, items = 0, s_k = -1;
     if (b < p.b) {
         sequence s = locate_sequence(p, b);
-        items = head_items<M>(p, s.s_q);
+        items = head_items(p, s.s_q);
         s_k = s.s_k;
     }
     int rank = 0; /* lanes with more keys, or as many and a smaller number */
@@ -124,45 +148,46 @@ template <int M> ATTN_DEVICE void next_group(sequence_group &g, const attn_mha_f
 
 /* The sequence, KV head and item with number k, which never falls from call to call; false past the
  * last.  A whole warp calls it. */
-template <int M>
-ATTN_DEVICE bool find_item(sequence_group &g, const attn_mha_fwd_params &p, int k, int *b,
-                           int *h_kv, int *item)
+ATTN_DEVICE bool find_item(sequence_group &g, const attn_mha_fwd_params &p, int fold, int k,
+                           int *b, int *h_kv, int *item)
 {
     if (!p.cu_seqlens_q && !p.seqused_q) {
-        int items = head_items<M>(p, p.s_q), head;
+        int items = head_items(p, p.s_q), head;
         if (k >= p.b * p.h_k * items) return false;
-        item_in_order(k, p.b * p.h_k, items, p.section, &head, item);
+        item_in_order(k, p.b * p.h_k, items, p.section, fold, &head, item);
         *b = head / p.h_k;
         *h_kv = head % p.h_k;
         return true;
     }
     while (g.first < 0 || k - g.before >= __shfl_sync(0xffffffff, g.through, 31)) {
         if (g.first + 32 >= p.b) return false;
-        next_group<M>(g, p);
+        next_group(g, p);
     }
     int at = __ffs((int)__ballot_sync(0xffffffff, k - g.before < g.through)) - 1;
     int there = __shfl_sync(0xffffffff, g.mine, at), items = there / 32;
     int start = __shfl_sync(0xffffffff, g.through, at) - items * p.h_k;
     *b = g.first + there % 32;
-    item_in_order(k - g.before - start, p.h_k, items, min(p.section, p.h_k), h_kv, item);
+    item_in_order(k - g.before - start, p.h_k, items, min(p.section, p.h_k), 1, h_kv, item);
     return true;
 }
 
 /* The row tile of block `rank` in an item, and the key steps of N that its cluster walks. */
-template <int M, int N>
+template <int N>
 ATTN_DEVICE row_tile locate_tile(const attn_mha_fwd_params &p, int b, int h_kv, int item, int rank)
 {
     sequence seq = locate_sequence(p, b);
-    int first = item * p.cluster, tiles = (seq.s_q + M - 1) / M * p.group;
-    int last = min(first + p.cluster, tiles) - 1;
+    int first = item * p.cluster, more = min(p.cluster, head_tiles(p, seq.s_q) - first) - 1;
+    int queries = p.tile_queries, block = first / p.tile_heads;
+    int head = first - block * p.tile_heads, ends = head + more >= p.tile_heads;
+    int top = block * queries, bottom = min(top + (1 + ends) * queries, seq.s_q) - 1;
+    bool wraps = head + rank >= p.tile_heads;
     row_tile t;
     t.b = b;
-    t.h_q = h_kv * p.group + (first + rank) % p.group;
+    t.h_q = h_kv * p.group + (wraps ? 0 : head + rank);
     t.h_kv = h_kv;
-    t.row = (first + rank) / p.group * M;
+    t.query = top + (p.tile_heads == 1 ? rank * p.queries : wraps ? queries : 0);
     t.seq = seq;
     t.cp_tot = p.cp_tot ? max(__ldg(p.cp_tot + b), 0) : 0;
-    int top = first / p.group * M, bottom = min((last / p.group + 1) * M, seq.s_q) - 1;
     t.begin = visible_keys(p, top, seq.s_q, seq.s_k, t.cp_tot).lo / N;
     t.end = (visible_keys(p, bottom, seq.s_q, seq.s_k, t.cp_tot).hi + N - 1) / N;
     return t;
