@@ -297,13 +297,12 @@ static void test_finish()
 
 // ---- the schedule -------------------------------------------------------------------------------
 
-template <int M>
 static __global__ void run_schedule(attn_mha_fwd_params p, int *hits, int items_max, int clusters)
 {
     for (int c = 0; c < clusters; c++) {
         sequence_group group = {-32, 0, 0, 0};
         int b, h_kv, item;
-        for (int k = c; find_item<M>(group, p, k, &b, &h_kv, &item); k += clusters)
+        for (int k = c; find_item(group, p, p.fold, k, &b, &h_kv, &item); k += clusters)
             if (threadIdx.x == 0) hits[(b * p.h_k + h_kv) * items_max + item]++;
     }
 }
@@ -325,19 +324,25 @@ static void test_schedule()
         p.group = 1 + rand() % 4;
         p.cluster = 1 + rand() % 2;
         p.section = 1 + rand() % 6;
+        p.fold = rand() % 6;
+        p.pack = rand() % 2 ? 1 : p.group; /* tiles of 128 rows */
+        p.tile_heads = p.group / p.pack;
+        p.queries = 64 / p.pack;
+        p.tile_queries = 2 * p.queries;
         p.s_q = most;
         p.s_k = 100;
         p.t_q = p.t_k = cu[b];
         int kind = rand() % 3;
         if (kind == 1) p.cu_seqlens_q = p.cu_seqlens_k = on_device(cu);
         if (kind == 2) p.seqused_q = on_device(used);
-        int items_max = (most / 128 + 1) * p.group;
+        int items_max = (most / p.tile_queries + 1) * p.tile_heads;
         int *hits = on_device(std::vector<int>((size_t)b * h_k * items_max, 0));
-        run_schedule<128><<<1, 32>>>(p, hits, items_max, 1 + rand() % 5);
+        run_schedule<<<1, 32>>>(p, hits, items_max, 1 + rand() % 5);
         std::vector<int> got = from_device(hits, (size_t)b * h_k * items_max);
         for (int i = 0; i < b; i++) {
             int s_q = kind == 0 ? most : kind == 1 ? cu[i + 1] - cu[i] : used[i];
-            int items = ((s_q + 127) / 128 * p.group + p.cluster - 1) / p.cluster;
+            int tiles = (s_q + p.tile_queries - 1) / p.tile_queries * p.tile_heads;
+            int items = (tiles + p.cluster - 1) / p.cluster;
             for (int h = 0; h < h_k; h++)
                 for (int item = 0; item < items_max; item++)
                     bad += got[(i * h_k + h) * items_max + item] != (item < items);
