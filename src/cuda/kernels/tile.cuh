@@ -14,9 +14,9 @@ template <int DQK, int DV, int M, int N> struct mha_fwd_smem {
 
     /* Registers a thread.  The block's pool is what it starts with, 512 x 128 or 384 x 168; the
      * scheduler and the loaders spill at 32 where they are asked to do so only for N = 128. */
-    static constexpr int CONSUMER_REGISTERS = 
+    static constexpr int CONSUMER_REGISTERS =
         CONSUMERS == 2 ? (DV + N < 352 ? 224 : 232) : N < 128 ? 152 : 160;
-    static constexpr int PRODUCER_REGISTERS = 
+    static constexpr int PRODUCER_REGISTERS =
         CONSUMERS == 2 ? (DV + N < 352 ? 56 : 40) : N < 128 ? 56 : 32;
     static constexpr bool FEW = PRODUCER_REGISTERS < 56; /* such producers do without extras */
 
