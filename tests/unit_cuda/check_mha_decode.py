@@ -169,7 +169,7 @@ def main():
         if case["num_splits"] > 1 and n % 3 == 0:
             bad += check_accum(case, seed)
         ran[call.kernel] = ran.get(call.kernel, 0) + 1
-        worst = max(worst, num / (2 * low + base.floor(case)))
+        worst = max(worst, num / (2 * low + 1e-5))
         if bad:
             failures += 1
             print(
