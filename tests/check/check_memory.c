@@ -15,6 +15,7 @@
 #define PAGE ((size_t)4096)
 #define POOL_BYTES ((size_t)4 << 30)
 #define SCRATCH_BYTES ((size_t)1 << 30)
+#define KEPT_BYTES ((size_t)64 << 20) /* of each, not given back between cases: faults cost more */
 
 static char *pool, *scratch;
 static size_t pool_used, scratch_used;
@@ -68,14 +69,17 @@ bool check_buffer_intact(const struct check_buffer *b)
     return is_canary(b->pages, before) && is_canary(b->data + b->bytes, b->page_bytes - used);
 }
 
+static void give_back(char *memory, size_t from, size_t to)
+{
+    if (from < KEPT_BYTES) from = KEPT_BYTES;
+    if (to > from) madvise(memory + from, to - from, MADV_DONTNEED);
+}
+
 void check_pool_reset(void)
 {
-    if (pool_used) {
-        madvise(pool, pool_used + PAGE, MADV_DONTNEED);
-        mprotect(pool, pool_used + PAGE, PROT_NONE);
-    }
-    if (scratch_used > ((size_t)16 << 20)) madvise(scratch, scratch_used, MADV_DONTNEED);
-    pool_used = scratch_used = 0;
+    check_pool_release(0);
+    give_back(scratch, 0, scratch_used);
+    scratch_used = 0;
 }
 
 size_t check_pool_mark(void) { return pool_used; }
@@ -83,7 +87,7 @@ size_t check_pool_mark(void) { return pool_used; }
 void check_pool_release(size_t mark)
 {
     if (pool_used == mark) return;
-    madvise(pool + mark + PAGE, pool_used - mark, MADV_DONTNEED);
+    give_back(pool, mark + PAGE, pool_used + PAGE);
     mprotect(pool + mark + PAGE, pool_used - mark, PROT_NONE);
     pool_used = mark;
 }

@@ -41,6 +41,7 @@ struct mla_case {
     struct tensor q, cache[2], table, lens, indices[2], length[2], sink, descale[2], out, lse, max;
     struct key **keys; /* [b * s_q], of KV head 0 */
     int64_t *count;    /* [b * s_q] */
+    float **values;    /* [b * s_q * h_k]: of these keys, [count, d], when first judged */
     double scale;
     int32_t threads;
     union {
@@ -277,6 +278,7 @@ static void make_case(struct check_random *r, struct mla_case *c)
     int64_t tokens = c->b * c->s_q, topk = 1 + random_edge(r, 600), extra = 1 + random_edge(r, 90);
     c->keys = list(tokens);
     c->count = list(tokens);
+    c->values = list(tokens * c->h_k);
     if (dense) {
         make_dense_keys(r, c, PICK(r, 5, 40, 300, 1200));
     } else {
@@ -427,29 +429,42 @@ static bool near(double x, double want, double limit)
     return fabs(x - want) <= limit;
 }
 
+/* The keys of a token as fp32, [count, d], of one KV head. */
+static const float *key_values(const struct mla_case *c, int64_t token, int64_t head)
+{
+    float **values = &c->values[token * c->h_k + head];
+    if (*values) return *values;
+    *values = check_scratch((size_t)(c->count[token] * c->d) * sizeof(float));
+    for (int64_t j = 0; j < c->count[token]; ++j) {
+        char *scales, *row = row_at(c, c->keys[token][j], head, &scales);
+        attn_mla_row_values(c->format, row, scales, c->d, *values + j * c->d);
+    }
+    return *values;
+}
+
 static bool judge_row(const struct mla_case *c, int64_t i, int64_t t, int64_t h, char why[200])
 {
     bool fwd = c->op == ATTN_MLA_SPARSE_FWD;
-    int64_t n = c->count[i * c->s_q + t];
-    const struct key *keys = c->keys[i * c->s_q + t];
+    int64_t token = i * c->s_q + t, n = c->count[token];
+    const float *values = key_values(c, token, h / (c->h_q / c->h_k));
     static double out[512], magnitude[512];
-    float k[ATTN_MLA_WIDTH_MAX];
+    double q[ATTN_MLA_WIDTH_MAX];
     double *score = check_scratch((size_t)(n + 1) * sizeof(double)), m = -INFINITY, l = 0, big = 0;
     bool nan = false;
     double scale = c->scale, v_scale = 1;
     for (int x = 0; x < 2 && c->dtype == ATTN_F8; ++x)
         scale *= v_scale = (double)*(float *)(void *)c->descale[x].buffer.data;
-    const char *q = fwd ? at(&c->q, i, h, 0) : at(&c->q, i, t, h);
+    const char *stored = fwd ? at(&c->q, i, h, 0) : at(&c->q, i, t, h);
+    for (int64_t x = 0; x < c->d; ++x) q[x] = (double)attn_load(c->dtype, stored, x);
     memset(out, 0, sizeof out);
     memset(magnitude, 0, sizeof magnitude);
     for (int pass = 0; pass < 2; ++pass) {
         for (int64_t j = 0; j < n; ++j) {
-            char *scales, *row = row_at(c, keys[j], h / (c->h_q / c->h_k), &scales);
-            attn_mla_row_values(c->format, row, scales, c->d, k);
+            const float *k = values + j * c->d;
             if (pass == 0) {
                 double s = 0, sum = 0;
                 for (int64_t x = 0; x < c->d; ++x) {
-                    double y = (double)attn_load(c->dtype, q, x) * (double)k[x];
+                    double y = q[x] * (double)k[x];
                     s += y;
                     sum += fabs(y);
                 }

@@ -17,6 +17,7 @@
 #include "check_run.h"
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <xmmintrin.h>
 #endif
 
@@ -173,7 +174,18 @@ static void check_nested(void)
 struct state_call {
     struct caller *caller;
     unsigned state, after;
+    bool tiles_after;
 };
+
+/* Whether the AMX registers of this thread hold anything: a configuration, or data. */
+static bool tiles_in_use(void)
+{
+    unsigned a, b, c, d, low, high;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & (1u << 27))) return false;          /* OSXSAVE */
+    if (!__get_cpuid_count(13, 1, &a, &b, &c, &d) || !(a & (1u << 2))) return false; /* XINUSE */
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(1));
+    return (low & (3u << 17)) != 0;
+}
 
 static void run_in_state(void *context)
 {
@@ -182,10 +194,12 @@ static void run_in_state(void *context)
     _mm_setcsr(s->state);
     run_again(s->caller);
     s->after = _mm_getcsr();
+    s->tiles_after = tiles_in_use();
     _mm_setcsr(before);
 }
 
-/* The caller's rounding mode, flushed denormals and traps are kept and have no influence. */
+/* The caller's rounding mode, flushed denormals and traps are kept and have no influence; AMX tiles are
+ * left empty. */
 static void check_fp_state(void)
 {
     static const struct {
@@ -221,6 +235,8 @@ static void check_fp_state(void)
             if (survived && (call.after & 0xffc0) != (states[k].state & 0xffc0))
                 check_fail(&test, "%s: %s: MXCSR 0x%x came back as 0x%x", mha_case_text(&a.c, text),
                            states[k].name, states[k].state, call.after);
+            if (survived && call.tiles_after)
+                check_fail(&test, "%s: AMX tiles are left in use", mha_case_text(&a.c, text));
         }
     }
     check_close(&test);

@@ -6,6 +6,7 @@ ATTN_LOG=1; the log names the kernels.  The calls are also compared with the ora
 rung this machine has is tested whole, not only the one that it would choose.
 """
 
+import functools
 import os
 import re
 import subprocess
@@ -25,6 +26,7 @@ print(rung().decode())
 """
 
 
+@functools.cache
 def rung_with(cap):
     """What attn_cpu_rung() says under ATTN_CPU=cap."""
     got = subprocess.run([sys.executable, "-c", ASK], capture_output=True, text=True, env=environment(cap))

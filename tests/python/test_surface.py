@@ -623,19 +623,22 @@ def test_meta_tensors():
 
 # ---- what an import costs ------------------------------------------------------------------------------
 
+IMPORT_SHARE = 0.06  # of the CPU time of `import torch`, about 1 s
+
 
 def test_import_is_light():
-    """CPU time over `import torch`, the best of five: wall time is anybody's on a shared machine."""
+    """CPU time beside that of `import torch` in the same process, which a busy machine slows as well; one
+    of five runs has to be light."""
     code = (
-        "import time, torch; t = time.process_time(); import flash_attn_interface; "
-        "print(time.process_time() - t)"
+        "import time; now = time.process_time; a = now(); import torch; b = now(); "
+        "import flash_attn_interface; print((now() - b) / (b - a))"
     )
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    runs = [
-        float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, env=env).stdout)
-        for _ in range(5)
-    ]
-    assert min(runs) < 0.05, [f"{1e3 * t:.0f} ms" for t in runs]
+    shares = []
+    while not shares or min(shares) >= IMPORT_SHARE and len(shares) < 5:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, env=env)
+        shares.append(float(done.stdout))
+    assert min(shares) < IMPORT_SHARE, shares
 
 
 def test_import_needs_no_gpu_and_says_nothing():

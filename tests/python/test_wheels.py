@@ -138,7 +138,7 @@ def fresh(wheels, tmp_path_factory) -> Path:
 
 
 def pip(python: Path, *what):
-    build_tree.run(python, "-m", "pip", "install", "-q", "--disable-pip-version-check", *what)
+    build_tree.run(python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-compile", *what)
 
 
 def isolated(python: Path, *arguments) -> str:

@@ -2,21 +2,14 @@
 # SPDX-License-Identifier: MIT
 #
 # Everything here, in order of cost.  Needs a library (ATTN_LIB or build*/libattn.so), dlpack.h
-# (DLPACK_INCLUDE), nvcc, and torch on a Hopper GPU; without a GPU only the first two steps run.
+# (DLPACK_INCLUDE), nvcc, and torch on a Hopper GPU; without a GPU only plans.sh runs.
 #     DLPACK_INCLUDE=... tests/unit_cuda/run.sh [BUILD_DIR]
 set -e
 cd "$(dirname "$0")/../.."
 out=${1:-build}
 cuda=${CUDA_HOME:-/usr/local/cuda}
-flags="-std=c11 -D_GNU_SOURCE -Isrc -Iinclude -I$DLPACK_INCLUDE"
 
-cc -fsyntax-only $flags -I"$cuda/include" tests/unit_cuda/test_driver_abi.c
-cc -O1 $flags tests/unit_cuda/test_plan.c \
-    src/cuda/mha_fwd_plan.c src/cuda/mha_decode_plan.c src/core/status.c -o "$out/test_plan"
-"$out/test_plan"
-cc -O1 $flags tests/unit_cuda/test_kda_plan.c \
-    src/cuda/kda_plan.c src/core/status.c -o "$out/test_kda_plan"
-"$out/test_kda_plan"
+tests/unit_cuda/plans.sh "$out"
 python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || exit 0
 "$cuda/bin/nvcc" -gencode arch=compute_90a,code=sm_90a -std=c++17 -Isrc/cuda/kernels \
     tests/unit_cuda/test_helpers.cu -o "$out/test_helpers"
