@@ -309,3 +309,36 @@ def test_ignored_not_rejected():
     a.op(max_seqlen_q=99, max_seqlen_k=1)  # without cu_seqlens
     a.cache(rotary_seqlens=a.i(1, 2))
     a.cache(cu_seqlens_k_new=a.i(0, 1, 2))
+
+
+@pytest.mark.parametrize(
+    "name, call",
+    {
+        "k_cache": lambda a: a.cache(k_cache=(2, 20, 3, 64)),
+        "v_cache": lambda a: a.cache(v_cache=(2, 21, 2, 64)),
+        "k": lambda a: a.append(k=a.t(2, 2, 1, 64)),
+        "v": lambda a: a.append(v=a.t(2, 3, 2, 64)),
+        "cache_seqlens": lambda a: a.cache(cache_seqlens=a.i(5, 5, 5)),
+        "cache_batch_idx": lambda a: a.cache(cache_batch_idx=a.i(0, 1).long()),
+        "cache_leftpad": lambda a: a.cache(cache_leftpad=a.i(0, 0, 0), cache_seqlens=a.i(5, 5)),
+        "rotary_seqlens": lambda a: a.rotary(rotary_seqlens=a.i(1)),
+    }.items(),
+)
+def test_errors_have_the_names_that_the_cache_function_has(name, call, device):
+    with pytest.raises(RuntimeError, match=rf"\b{name}\b(?!_)") as caught:
+        call(Args(device))
+    for other in ("seqused_k", "k_new", "v_new", "kv_batch_idx", "leftpad_k", "seqlens_rotary"):
+        assert other not in str(caught.value).replace("cu_seqlens_k_new", "")
+
+
+@pytest.mark.parametrize("window", [5, (1, 2, 3), "ab", ()])
+def test_a_window_that_is_no_pair(window, device):
+    with pytest.raises((ValueError, RuntimeError), match="window_size|invalid literal"):
+        Args(device).func(window_size=window)
+
+
+def test_what_is_no_tensor_is_named(device):
+    with pytest.raises(TypeError, match="cache_seqlens: expected a tensor or None, got str"):
+        Args(device).cache(cache_seqlens="five")
+    with pytest.raises(TypeError, match="cache_seqlens: expected a tensor, got str"):
+        fa.get_scheduler_metadata(1, 1, 1, 1, 1, 64, "five")

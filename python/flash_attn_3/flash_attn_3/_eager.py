@@ -6,6 +6,7 @@ checked by libattn.
 """
 
 import inspect
+import re
 
 import libattn
 import torch
@@ -26,10 +27,15 @@ if libattn.__version__ != LIBATTN:
 
 
 def unit_stride(x):
-    """x, copied when its last stride is not 1 or its sign is only noted; None stays None."""
+    """x, copied when its last stride is not 1 or its sign is only noted; None stays None, and so does
+    what is no tensor, which libattn names."""
     if x is None:
         return None
-    if x.is_neg():
+    try:
+        negated = x.is_neg()
+    except AttributeError:
+        return x
+    if negated:
         x = x.resolve_neg()
     return x if x.is_contiguous() or x.stride(-1) == 1 else x.contiguous()
 
@@ -76,12 +82,33 @@ def window_sides(window_size):
     """(left, right) from a pair, list or 1-D tensor of two, or None; None sides are unlimited."""
     if window_size is None:
         return -1, -1
-    left, right = window_size
+    try:
+        left, right = window_size
+    except (TypeError, ValueError):
+        raise ArgumentError(f"window_size: expected (left, right) or None, got {window_size!r}") from None
     if type(left) is not int:
         left = -1 if left is None else int(left)
     if type(right) is not int:
         right = -1 if right is None else int(right)
     return left, right
+
+
+CACHE_NAMES = {
+    "k": "k_cache",
+    "v": "v_cache",
+    "k_new": "k",
+    "v_new": "v",
+    "seqused_k": "cache_seqlens",
+    "kv_batch_idx": "cache_batch_idx",
+    "leftpad_k": "cache_leftpad",
+    "seqlens_rotary": "rotary_seqlens",
+}
+CACHE_NAME = re.compile(rf"\b({'|'.join(CACHE_NAMES)})\b")
+
+
+def in_cache_names(error):
+    """An error of libattn in the words of flash_attn_with_kvcache, where k and v are the new tokens."""
+    return type(error)(CACHE_NAME.sub(lambda name: CACHE_NAMES[name[0]], str(error)))
 
 
 def raw_forward(

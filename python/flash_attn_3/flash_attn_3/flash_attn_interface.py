@@ -13,13 +13,24 @@ from libattn import ArgumentError, NotBuiltError, ShapeError, mha, musa
 
 from . import _C, _eager  # _C registers torch.ops.flash_attn_3
 from ._autograd import FlashAttnFunc, FlashAttnQKVPackedFunc, FlashAttnVarlenFunc, unpack_qkv
-from ._eager import length, score_scale, unit_stride, unit_stride_value, window_sides, written
-from ._ways import backward, by_class, direct, forward, grad_on, is_traced, modes, on_musa
+from ._eager import (
+    in_cache_names,
+    length,
+    score_scale,
+    unit_stride,
+    unit_stride_value,
+    window_sides,
+    written,
+)
+from ._private import _flash_attn_backward, _flash_attn_forward
+from ._ways import by_class, direct, forward, grad_on, is_traced, modes, on_musa
 
 __all__ = [
     "FlashAttnFunc",
     "FlashAttnQKVPackedFunc",
     "FlashAttnVarlenFunc",
+    "_flash_attn_backward",
+    "_flash_attn_forward",
     "flash_attn_combine",
     "flash_attn_func",
     "flash_attn_qkvpacked_func",
@@ -594,22 +605,25 @@ def flash_attn_with_kvcache(
             )
         elif tail:
             features = (*features, *_NO_APPEND, *tail)
-        result = _attend(
-            q if q.is_contiguous() else unit_stride(q),
-            k_cache,
-            v_cache,
-            softmax_scale,
-            causal,
-            left,
-            right,
-            softcap,
-            attention_chunk or 0,
-            num_splits,
-            None,
-            return_softmax_lse,
-            return_softmax_lse,
-            features,
-        )
+        try:
+            result = _attend(
+                q if q.is_contiguous() else unit_stride(q),
+                k_cache,
+                v_cache,
+                softmax_scale,
+                causal,
+                left,
+                right,
+                softcap,
+                attention_chunk or 0,
+                num_splits,
+                None,
+                return_softmax_lse,
+                return_softmax_lse,
+                features,
+            )
+        except (RuntimeError, TypeError) as error:
+            raise in_cache_names(error) from None
         if k is not None:
             written(k_cache, v_cache)
         if not return_softmax_lse:
@@ -724,7 +738,7 @@ def get_scheduler_metadata(
     if cache_seqlens is None:
         cuda = torch.cuda.is_available()
         device = torch.device("cuda", torch.cuda.current_device()) if cuda else "cpu"
-    elif cache_seqlens.device.type == "musa":
+    elif on_musa(cache_seqlens, "cache_seqlens"):
         return musa.get_scheduler_metadata(
             batch_size=batch_size,
             max_seqlen_q=max_seqlen_q,
@@ -770,137 +784,4 @@ def get_scheduler_metadata(
         attention_chunk,
         device,
         num_splits,
-    )
-
-
-# ---- private names that clients import ---------------------------------------------------------------
-
-
-def _flash_attn_forward(
-    q,
-    k,
-    v,
-    k_new=None,
-    v_new=None,
-    qv=None,
-    out_=None,
-    cu_seqlens_q=None,
-    cu_seqlens_k=None,
-    cu_seqlens_k_new=None,
-    seqused_q=None,
-    seqused_k=None,
-    max_seqlen_q=None,
-    max_seqlen_k=None,
-    page_table=None,
-    kv_batch_idx=None,
-    leftpad_k=None,
-    rotary_cos=None,
-    rotary_sin=None,
-    seqlens_rotary=None,
-    q_descale=None,
-    k_descale=None,
-    v_descale=None,
-    softmax_scale=None,
-    causal=False,
-    window_size_left=-1,
-    window_size_right=-1,
-    attention_chunk=0,
-    softcap=0.0,
-    rotary_interleaved=True,
-    scheduler_metadata=None,
-    num_splits=1,
-    pack_gqa=None,
-    sm_margin=0,
-):
-    """Every feature of the forward in one function: (out, lse, out_accum, lse_accum).
-
-    The last two are empty 1-D tensors when the call was not split.  softmax_scale None is d_qk^-1/2,
-    with qv too.  k and v are the cache when k_new and v_new are given.
-    """
-    return forward(
-        q=q,
-        k=k,
-        v=v,
-        k_new=k_new,
-        v_new=v_new,
-        qv=qv,
-        out_=out_,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        cu_seqlens_k_new=cu_seqlens_k_new,
-        seqused_q=seqused_q,
-        seqused_k=seqused_k,
-        max_seqlen_q=None if max_seqlen_q is None else int(max_seqlen_q),
-        max_seqlen_k=None if max_seqlen_k is None else int(max_seqlen_k),
-        page_table=page_table,
-        kv_batch_idx=kv_batch_idx,
-        leftpad_k=leftpad_k,
-        rotary_cos=rotary_cos,
-        rotary_sin=rotary_sin,
-        seqlens_rotary=seqlens_rotary,
-        q_descale=q_descale,
-        k_descale=k_descale,
-        v_descale=v_descale,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_size_left=window_size_left,
-        window_size_right=window_size_right,
-        attention_chunk=attention_chunk or 0,
-        softcap=softcap,
-        rotary_interleaved=rotary_interleaved,
-        scheduler_metadata=scheduler_metadata,
-        num_splits=num_splits,
-        pack_gqa=pack_gqa,
-        sm_margin=sm_margin,
-    )
-
-
-def _flash_attn_backward(
-    dout,
-    q,
-    k,
-    v,
-    out,
-    softmax_lse,
-    cu_seqlens_q=None,
-    cu_seqlens_k=None,
-    sequed_q=None,
-    sequed_k=None,
-    max_seqlen_q=None,
-    max_seqlen_k=None,
-    dq=None,
-    dk=None,
-    dv=None,
-    softmax_scale=None,
-    is_causal=False,
-    window_size_left=-1,
-    window_size_right=-1,
-    softcap=0.0,
-    deterministic=False,
-    sm_margin=0,
-):
-    """Gradients into dq, dk, dv; returns softmax_d.  Raises NotImplementedError: see CONFIG."""
-    return backward(
-        dout,
-        q,
-        k,
-        v,
-        out,
-        softmax_lse,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        sequed_q,
-        sequed_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        dq,
-        dk,
-        dv,
-        softmax_scale,
-        is_causal,
-        window_size_left,
-        window_size_right,
-        softcap,
-        deterministic,
-        sm_margin,
     )

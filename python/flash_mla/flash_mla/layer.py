@@ -84,6 +84,8 @@ def rope_frequencies(d_rope, theta=10000.0, rope_scaling=None, max_positions=409
     `factor` where a period exceeds the original context, keeps those that turn more than beta_fast times
     in it, and goes linearly from beta_fast to beta_slow turns.
     """
+    if d_rope < 2 or d_rope % 2:
+        raise ArgumentError(f"d_rope: expected a positive even number, got {d_rope}")
     exponent = torch.arange(0, d_rope, 2, dtype=torch.float32) / d_rope
     plain = theta**-exponent
     scaling = rope_scaling or {}
@@ -163,6 +165,9 @@ class PagedLatentCache:
     """
 
     def __init__(self, layers, pages, page=64, d=576, dtype=torch.bfloat16, device=None):
+        for name, value in (("layers", layers), ("pages", pages), ("page", page), ("d", d)):
+            if value < 1:
+                raise ArgumentError(f"{name}: expected at least 1, got {value}")
         self.data = torch.zeros(layers, pages, page, 1, d, dtype=dtype, device=device)
         self.page = page
         self.free = list(range(pages - 1, -1, -1))
@@ -293,6 +298,8 @@ class LatentAttention(nn.Module):
         absorb=4,
     ):
         super().__init__()
+        if num_heads < 1:
+            raise ArgumentError(f"num_heads: expected at least 1, got {num_heads}")
         self.num_heads, self.d_nope, self.d_rope, self.d_v = num_heads, d_nope, d_rope, d_v
         self.kv_lora_rank, self.absorb = kv_lora_rank, absorb
         self.scale = softmax_scale(d_nope, d_rope) if scale is None else scale
