@@ -42,6 +42,7 @@ run() {
 }
 lane() { for stage; do [ -e "$logs/failed" ] || run "$stage"; done; }
 
+trap 'trap - INT TERM; kill 0' INT TERM # lanes in the background do not hear of Ctrl-C
 lane build
 lane asan tsan lint &
 lane plans abi check install demo
