@@ -11,6 +11,7 @@
 #include "core/env.h"
 #include "core/tensor.h"
 #include "ops/backend.h"
+#include "ops/call.h"
 
 #define LOWER_BOUND_MIN (-5.0)
 #define CHECKPOINT_UNIT 16
@@ -24,10 +25,26 @@ typedef struct attn_kda_problem problem_t;
 
 /* The arguments that kda_fwd and kda_step share. */
 struct inputs {
-    const DLTensor *q, *k, *v, *g, *beta, *out, *A_log, *dt_bias, *cu_seqlens, *state_indices;
+    const DLTensor *q, *k, *v, *g, *beta, *A_log, *dt_bias, *cu_seqlens, *state_indices;
     double scale, lower_bound;
     bool gate_activated, beta_activated;
 };
+#define INPUTS_OF(a)                                                                               \
+    {                                                                                              \
+        .q = (a)->q,                                                                               \
+        .k = (a)->k,                                                                               \
+        .v = (a)->v,                                                                               \
+        .g = (a)->g,                                                                               \
+        .beta = (a)->beta,                                                                         \
+        .A_log = (a)->A_log,                                                                       \
+        .dt_bias = (a)->dt_bias,                                                                   \
+        .cu_seqlens = (a)->cu_seqlens,                                                             \
+        .state_indices = (a)->state_indices,                                                       \
+        .scale = (a)->scale,                                                                       \
+        .lower_bound = (a)->lower_bound,                                                           \
+        .gate_activated = (a)->gate_activated != 0,                                                \
+        .beta_activated = (a)->beta_activated != 0,                                                \
+    }
 
 static void *data_of(const DLTensor *t)
 {
@@ -235,34 +252,11 @@ static attn_status check_fwd_states(const struct attn_kda_fwd_args *a, problem_t
     return ATTN_OK;
 }
 
-static attn_status check_size(uint32_t got, size_t want)
-{
-    ATTN_CHECK(got == want, ATTN_E_VERSION,
-               "args.size: expected %zu (libattn %s), got %u: caller and library differ", want,
-               ATTN_VERSION_STRING, (unsigned)got);
-    return ATTN_OK;
-}
-
 attn_status attn_kda_fwd_check(const struct attn_kda_fwd_args *a, problem_t *p, bool outputs)
 {
-    ATTN_CHECK(a, ATTN_E_VALUE, "args: expected a pointer, got NULL");
-    ATTN_TRY(check_size(a->size, sizeof *a));
+    ATTN_TRY(attn_struct_check("args", a, sizeof *a));
     *p = (problem_t){.threads = a->threads};
-    const struct inputs in = {
-        .q = a->q,
-        .k = a->k,
-        .v = a->v,
-        .g = a->g,
-        .beta = a->beta,
-        .A_log = a->A_log,
-        .dt_bias = a->dt_bias,
-        .cu_seqlens = a->cu_seqlens,
-        .state_indices = a->state_indices,
-        .scale = a->scale,
-        .lower_bound = a->lower_bound,
-        .gate_activated = a->gate_activated != 0,
-        .beta_activated = a->beta_activated != 0,
-    };
+    const struct inputs in = INPUTS_OF(a);
     ATTN_TRY(check_inputs(&in, p));
     ATTN_TRY(check_fwd_states(a, p));
     if (!outputs && !a->out) return ATTN_OK;
@@ -274,24 +268,9 @@ attn_status attn_kda_fwd_check(const struct attn_kda_fwd_args *a, problem_t *p, 
 
 attn_status attn_kda_step_check(const struct attn_kda_step_args *a, problem_t *p)
 {
-    ATTN_CHECK(a, ATTN_E_VALUE, "args: expected a pointer, got NULL");
-    ATTN_TRY(check_size(a->size, sizeof *a));
+    ATTN_TRY(attn_struct_check("args", a, sizeof *a));
     *p = (problem_t){.threads = a->threads, .step = true};
-    const struct inputs in = {
-        .q = a->q,
-        .k = a->k,
-        .v = a->v,
-        .g = a->g,
-        .beta = a->beta,
-        .A_log = a->A_log,
-        .dt_bias = a->dt_bias,
-        .cu_seqlens = a->cu_seqlens,
-        .state_indices = a->state_indices,
-        .scale = a->scale,
-        .lower_bound = a->lower_bound,
-        .gate_activated = a->gate_activated != 0,
-        .beta_activated = a->beta_activated != 0,
-    };
+    const struct inputs in = INPUTS_OF(a);
     ATTN_TRY(check_inputs(&in, p));
     ATTN_CHECK(p->cu_seqlens || (p->t >= 1 && p->t <= ATTN_KDA_STEP_MAX), ATTN_E_SHAPE,
                "q: expected 1 to %d tokens a sequence, got %lld", ATTN_KDA_STEP_MAX,
@@ -318,10 +297,7 @@ void attn_kda_fwd_shape(const problem_t *p, int64_t shape[8])
 attn_status attn_kda_fwd_plan(const struct attn_kda_fwd_args *args, struct attn_kda_fwd_plan *plan)
 {
     problem_t p;
-    ATTN_CHECK(plan, ATTN_E_VALUE, "plan: expected a pointer, got NULL");
-    ATTN_CHECK(plan->size == sizeof *plan, ATTN_E_VERSION,
-               "plan.size: expected %zu (libattn %s), got %u: caller and library differ",
-               sizeof *plan, ATTN_VERSION_STRING, (unsigned)plan->size);
+    ATTN_TRY(attn_struct_check("plan", plan, sizeof *plan));
     ATTN_TRY(attn_kda_fwd_check(args, &p, false));
     memset(plan, 0, sizeof *plan);
     plan->size = sizeof *plan;
@@ -336,18 +312,11 @@ attn_status attn_kda_fwd_run(const struct attn_kda_fwd_args *args,
     problem_t p;
     int64_t shape[8];
     ATTN_TRY(attn_kda_fwd_check(args, &p, true));
-    ATTN_CHECK(plan && plan->size == sizeof *plan, ATTN_E_VERSION,
-               "plan: expected one that attn_kda_fwd_plan of libattn %s filled",
-               ATTN_VERSION_STRING);
+    ATTN_TRY(attn_plan_check("kda_fwd", plan, sizeof *plan));
     attn_kda_fwd_shape(&p, shape);
     ATTN_CHECK(memcmp(shape, plan->shape, sizeof shape) == 0, ATTN_E_VALUE,
                "plan: expected one made for these shapes, got another's");
-    ATTN_CHECK(workspace_bytes >= plan->workspace_bytes && (workspace || !plan->workspace_bytes),
-               ATTN_E_WORKSPACE, "workspace: expected %lld bytes, got %lld%s",
-               (long long)plan->workspace_bytes, (long long)workspace_bytes,
-               workspace ? "" : " at NULL");
-    ATTN_CHECK(((uintptr_t)workspace & 63) == 0, ATTN_E_WORKSPACE,
-               "workspace: expected 64-byte aligned, got %p", workspace);
+    ATTN_TRY(attn_workspace_check(workspace, workspace_bytes, plan->workspace_bytes));
     if (attn_log_on())
         attn_log("%s b %lld t %lld n %lld h %lld d %lld workspace %lld", plan->kernel,
                  (long long)p.b, (long long)p.t, (long long)p.n, (long long)p.h, (long long)p.d,

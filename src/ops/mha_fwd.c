@@ -13,6 +13,7 @@
 #include "core/env.h"
 #include "core/tensor.h"
 #include "ops/backend.h"
+#include "ops/call.h"
 
 /* Key indices, and a block beyond the last one, fit an int32 in every kernel. */
 #define KEYS_MAX (ATTN_EXTENT_MAX - 1023)
@@ -523,10 +524,7 @@ static attn_status check_gpu_widths(const problem_t *p)
 
 attn_status attn_mha_fwd_check(const args_t *a, problem_t *p, bool outputs)
 {
-    ATTN_CHECK(a, ATTN_E_VALUE, "args: expected a pointer, got NULL");
-    ATTN_CHECK(a->size == sizeof *a, ATTN_E_VERSION,
-               "args.size: expected %zu (libattn %s), got %u: caller and library differ", sizeof *a,
-               ATTN_VERSION_STRING, (unsigned)a->size);
+    ATTN_TRY(attn_struct_check("args", a, sizeof *a));
     *p = (problem_t){.threads = a->threads};
     ATTN_TRY(check_query(a, p));
     ATTN_TRY(check_keys(a, p));
@@ -558,10 +556,7 @@ void attn_mha_fwd_shape(const problem_t *p, int64_t shape[12])
 attn_status attn_mha_fwd_plan(const args_t *args, struct attn_mha_fwd_plan *plan)
 {
     problem_t p;
-    ATTN_CHECK(plan, ATTN_E_VALUE, "plan: expected a pointer, got NULL");
-    ATTN_CHECK(plan->size == sizeof *plan, ATTN_E_VERSION,
-               "plan.size: expected %zu (libattn %s), got %u: caller and library differ",
-               sizeof *plan, ATTN_VERSION_STRING, (unsigned)plan->size);
+    ATTN_TRY(attn_struct_check("plan", plan, sizeof *plan));
     ATTN_TRY(attn_mha_fwd_check(args, &p, false));
     const struct attn_backend *backend = attn_backend_for(p.device.device_type);
     memset(plan, 0, sizeof *plan);
@@ -577,18 +572,11 @@ attn_status attn_mha_fwd_run(const args_t *args, const struct attn_mha_fwd_plan 
     problem_t p;
     int64_t shape[12];
     ATTN_TRY(attn_mha_fwd_check(args, &p, true));
-    ATTN_CHECK(plan && plan->size == sizeof *plan, ATTN_E_VERSION,
-               "plan: expected one that attn_mha_fwd_plan of libattn %s filled",
-               ATTN_VERSION_STRING);
+    ATTN_TRY(attn_plan_check("mha_fwd", plan, sizeof *plan));
     attn_mha_fwd_shape(&p, shape);
     ATTN_CHECK(memcmp(shape, plan->shape, sizeof shape) == 0, ATTN_E_VALUE,
                "plan: expected one made for these shapes, got another's");
-    ATTN_CHECK(workspace_bytes >= plan->workspace_bytes && (workspace || !plan->workspace_bytes),
-               ATTN_E_WORKSPACE, "workspace: expected %lld bytes, got %lld%s",
-               (long long)plan->workspace_bytes, (long long)workspace_bytes,
-               workspace ? "" : " at NULL");
-    ATTN_CHECK(((uintptr_t)workspace & 63) == 0, ATTN_E_WORKSPACE,
-               "workspace: expected 64-byte aligned, got %p", workspace);
+    ATTN_TRY(attn_workspace_check(workspace, workspace_bytes, plan->workspace_bytes));
     ATTN_CHECK(plan->splits == 1 || p.accum_splits == plan->splits, ATTN_E_SHAPE,
                "out_accum: expected %d splits, got %lld", (int)plan->splits,
                (long long)p.accum_splits);

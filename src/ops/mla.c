@@ -7,6 +7,7 @@
 #include "core/env.h"
 #include "core/tensor.h"
 #include "ops/backend.h"
+#include "ops/call.h"
 
 #define SCALE_MAX 1e30 /* beyond it a float of the kernels overflows */
 
@@ -177,10 +178,7 @@ static void shape_of(const struct attn_mla_problem *p, int64_t shape[16])
 attn_status attn_mla_plan_problem(const struct attn_mla_problem *p, struct attn_mla_plan *plan)
 {
     const struct attn_backend *backend = attn_backend_for(p->device.device_type);
-    ATTN_CHECK(plan, ATTN_E_VALUE, "plan: expected a pointer, got NULL");
-    ATTN_CHECK(plan->size == sizeof *plan, ATTN_E_VERSION,
-               "plan.size: expected %zu (libattn %s), got %u: caller and library differ",
-               sizeof *plan, ATTN_VERSION_STRING, (unsigned)plan->size);
+    ATTN_TRY(attn_struct_check("plan", plan, sizeof *plan));
     memset(plan, 0, sizeof *plan);
     plan->size = sizeof *plan;
     shape_of(p, plan->shape);
@@ -192,18 +190,11 @@ attn_status attn_mla_run_problem(const struct attn_mla_problem *p, const struct 
 {
     int64_t shape[16];
     const struct attn_backend *backend = attn_backend_for(p->device.device_type);
-    ATTN_CHECK(plan && plan->size == sizeof *plan, ATTN_E_VERSION,
-               "plan: expected one that attn_%s_plan of libattn %s filled", attn_mla_op_name(p->op),
-               ATTN_VERSION_STRING);
+    ATTN_TRY(attn_plan_check(attn_mla_op_name(p->op), plan, sizeof *plan));
     shape_of(p, shape);
     ATTN_CHECK(memcmp(shape, plan->shape, sizeof shape) == 0, ATTN_E_VALUE,
                "plan: expected one made for these shapes, got another's");
-    ATTN_CHECK(workspace_bytes >= plan->workspace_bytes && (workspace || !plan->workspace_bytes),
-               ATTN_E_WORKSPACE, "workspace: expected %lld bytes, got %lld%s",
-               (long long)plan->workspace_bytes, (long long)workspace_bytes,
-               workspace ? "" : " at NULL");
-    ATTN_CHECK(((uintptr_t)workspace & 63) == 0, ATTN_E_WORKSPACE,
-               "workspace: expected 64-byte aligned, got %p", workspace);
+    ATTN_TRY(attn_workspace_check(workspace, workspace_bytes, plan->workspace_bytes));
     if (attn_log_on())
         attn_log("%s for %s b %lld s_q %lld h %lld/%lld d %lld/%lld page %lld keys %lld "
                  "workspace %lld",

@@ -4,16 +4,14 @@
  */
 #include "core/tensor.h"
 #include "ops/backend.h"
+#include "ops/call.h"
 #include "ops/mla.h"
 
 attn_status attn_mla_cache_check(const struct attn_mla_cache_args *a, bool write,
                                  struct attn_mla_cache_problem *p)
 {
     char text[128];
-    ATTN_CHECK(a, ATTN_E_VALUE, "args: expected a pointer, got NULL");
-    ATTN_CHECK(a->size == sizeof *a, ATTN_E_VERSION,
-               "args.size: expected %zu (libattn %s), got %u: caller and library differ", sizeof *a,
-               ATTN_VERSION_STRING, (unsigned)a->size);
+    ATTN_TRY(attn_struct_check("args", a, sizeof *a));
     ATTN_CHECK(a->kv, ATTN_E_VALUE, "kv: expected a tensor, got none");
     *p = (struct attn_mla_cache_problem){.device = a->kv->device, .threads = a->threads};
     ATTN_TRY(attn_tensor_dtype(a->kv, "kv", "bf16, fp16 or fp32", &p->dtype));

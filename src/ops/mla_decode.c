@@ -4,6 +4,7 @@
  * CPU back end checks the live ones before it writes anything, a GPU clamps or skips.
  */
 #include "core/tensor.h"
+#include "ops/call.h"
 #include "ops/mla.h"
 
 #define KEYS_MAX (ATTN_EXTENT_MAX - 1023) /* key indices, and a block beyond, fit an int32 */
@@ -95,10 +96,7 @@ static attn_status check_outputs(const args_t *a, problem_t *p)
 
 attn_status attn_mla_decode_check(const args_t *a, problem_t *p, bool outputs)
 {
-    ATTN_CHECK(a, ATTN_E_VALUE, "args: expected a pointer, got NULL");
-    ATTN_CHECK(a->size == sizeof *a, ATTN_E_VERSION,
-               "args.size: expected %zu (libattn %s), got %u: caller and library differ", sizeof *a,
-               ATTN_VERSION_STRING, (unsigned)a->size);
+    ATTN_TRY(attn_struct_check("args", a, sizeof *a));
     *p = (problem_t){.op = ATTN_MLA_DECODE, .threads = a->threads};
     ATTN_TRY(attn_mla_query_check(a->q, 4, "[b, s_q, h_q, d_qk]",
                                   "bf16, fp16, fp8 e4m3fn or (CPU) fp32", 0xf, p));

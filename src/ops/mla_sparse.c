@@ -4,6 +4,7 @@
  * never errors: what is out of range is skipped, a length is held to [0, topk].
  */
 #include "core/tensor.h"
+#include "ops/call.h"
 #include "ops/mla.h"
 
 typedef struct attn_mla_problem problem_t;
@@ -73,10 +74,7 @@ attn_status attn_mla_sparse_decode_check(const struct attn_mla_sparse_decode_arg
                                          bool outputs)
 {
     char text[128];
-    ATTN_CHECK(a, ATTN_E_VALUE, "args: expected a pointer, got NULL");
-    ATTN_CHECK(a->size == sizeof *a, ATTN_E_VERSION,
-               "args.size: expected %zu (libattn %s), got %u: caller and library differ", sizeof *a,
-               ATTN_VERSION_STRING, (unsigned)a->size);
+    ATTN_TRY(attn_struct_check("args", a, sizeof *a));
     *p = (problem_t){.op = ATTN_MLA_SPARSE_DECODE, .threads = a->threads, .h_k = 1};
     ATTN_TRY(attn_mla_query_check(a->q, 4, "[b, s_q, h_q, d_qk]", "bf16", 1u << ATTN_BF16, p));
     p->b = a->q->shape[0];
@@ -139,10 +137,7 @@ attn_status attn_mla_sparse_fwd_check(const struct attn_mla_sparse_fwd_args *a, 
                                       bool outputs)
 {
     enum attn_dtype got = ATTN_F32;
-    ATTN_CHECK(a, ATTN_E_VALUE, "args: expected a pointer, got NULL");
-    ATTN_CHECK(a->size == sizeof *a, ATTN_E_VERSION,
-               "args.size: expected %zu (libattn %s), got %u: caller and library differ", sizeof *a,
-               ATTN_VERSION_STRING, (unsigned)a->size);
+    ATTN_TRY(attn_struct_check("args", a, sizeof *a));
     *p = (problem_t){.op = ATTN_MLA_SPARSE_FWD, .threads = a->threads, .h_k = 1, .s_q = 1};
     ATTN_TRY(attn_mla_query_check(a->q, 3, "[s_q, h_q, d_qk]", "bf16, fp16 or (CPU) fp32",
                                   1u << ATTN_BF16 | 1u << ATTN_F16 | 1u << ATTN_F32, p));

@@ -6,6 +6,7 @@
 
 #include "core/tensor.h"
 #include "ops/backend.h"
+#include "ops/call.h"
 
 static attn_status check_part(const DLTensor *t, const char *name, const char *wish, int32_t ndim,
                               const int64_t *want, DLDevice device, bool fp32)
@@ -27,10 +28,7 @@ attn_status attn_split_combine_check(const struct attn_split_combine_args *a,
                                      struct attn_split_combine_problem *p)
 {
     char text[128];
-    ATTN_CHECK(a, ATTN_E_VALUE, "args: expected a pointer, got NULL");
-    ATTN_CHECK(a->size == sizeof *a, ATTN_E_VERSION,
-               "args.size: expected %zu (libattn %s), got %u: caller and library differ", sizeof *a,
-               ATTN_VERSION_STRING, (unsigned)a->size);
+    ATTN_TRY(attn_struct_check("args", a, sizeof *a));
     const DLTensor *x = a->out_partial;
     ATTN_CHECK(x, ATTN_E_VALUE, "out_partial: expected a tensor, got none");
     ATTN_CHECK(x->ndim == 5, ATTN_E_SHAPE,
