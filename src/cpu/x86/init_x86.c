@@ -38,6 +38,8 @@ void attn_cpu_init_x86(struct attn_cpu_kernels *t, unsigned have)
     if (have & ATTN_CPU_AVX512BF16) {
         t->mha_fwd[ATTN_BF16] = t->mha_fwd_short[ATTN_BF16] = &attn_mha_fwd_bf16_avx512bf16;
         t->mha_fwd[ATTN_F8] = t->mha_fwd_short[ATTN_F8] = &attn_mha_fwd_fp8_avx512bf16;
+        t->mha_decode[ATTN_BF16] = &attn_mha_decode_bf16_avx512bf16;
+        t->mha_decode[ATTN_F8] = &attn_mha_decode_fp8_avx512bf16;
         t->kda_fwd[ATTN_BF16] = &attn_kda_fwd_bf16_avx512bf16;
         for (int i = 0; i < ATTN_MLA_FORMATS; ++i)
             if (attn_mla_avx512bf16[i].run) t->mla[i] = &attn_mla_avx512bf16[i];

@@ -16,6 +16,7 @@ extern const struct attn_mha_kernel attn_mha_fwd_bf16_amx, attn_mha_fwd_fp16_amx
 
 extern const struct attn_mha_kernel attn_mha_decode_avx2[ATTN_DTYPES];
 extern const struct attn_mha_kernel attn_mha_decode_avx512[ATTN_DTYPES];
+extern const struct attn_mha_kernel attn_mha_decode_bf16_avx512bf16, attn_mha_decode_fp8_avx512bf16;
 
 extern const struct attn_rotary_kernel attn_rotary_avx2[ATTN_DTYPES];
 extern const struct attn_rotary_kernel attn_rotary_avx512[ATTN_DTYPES];

@@ -1,9 +1,11 @@
 /* SPDX-License-Identifier: MIT
  *
  * mha_decode: attention of a few query rows a KV head (G * s_q <= 8), bound by the reading of the
- * cache.  This body is compiled once a rung over vec_ and row_ names; lanes run along the width d.
+ * cache.  This body is compiled once a rung over vec_ and row_ names and those of decode_fma.h or
+ * decode_dot.h, which make the products; lanes run along the width d.
  *
- * Math, all in fp32, scores in base 2 units, for row r and the keys j it sees:
+ * Math, in fp32 (by decode_dot.h P is rounded to bf16 for its product, and O divided by the sum of
+ * the rounded P), scores in base 2 units, for row r and the keys j it sees:
  *   t_j = log2e * softcap(score_scale * (q . k_j + qv . v_j))
  *   m'  = max(m, max_j t_j)      p_j = 2^(t_j - m')      a = 2^(m - m')
  *   l'  = a l + sum_j p_j        O'  = a O + sum_j p_j v_j
@@ -28,13 +30,13 @@
  * in as many accumulators, which vec_sums turns into one vector of scores.  Lane r * KEYS + i of
  * score vector n is row r, key n * KEYS + i, and the softmax works on whole vectors like that.
  *
- *   q    [tile][step][R][pair]    widened; a step is the pair of vectors (2 VEC_LANES elements)
- *   O    [tile][step][R][pair]    that row_<isa>.h defines, in the order in which it loads them
- *   s    [tile][BLOCK / KEYS][VEC_LANES]      scores, then p
- *   m, l, a [tile][VEC_LANES]     each row's value in all of its KEYS lanes
+ *   q    [tile][step][R][Q_STEP]  as step_dot wants it; a step is 2 VEC_LANES elements
+ *   O    [tile][step][R][pair]    the two vectors of step_columns
+ *   s    [tile][BLOCK / KEYS][VEC_LANES]      scores, then p as add_values wants it
+ *   m, l, a, rounded [tile][VEC_LANES]        each row's value in all of its KEYS lanes
  *
  * A row's bits depend on nothing but its q, its visible keys and the blocks: a dot product is one
- * chain of fma over the width, an output one chain over the visible keys, and l adds a block's 32
+ * chain over the width, an output one chain over the visible keys, and l adds a block's 32
  * p as one fixed tree (key ^ 16, ^ 8, ... ^ 1) however many lanes hold them.  Rows of a tile that
  * see different keys of a block take their V one row at a time, so no row meets a V row it does
  * not see.
@@ -53,7 +55,6 @@ enum {
     ROWS_MAX = 8,
     ROWS = 4, /* most rows of a tile */
     TILES_MAX = ROWS_MAX / ROWS,
-    STEP = 2 * VEC_LANES,     /* elements of a pair */
     GROUP = VEC_LANES / ROWS, /* keys whose rows are walked together */
     PV_STEPS = VEC_LANES / 8, /* steps of ROWS rows of O that fit the registers */
     LINEAR_BYTES = 32768,     /* of K or V that all heads read before they read on */
@@ -78,13 +79,14 @@ struct tile {
 /* What a KV head keeps in scratch. */
 struct head {
     float *q, *o, *m, *l, *a, *s;
+    float *rounded; /* like l, the sum of p after rounding; l itself where none is rounded */
 };
 
 static int64_t head_floats(int64_t d_s, int64_t d_v, int64_t rows)
 {
     /* d_s may be d_qk + d_v, each rounded up by itself. */
     int64_t width = round_up(d_s, STEP) + STEP + round_up(d_v, STEP);
-    return round_up(rows, ROWS) * (width + BLOCK) + 3 * TILES_MAX * VEC_LANES;
+    return round_up(rows, ROWS) * (width + BLOCK) + (3 + ROUNDED) * TILES_MAX * VEC_LANES;
 }
 
 static int64_t scratch_bytes(int64_t d_s, int64_t d_v, int64_t rows, int64_t heads)
@@ -100,7 +102,8 @@ static struct head head_at(const struct attn_mha_task *task, char *scratch, int3
     struct head head = {.m = base};
     head.l = head.m + TILES_MAX * VEC_LANES;
     head.a = head.l + TILES_MAX * VEC_LANES;
-    head.s = head.a + TILES_MAX * VEC_LANES;
+    head.rounded = ROUNDED ? head.a + TILES_MAX * VEC_LANES : head.l;
+    head.s = head.a + (1 + ROUNDED) * TILES_MAX * VEC_LANES;
     head.o = head.s + rows * BLOCK;
     head.q = head.o + rows * round_up(task->d_v, STEP);
     return head;
@@ -167,6 +170,9 @@ VEC_INLINE void prefetch(enum attn_dtype t, const char *p, int n)
     for (int i = 0; i < bytes; i += 64) _mm_prefetch(p + i, _MM_HINT_T1);
 }
 
+/* Floats of a row of q in scratch. */
+static int64_t query_floats(int64_t d) { return round_up(d, STEP) / STEP * Q_STEP; }
+
 /* acc[r * KEYS + i] += q[r] . row[i] over d elements, for R rows of q and the GROUP keys whose rows
  * lie at row[i]; next[i] are the same keys' rows of the next block. */
 VEC_INLINE void dot_group(enum attn_dtype t, int R, vec *acc, const float *q,
@@ -175,25 +181,23 @@ VEC_INLINE void dot_group(enum attn_dtype t, int R, vec *acc, const float *q,
     const int keys = VEC_LANES / R;
     const int64_t bytes = STEP * attn_dtype_bytes(t);
     int64_t at = 0;
-    for (int32_t left = d; left > 0; left -= STEP, at += bytes, q += R * STEP) {
-        vec a[GROUP], b[GROUP];
+    for (int32_t left = d; left > 0; left -= STEP, at += bytes, q += R * Q_STEP) {
+        struct step k[GROUP];
         if (left >= STEP) {
             VEC_UNROLL
-            for (int i = 0; i < GROUP; i++) vec_load_pair(t, row[i] + at, &a[i], &b[i]);
+            for (int i = 0; i < GROUP; i++) k[i] = step_load(t, row[i] + at);
         } else {
             VEC_UNROLL
-            for (int i = 0; i < GROUP; i++) vec_load_pair_part(t, row[i] + at, left, &a[i], &b[i]);
+            for (int i = 0; i < GROUP; i++) k[i] = step_load_part(t, row[i] + at, left);
         }
         VEC_UNROLL
         for (int i = 0; i < GROUP; i++) prefetch(t, next[i] + at, STEP);
         VEC_UNROLL
         for (int r = 0; r < R; r++) {
-            vec even = vec_load(q + r * STEP), odd = vec_load(q + r * STEP + VEC_LANES);
+            struct step x = query_load(q + r * Q_STEP);
             VEC_UNROLL
-            for (int i = 0; i < GROUP; i++) {
-                vec sum = vec_fma(a[i], even, acc[r * keys + i]);
-                acc[r * keys + i] = vec_fma(b[i], odd, sum);
-            }
+            for (int i = 0; i < GROUP; i++)
+                acc[r * keys + i] = step_dot(k[i], x, acc[r * keys + i]);
         }
     }
 }
@@ -205,7 +209,7 @@ VEC_INLINE void scores(enum attn_dtype t, int R, const struct attn_mha_task *tas
                        int32_t stop, int32_t ahead, struct head head)
 {
     const int keys = VEC_LANES / R;
-    const int64_t d_k = round_up(task->d_qk, STEP), d_v = task->qv ? round_up(task->d_v, STEP) : 0;
+    const int64_t d_k = query_floats(task->d_qk), d_v = task->qv ? query_floats(task->d_v) : 0;
     const float *q = head.q + tile->row0 * (d_k + d_v);
     const char *k = task->kv.k + h * task->kv.k_head, *v = task->kv.v + h * task->kv.v_head;
     float *s = head.s + tile->row0 * BLOCK;
@@ -232,19 +236,31 @@ VEC_INLINE void scores(enum attn_dtype t, int R, const struct attn_mha_task *tas
     }
 }
 
+/* The sum of each row's lanes of x, in all of them. */
+VEC_INLINE vec row_sums(vec *x, int vectors, int keys)
+{
+    VEC_UNROLL
+    for (int half = vectors / 2; half > 0; half /= 2) VEC_UNROLL
+    for (int n = 0; n < half; n++) x[n] = vec_add(x[n], x[n + half]);
+    VEC_UNROLL
+    for (int i = keys / 2; i > 0; i /= 2) x[0] = vec_add(x[0], vec_swap(x[0], i));
+    return x[0];
+}
+
 /* Scores become p in place, m and l move on, and a = 2^(m - m') is what O is to be scaled by. */
 VEC_INLINE void softmax(enum attn_dtype t, int R, const struct attn_mha_task *task,
                         const struct tile *tile, int32_t h, struct head head)
 {
     const int64_t state = tile->row0 / ROWS * VEC_LANES;
     float *s = head.s + tile->row0 * BLOCK, *m = head.m + state, *l = head.l + state;
+    float *rounded = head.rounded + state;
     const int keys = VEC_LANES / R, vectors = BLOCK / keys;
-    const float cap = task->softcap, pair = vec_pair_scale(t);
-    const float scale = task->score_scale[h] * pair * pair;
+    const float cap = task->softcap, unit = step_scale(t);
+    const float scale = task->score_scale[h] * unit * unit;
     const vec inner = vec_set1(cap != 0.0f ? scale / cap : 1.0f);
     const vec outer = vec_set1((cap != 0.0f ? cap : scale) * log2e);
     const bool masked = !(tile->same && tile->begin == 0 && tile->end == BLOCK);
-    vec x[ROWS * BLOCK / VEC_LANES];
+    vec x[ROWS * BLOCK / VEC_LANES], y[ROWS * BLOCK / VEC_LANES];
     vec top = vec_set1(-INFINITY);
     VEC_UNROLL
     for (int n = 0; n < vectors; n++) {
@@ -270,15 +286,11 @@ VEC_INLINE void softmax(enum attn_dtype t, int R, const struct attn_mha_task *ta
     VEC_UNROLL
     for (int n = 0; n < vectors; n++) {
         x[n] = vec_exp2(vec_sub(x[n], now));
-        vec_store(s + n * VEC_LANES, x[n]);
+        vec_store(s + n * VEC_LANES, weights(x[n], &y[n]));
     }
-    VEC_UNROLL
-    for (int half = vectors / 2; half > 0; half /= 2) VEC_UNROLL
-    for (int n = 0; n < half; n++) x[n] = vec_add(x[n], x[n + half]);
-    VEC_UNROLL
-    for (int i = keys / 2; i > 0; i /= 2) x[0] = vec_add(x[0], vec_swap(x[0], i));
     vec_store(m, now);
-    vec_store(l, vec_fma(vec_load(l), factor, x[0]));
+    vec_store(l, vec_fma(vec_load(l), factor, row_sums(x, vectors, keys)));
+    if (ROUNDED) vec_store(rounded, vec_fma(vec_load(rounded), factor, row_sums(y, vectors, keys)));
     vec_store(head.a + state, factor);
 }
 
@@ -298,23 +310,29 @@ VEC_INLINE void pv_columns(enum attn_dtype t, int R, int rows, int steps, int32_
     for (int c = 0; c < 2 * steps; c++)
         acc[r][c] = vec_mul(vec_set1(a[r * keys]),
                             vec_load(o + (c / 2 * R + r) * STEP + c % 2 * VEC_LANES));
-    for (int32_t j = begin; j < end; j++) {
-        const char *row = v + at[j];
+    for (int32_t j = begin & -V_KEYS; j < end; j += V_KEYS) {
         const float *pj = p + j / keys * VEC_LANES + j % keys;
         vec x[2 * PV_STEPS];
         VEC_UNROLL
         for (int c = 0; c < steps; c++) {
-            if (part)
-                vec_load_pair_part(t, row, part, &x[0], &x[1]);
-            else
-                vec_load_pair(t, row + c * bytes, &x[2 * c], &x[2 * c + 1]);
+            struct step y[V_KEYS];
+            VEC_UNROLL
+            for (int i = 0; i < V_KEYS; i++) {
+                const char *row = v + at[j + i] + c * bytes;
+                if (V_KEYS > 1 && (j + i < begin || j + i >= end))
+                    y[i] = step_zero(); /* hidden: what lies there may be NaN */
+                else
+                    y[i] = part ? step_load_part(t, row, part) : step_load(t, row);
+            }
+            step_columns(y, x + 2 * c);
         }
-        prefetch(t, v + at[j + ahead], steps * STEP);
+        VEC_UNROLL
+        for (int i = 0; i < V_KEYS; i++) prefetch(t, v + at[j + i + ahead], steps * STEP);
         VEC_UNROLL
         for (int r = 0; r < rows; r++) {
             vec weight = vec_set1(pj[r * keys]);
             VEC_UNROLL
-            for (int c = 0; c < 2 * steps; c++) acc[r][c] = vec_fma(weight, x[c], acc[r][c]);
+            for (int c = 0; c < 2 * steps; c++) acc[r][c] = add_values(weight, x[c], acc[r][c]);
         }
     }
     VEC_UNROLL
@@ -362,38 +380,33 @@ VEC_INLINE void pv(enum attn_dtype t, int R, const struct attn_mha_task *task,
         pv_rows(t, R, 1, task, tile, rows, h, r, tile->lo[r], tile->hi[r], j, stop, ahead, head);
 }
 
-/* Widens d elements of a query row into its places of q [step][R][pair]. */
-VEC_INLINE void widen_query(enum attn_dtype t, const char *from, int32_t d, int R, float *q)
+/* Puts d elements of a query row into their places of q [step][R][Q_STEP]. */
+VEC_INLINE void place_query(enum attn_dtype t, const char *from, int32_t d, int R, float *q)
 {
-    for (; d > 0; d -= STEP, from += STEP * attn_dtype_bytes(t), q += R * STEP) {
-        vec a, b;
-        if (d >= STEP)
-            vec_load_pair(t, from, &a, &b);
-        else
-            vec_load_pair_part(t, from, d, &a, &b);
-        vec_store(q, a);
-        vec_store(q + VEC_LANES, b);
-    }
+    for (; d > 0; d -= STEP, from += STEP * attn_dtype_bytes(t), q += R * Q_STEP)
+        query_store(q, d >= STEP ? step_load(t, from) : step_load_part(t, from, d));
 }
 
 VEC_INLINE void begin_head(enum attn_dtype t, const struct attn_mha_task *task,
                            const struct tile *tile, int32_t h, struct head head)
 {
-    int64_t d_k = round_up(task->d_qk, STEP), d_v = round_up(task->d_v, STEP);
-    int64_t d_s = d_k + (task->qv ? d_v : 0), state = tile->row0 / ROWS * VEC_LANES;
+    int64_t d_k = query_floats(task->d_qk), d_v = round_up(task->d_v, STEP);
+    int64_t d_s = d_k + (task->qv ? query_floats(task->d_v) : 0),
+            state = tile->row0 / ROWS * VEC_LANES;
     float *q = head.q + tile->row0 * d_s, *o = head.o + tile->row0 * d_v;
     for (int64_t i = 0; i < tile->R * d_v; i += VEC_LANES) vec_store(o + i, vec_zero());
     vec_store(head.m + state, vec_set1(-FLT_MAX));
     vec_store(head.l + state, vec_zero());
+    vec_store(head.rounded + state, vec_zero());
     if (tile->rows < tile->R)
         for (int64_t i = 0; i < tile->R * d_s; i += VEC_LANES) vec_store(q + i, vec_zero());
     for (int32_t i = 0; i < tile->rows; i++) {
         int32_t r = tile->row0 + i;
-        widen_query(t, task->q + h * task->q_head + task->q_row[r], task->d_qk, tile->R,
-                    q + i * STEP);
+        place_query(t, task->q + h * task->q_head + task->q_row[r], task->d_qk, tile->R,
+                    q + i * Q_STEP);
         if (task->qv)
-            widen_query(t, task->qv + h * task->qv_head + task->qv_row[r], task->d_v, tile->R,
-                        q + tile->R * d_k + i * STEP);
+            place_query(t, task->qv + h * task->qv_head + task->qv_row[r], task->d_v, tile->R,
+                        q + tile->R * d_k + i * Q_STEP);
     }
 }
 
@@ -405,7 +418,7 @@ VEC_INLINE void store_out(enum attn_dtype t, enum attn_dtype type, const float *
     for (; d_v > 0; d_v -= STEP, o += R * STEP, out += 2 * bytes) {
         vec a = vec_mul(vec_load(o), vec_set1(scale));
         vec b = vec_mul(vec_load(o + VEC_LANES), vec_set1(scale));
-        vec_unpair(t, &a, &b);
+        columns_in_order(t, &a, &b);
         if (d_v >= STEP) {
             vec_store_elem(type, out, a);
             vec_store_elem(type, out + bytes, b);
@@ -424,16 +437,17 @@ VEC_INLINE void end_head(enum attn_dtype t, const struct attn_mha_task *task,
     int64_t state = tile->row0 / ROWS * VEC_LANES;
     for (int32_t i = 0; i < tile->rows; i++) {
         int32_t r = tile->row0 + i, lane = i * (VEC_LANES / tile->R);
-        float m = head.m[state + lane], l = head.l[state + lane],
-              scale = task->out_scale[h] * vec_pair_scale(t);
+        float m = head.m[state + lane], l = head.l[state + lane];
+        float rounded = head.rounded[state + lane], scale = task->out_scale[h] * step_scale(t);
         if (task->sinks) { /* one more score, without a V row */
             float sink = task->sinks[h * task->rows + r] * log2e, top = m > sink ? m : sink;
             float factor = exp2f(m - top);
             l = l * factor + exp2f(sink - top);
+            rounded = rounded * factor + exp2f(sink - top);
             scale *= factor;
             m = top;
         }
-        scale = l == 0.0f ? 0.0f : scale / l;
+        scale = l == 0.0f ? 0.0f : scale / rounded;
         task->lse[h * task->lse_head + task->lse_row[r]] = l == 0.0f ? -INFINITY
                                                                      : logf(l) + m * ln2;
         const float *o = head.o + tile->row0 * round_up(task->d_v, STEP) + i * STEP;
@@ -519,26 +533,11 @@ VEC_INLINE void run(enum attn_dtype t, const struct attn_mha_task *task, char *s
         for (int i = 0; i < n; i++) end_head(t, task, &tiles[i], h, head_at(task, scratch, h));
 }
 
-static void run_fp32(const struct attn_mha_task *task, char *scratch)
-{
-    run(ATTN_F32, task, scratch);
-}
-
-static void run_bf16(const struct attn_mha_task *task, char *scratch)
-{
-    run(ATTN_BF16, task, scratch);
-}
-
-static void run_fp16(const struct attn_mha_task *task, char *scratch)
-{
-    run(ATTN_F16, task, scratch);
-}
-
-static void run_fp8(const struct attn_mha_task *task, char *scratch)
-{
-    run(ATTN_F8, task, scratch);
-}
-
+#define DECODE_RUN(dtype, type)                                                                    \
+    static void run_##dtype(const struct attn_mha_task *task, char *scratch)                       \
+    {                                                                                              \
+        run(type, task, scratch);                                                                  \
+    }
 #define DECODE_KERNEL(dtype, isa)                                                                  \
     {                                                                                              \
         .name = "attn_mha_decode_" #dtype "_" #isa,                                                \
