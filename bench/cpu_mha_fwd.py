@@ -4,13 +4,15 @@
     make bench                          every line of bench/shapes/cpu_mha_fwd.txt
     make bench ARGS="--rows decode"     lines that hold a text
     make bench ARGS=--write             also writes bench/results/<machine>.json and its roofline, .svg
+    make bench ARGS=--asked             lines with an ask, and below each what came of it
+    make bench ARGS="--seconds 0.5"     for each of the two, a row
     make bench ARGS=--quick             a few calls of one small row a kind: does it run?
 
 Ours and the peer take turns, so that a machine that slows down slows both; times are the best, the
 median and the half distance of the quartiles, and rates and ratios are those of the medians.  FLOPs
 count visible scores only, bytes count q, k, v and out once.  Rows with a window, softcap or fp8, which
-SDPA does not have, stand beside our own causal bf16 row of the same sizes.  Decode goes round as many
-caches as make ROTATE_BYTES, more than a last-level cache holds.
+SDPA does not have, stand beside our own causal bf16 row of the same sizes, and paged decode beside our own
+contiguous one.  Decode goes round as many caches as make ROTATE_BYTES, more than a last-level cache holds.
 
 The ceiling is measured in the same run by bench/ceiling.c: of all threads together the multiply-adds
 in registers that the dtype could use (bf16: the best of tiles, bf16 dot products and fp32; fp16 and
@@ -182,20 +184,30 @@ def dense(b, s_q, s_k, h_q, h_k, d, dtype, causal, window=0, softcap=0):
 def decode(b, s_k, h_q, h_k, d, dtype, page=0):
     q, k, v = random_tensors(dtype, (b, 1, h_q, d), (b, s_k, h_k, d), (b, s_k, h_k, d))
     lengths = torch.full((b,), s_k, dtype=torch.int32)
-    qt, kt, vt = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+    qt = q.transpose(1, 2).contiguous()
     copies = math.ceil(ROTATE_BYTES / (2 * k.nbytes))
     table = None
     if page:
         pages = b * s_k // page
         table = torch.randperm(pages, generator=torch.Generator().manual_seed(0)).int().view(b, -1)
         k, v = k.view(pages, page, h_k, d), v.view(pages, page, h_k, d)
-    caches = itertools.cycle([(k, v)] + [(k.clone(), v.clone()) for _ in range(copies - 1)])
-    peers = itertools.cycle([(kt, vt)] + [(kt.clone(), vt.clone()) for _ in range(copies - 1)])
+
+    def rounds(k, v):
+        return itertools.cycle([(k, v)] + [(k.clone(), v.clone()) for _ in range(copies - 1)])
+
+    caches = rounds(k, v)
+    if page:
+        whole = rounds(k.view(b, s_k, h_k, d), v.view(b, s_k, h_k, d))
+        peer = lambda: flash_attn_with_kvcache(q, *next(whole), cache_seqlens=lengths)  # noqa: E731
+    else:
+        peers = rounds(*(x.transpose(1, 2).contiguous() for x in (k, v)))
+        peer = lambda: SDPA(qt, *next(peers), enable_gqa=True)  # noqa: E731
     plan = libattn.mha_fwd_plan(q, k, v, d**-0.5, num_splits=0, seqused_k=lengths, page_table=table)
     return {
         "kernel": plan.kernel,
         "ours": lambda: flash_attn_with_kvcache(q, *next(caches), cache_seqlens=lengths, page_table=table),
-        "peer": lambda: SDPA(qt, *next(peers), enable_gqa=True),
+        "peer": peer,
+        "peer_name": "contiguous" if page else "torch SDPA",
         "flops": 4 * b * h_q * d * s_k,
         "bytes": q.element_size() * d * b * 2 * (h_q + s_k * h_k),
         "memory": True,
@@ -255,6 +267,10 @@ def measure_held(kind: str, sizes: dict) -> dict:
 
 
 def measure(kind: str, sizes: dict) -> dict:
+    if "ask" in sizes:
+        asks = dict(pair.split(":") for pair in sizes["ask"].split(","))
+        row = measure(kind, {key: value for key, value in sizes.items() if key != "ask"})
+        return {**row, "asks": {name: float(value) for name, value in asks.items()}}
     if "isa" in sizes:
         return measure_held(kind, sizes)
     dtype = sizes["dtype"]
@@ -306,7 +322,10 @@ def as_line(row: dict) -> str:
     if row["overhead_seconds"]:
         extra = f"\n{'':7} of these {in_units(row['overhead_seconds']).strip()} are Python and binding"
     if "switches" in row:
-        extra = f"\n{'':7} with {' '.join(f'{name}={value}' for name, value in row['switches'].items())}"
+        extra += f"\n{'':7} with {' '.join(f'{name}={value}' for name, value in row['switches'].items())}"
+    for name, ask in row.get("asks", {}).items():
+        if row[name] is not None:
+            extra += f"\n{'':7} asked {name} {ask:g}: {row[name]:.2f}{'' if row[name] >= ask else ', missed'}"
     return (
         f"{row['kind']:<7} {shape:<44} {row['dtype']:<5} {row['kernel']:<32} {in_units(row['best'])}"
         f" {in_units(row['seconds'])}"
@@ -323,14 +342,17 @@ def machine() -> str:
     return names[0] if names else "unknown"
 
 
-def shapes(wanted: str):
+def shapes(wanted: str, asked: bool):
     for line in (HERE / "shapes" / "cpu_mha_fwd.txt").read_text().splitlines():
-        if line and not line.startswith("#") and wanted in line:
+        if line and not line.startswith("#") and wanted in line and (" ask=" in line or not asked):
             kind, *pairs = line.split()
             sizes = dict(pair.split("=") for pair in pairs)
             yield (
                 kind,
-                {key: value if key in ("dtype", "isa") else int(value) for key, value in sizes.items()},
+                {
+                    key: value if key in ("dtype", "isa", "ask") else int(value)
+                    for key, value in sizes.items()
+                },
             )
 
 
@@ -349,13 +371,16 @@ def quick_shapes():
 
 
 def main():
+    global SECONDS, ROTATE_BYTES
     parser = argparse.ArgumentParser(description="flash_attn_interface on the CPU beside torch SDPA")
     parser.add_argument("--rows", default="", help="only lines of the shape file that hold this text")
+    parser.add_argument("--asked", action="store_true", help="only lines with an ask")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for each of the two, a row")
     parser.add_argument("--write", action="store_true", help="write bench/results/<machine>.json")
     parser.add_argument("--quick", action="store_true", help="a few calls of small rows: a smoke test")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # JSON [kind, sizes, SECONDS]: prints its row
     args = parser.parse_args()
-    global SECONDS, ROTATE_BYTES
+    SECONDS = args.seconds
     if args.one:
         kind, sizes, SECONDS = json.loads(args.one)
         print(json.dumps(measure(kind, sizes)))
@@ -368,13 +393,16 @@ def main():
     print(f"{'':<7} {'shape':<44} {'dtype':<5} {'kernel':<32} {'best':>11} {'median':>11} {'':6}"
           f"{'GFLOP/s':>8} {'GB/s':>7} {'share':>5} {'peer':>11} {'ratio':>6}")  # fmt: skip
     rows = []
-    for kind, sizes in quick_shapes() if args.quick else shapes(args.rows):
+    for kind, sizes in quick_shapes() if args.quick else shapes(args.rows, args.asked):
         rows.append(measure(kind, sizes))
         print(as_line(rows[-1]), flush=True)
     worst = min(
         (row["ratio"] for row in rows if row["kind"] != "call" and row["peer"] == "torch SDPA"),
         default=math.nan,
     )
+    asks = [(row[name], ask) for row in rows for name, ask in row.get("asks", {}).items() if row[name]]
+    if asks:
+        print(f"{sum(value >= ask for value, ask in asks)} of {len(asks)} asks met")
     print(f"least ratio {worst:.2f}; share is of", end=" ")
     print(*(f"{name} {rate / 1e9:.0f} G/s" for name, rate in ceilings().items()), sep=", ")
     if args.write:
