@@ -124,11 +124,30 @@ static inline void store_p(char *p, __m512 e0, __m512 e1)
     }
 }
 
+/* How scores are capped: not at all; all of the chunk by the short polynomial; each as it wants. */
+enum capping { CAP_NONE, CAP_SHORT, CAP_ANY };
+
+/* x = cap(x) - m for VECTORS vectors, whatever their size. */
+static inline __attribute__((always_inline)) void cap_minus(const struct work *w, __m512 *x,
+                                                            __m512 m)
+{
+    __m512 few[VECTORS];
+    EACH(i, VECTORS) few[i] = x[i];
+    cap_few(&w->cap, x, VECTORS, PLANES == 3);
+    EACH(i, VECTORS) x[i] = _mm512_sub_ps(x[i], m);
+    if (PLANES == 3) return;
+    __mmask16 lanes[VECTORS];
+    EACH(i, VECTORS) lanes[i] = cap_short_lanes(&w->cap, few[i]);
+    cap_few_short(&w->cap, few, VECTORS, m);
+    EACH(i, VECTORS) x[i] = _mm512_mask_mov_ps(x[i], lanes[i], few[i]);
+}
+
 /* One chunk: some keys x 16 queries from s[keys][16] to p[keys / 2][16 pairs].  Exponentials are exact for rows
  * that do not see all keys of the step: such a row may see few, and the error of each is that of its
  * lse.  Which these are is asked row by row, since no row may depend on its neighbours. */
-static inline __attribute__((always_inline)) void
-exp_rows(struct work *w, int tile, int32_t key, const float *s, char *p, bool plain, bool capped)
+static inline __attribute__((always_inline)) void exp_rows(struct work *w, int tile, int32_t key,
+                                                           const float *s, char *p, bool plain,
+                                                           enum capping cap)
 {
     float *beat_l = w->beat_l + tile % 2 * 16;
     int32_t *beat_or = w->beat_or + tile % 2 * 16;
@@ -143,12 +162,15 @@ exp_rows(struct work *w, int tile, int32_t key, const float *s, char *p, bool pl
         exact = hidden(&mask, first) | hidden(&mask, last);
     }
     VEC_UNROLL
-    for (int j = 0; j < chunk_keys(capped); j += VECTORS) {
+    for (int j = 0; j < chunk_keys(cap != CAP_NONE); j += VECTORS) {
         __m512 x[VECTORS];
         EACH(i, VECTORS) x[i] = _mm512_load_ps(s + 16 * (j + i));
-        if (capped) cap_few(&w->cap, x, VECTORS, PLANES == 3);
+        switch (cap) {
+        case CAP_NONE: EACH(i, VECTORS) x[i] = _mm512_fmsub_ps(x[i], scale, m); break;
+        case CAP_SHORT: cap_few_short(&w->cap, x, VECTORS, m); break;
+        case CAP_ANY: cap_minus(w, x, m); break;
+        }
         if (!plain) EACH(i, VECTORS) x[i] = mask_score(&mask, x[i], key + j + i);
-        EACH(i, VECTORS) x[i] = capped ? _mm512_sub_ps(x[i], m) : _mm512_fmsub_ps(x[i], scale, m);
         if (PLANES > 1)
             exp2_few_exact(x, VECTORS);
         else if (plain)
@@ -169,14 +191,26 @@ exp_rows(struct work *w, int tile, int32_t key, const float *s, char *p, bool pl
     _mm512_store_si512(beat_or, any);
 }
 
-/* Out of line, so that the loops of products stay small: few steps hide keys. */
-static __attribute__((noinline)) void exp_rows_masked(struct work *w, int tile, int32_t key,
-                                                      const float *s, char *p, bool capped)
+/* Out of line, so that the loops of products stay small: few steps hide keys, few scores come near
+ * the cap. */
+static __attribute__((noinline)) void exp_rows_rare(struct work *w, int tile, int32_t key,
+                                                    const float *s, char *p, bool plain,
+                                                    bool capped)
 {
-    if (capped)
-        exp_rows(w, tile, key, s, p, false, true);
+    if (!capped)
+        exp_rows(w, tile, key, s, p, false, CAP_NONE);
+    else if (plain)
+        exp_rows(w, tile, key, s, p, true, CAP_ANY);
     else
-        exp_rows(w, tile, key, s, p, false, false);
+        exp_rows(w, tile, key, s, p, false, CAP_ANY);
+}
+
+/* Whether the short polynomial caps all scores of a chunk. */
+static inline __attribute__((always_inline)) bool all_short(const struct work *w, const float *s)
+{
+    __mmask16 lanes = 0xffff;
+    EACH(j, chunk_keys(true)) lanes &= cap_short_lanes(&w->cap, _mm512_load_ps(s + 16 * j));
+    return lanes == 0xffff;
 }
 
 /* Chunk number `chunk` of w->exp: its steps, in each its tiles, in each its keys. */
@@ -192,10 +226,12 @@ static inline __attribute__((always_inline)) void exp_chunk(struct work *w, int 
               side * TILE_BYTES + j / 2 * TILE_ROW_BYTES;
     int32_t key = (int32_t)step * STEP_KEYS + j;
     bool plain = is_plain(w, tile, step);
-    if (plain)
-        exp_rows(w, tile, key, s, p, true, capped);
+    if (!plain || (capped && (PLANES == 3 || !all_short(w, s))))
+        exp_rows_rare(w, tile, key, s, p, plain, capped);
+    else if (capped)
+        exp_rows(w, tile, key, s, p, true, CAP_SHORT);
     else
-        exp_rows_masked(w, tile, key, s, p, capped);
+        exp_rows(w, tile, key, s, p, true, CAP_NONE);
 }
 
 /* The same beside no product. */

@@ -5,6 +5,10 @@
  * By a table of polynomials (tanh_table.h) whose coefficients two-register permutes look up: they are
  * port 5's, while port 0 has most of the rest.  All factors are in the coefficients.  Adding 1.5 2^23
  * leaves the number of the nearest piece in the low bits.
+ *
+ * Up to |score| = 0.4 cap an odd polynomial of three terms does it: most scores of most models, and
+ * then without the table.  Which of the two is decided a lane at a time, so that no query's bits
+ * depend on its neighbours.
  */
 #ifndef ATTN_CPU_X86_SOFTCAP_AVX512_H
 #define ATTN_CPU_X86_SOFTCAP_AVX512_H
@@ -20,9 +24,14 @@ enum { FEW = 4 };
 
 struct softcap {
     float table[TANH_TERMS][TANH_PIECES] __attribute__((aligned(64)));
-    float inner, outer; /* outer tanh(inner x) */
-    float most, pieces; /* largest |x| that the table wants; pieces an x */
+    float inner, outer;               /* outer tanh(inner x) */
+    float most, pieces;               /* largest |x| that the table wants; pieces an x */
+    float short_terms[3], short_most; /* of x, x^3, x^5; largest x^2 that they are for */
 };
+
+/* tanh a to 6e-6 of it, 2.5e-6, for |a| <= TANH_SHORT. */
+static const float tanh_short[3] = {0.99999391f, -0.33263363f, 0.12132675f};
+#define TANH_SHORT 0.4f
 
 static void softcap_begin(struct softcap *s, float cap, float scale)
 {
@@ -33,6 +42,29 @@ static void softcap_begin(struct softcap *s, float cap, float scale)
     float factor = s->outer;
     for (int k = 0; k < TANH_TERMS; k++, factor *= s->inner)
         for (int i = 0; i < TANH_PIECES; i++) s->table[k][i] = tanh_table[k][i] * factor;
+    factor = s->outer * s->inner;
+    for (int k = 0; k < 3; k++, factor *= s->inner * s->inner)
+        s->short_terms[k] = tanh_short[k] * factor;
+    float most = fminf(TANH_SHORT / s->inner, 0x1p60f);
+    s->short_most = s->inner < 0x1p6f ? most * most : 0; /* beyond, terms might overflow */
+}
+
+/* The lanes of x that the short polynomial is for; not those with NaN. */
+VEC_INLINE __mmask16 cap_short_lanes(const struct softcap *s, __m512 x)
+{
+    return _mm512_cmp_ps_mask(_mm512_mul_ps(x, x), vec_set1(s->short_most), _CMP_LT_OQ);
+}
+
+/* x = cap(x) - m by the short polynomial. */
+VEC_INLINE void cap_few_short(const struct softcap *s, __m512 *x, int n, __m512 m)
+{
+    const __m512 c0 = vec_set1(s->short_terms[0]), c1 = vec_set1(s->short_terms[1]);
+    const __m512 c2 = vec_set1(s->short_terms[2]);
+    __m512 square[FEW], y[FEW];
+    EACH(i, n) square[i] = _mm512_mul_ps(x[i], x[i]);
+    EACH(i, n) y[i] = _mm512_fmadd_ps(square[i], c2, c1);
+    EACH(i, n) y[i] = _mm512_fmadd_ps(y[i], square[i], c0);
+    EACH(i, n) x[i] = _mm512_fmsub_ps(x[i], y[i], m);
 }
 
 /* n is at most FEW; exact: to fp32's accuracy.  NaN stays NaN. */
