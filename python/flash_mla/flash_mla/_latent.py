@@ -13,20 +13,31 @@ from . import _eager
 from .flash_mla_interface import FlashMLASchedMeta, flash_mla_with_kvcache
 
 
+GPU_WIDTH = 256  # of the widest keys that mha_fwd has on a GPU
+
+
+def attend(q_abs, kv_latent, sm_scale, **options):
+    """mha_fwd of q_abs (B, S, H, D) on kv_latent (B, N, D), which is K and V.  On a GPU wide latents are the
+    second term of the scores, qv . v; the first is a product of zeros."""
+    kv = kv_latent.unsqueeze(2)
+    if q_abs.is_cuda and q_abs.shape[-1] > GPU_WIDTH:
+        q, k = (x.new_zeros(*x.shape[:3], 8) for x in (q_abs, kv))
+        return libattn.mha_fwd(q, k, kv, softmax_scale=sm_scale, qv=q_abs, **options)[0]
+    return libattn.mha_fwd(q_abs, kv, kv, softmax_scale=sm_scale, **options)[0]
+
+
 def prefill(q_abs, kv_latent, sm_scale):
     """Causal attention of q_abs (B, N, H, D) on kv_latent (B, N, D): (B, N, H, D)."""
     _eager.check_rank("q_abs", q_abs, 4)
     _eager.check_rank("kv_latent", kv_latent, 3)
-    kv = kv_latent.unsqueeze(2)
-    return libattn.mha_fwd(q_abs, kv, kv, softmax_scale=sm_scale, causal=True)[0]
+    return attend(q_abs, kv_latent, sm_scale, causal=True)
 
 
 def decode(q_abs, kv_cache, sm_scale):
     """Attention of q_abs (B, H, D) on all of kv_cache (B, N, D): (B, H, D)."""
     _eager.check_rank("q_abs", q_abs, 3)
     _eager.check_rank("kv_cache", kv_cache, 3)
-    kv = kv_cache.unsqueeze(2)
-    return libattn.mha_fwd(q_abs.unsqueeze(1), kv, kv, softmax_scale=sm_scale, num_splits=0)[0].squeeze(1)
+    return attend(q_abs.unsqueeze(1), kv_cache, sm_scale, num_splits=0).squeeze(1)
 
 
 def rotate(x, cos, sin):
