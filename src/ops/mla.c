@@ -147,6 +147,21 @@ attn_status attn_mla_out_check(const DLTensor *t, const char *wish, int32_t ndim
     return attn_distinct_check(t, "out");
 }
 
+attn_status attn_mla_results_check(const DLTensor *out, const DLTensor *lse,
+                                   struct attn_mla_problem *p)
+{
+    ATTN_TRY(attn_mla_out_check(out, "[b, s_q, h_q, head_dim_v]", 4,
+                                (int64_t[]){p->b, p->s_q, p->h_q, p->d_v}, p));
+    p->out = (struct attn_rows){attn_tensor_data(out), attn_tensor_stride(out, 0),
+                                attn_tensor_stride(out, 1), attn_tensor_stride(out, 2)};
+    ATTN_TRY(attn_mla_float_check(lse, "lse", "[b, h_q, s_q]", 3, (int64_t[]){p->b, p->h_q, p->s_q},
+                                  p->device, &p->lse));
+    p->lse_batch = attn_tensor_stride(lse, 0);
+    p->lse_head = attn_tensor_stride(lse, 1);
+    p->lse_row = attn_tensor_stride(lse, 2);
+    return ATTN_OK;
+}
+
 attn_status attn_mla_apart_check(const DLTensor *const *read, const char *const *names, int reads,
                                  const DLTensor *const *written, int writes)
 {

@@ -113,6 +113,9 @@ attn_status attn_mla_float_check(const DLTensor *t, const char *name, const char
 /* out: shape `want` [.., h_q, d_v] of out_dtype, last stride 1. */
 attn_status attn_mla_out_check(const DLTensor *t, const char *wish, int32_t ndim,
                                const int64_t *want, const struct attn_mla_problem *problem);
+/* out [b, s_q, h_q, d_v] and lse [b, h_q, s_q] of the two decodes, into the problem. */
+attn_status attn_mla_results_check(const DLTensor *out, const DLTensor *lse,
+                                   struct attn_mla_problem *problem);
 /* No output may share memory with a tensor of indices. */
 attn_status attn_mla_apart_check(const DLTensor *const *read, const char *const *names, int reads,
                                  const DLTensor *const *written, int writes);

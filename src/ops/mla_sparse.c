@@ -58,15 +58,7 @@ static attn_status check_decode_outputs(const struct attn_mla_sparse_decode_args
     const char *const names[] = {"indices", "topk_length", "extra_indices_in_kvcache",
                                  "extra_topk_length"};
     const DLTensor *written[] = {a->out, a->lse};
-    ATTN_TRY(attn_mla_out_check(a->out, "[b, s_q, h_q, head_dim_v]", 4,
-                                (int64_t[]){p->b, p->s_q, p->h_q, p->d_v}, p));
-    p->out = (struct attn_rows){attn_tensor_data(a->out), attn_tensor_stride(a->out, 0),
-                                attn_tensor_stride(a->out, 1), attn_tensor_stride(a->out, 2)};
-    ATTN_TRY(attn_mla_float_check(a->lse, "lse", "[b, h_q, s_q]", 3,
-                                  (int64_t[]){p->b, p->h_q, p->s_q}, p->device, &p->lse));
-    p->lse_batch = attn_tensor_stride(a->lse, 0);
-    p->lse_head = attn_tensor_stride(a->lse, 1);
-    p->lse_row = attn_tensor_stride(a->lse, 2);
+    ATTN_TRY(attn_mla_results_check(a->out, a->lse, p));
     return attn_mla_apart_check(read, names, 4, written, 2);
 }
 
