@@ -65,7 +65,7 @@ ATTN_API const char *attn_version(void);
 
 /* ---- what is there --------------------------------------------------------------------------- */
 
-/* The CPU rung in use: "c", "avx2", "avx512" or "amx"; at most what ATTN_CPU says. */
+/* The CPU rung in use: "c", "avx2", "avx512", "avx512bf16" or "amx"; at most what ATTN_CPU says. */
 ATTN_API const char *attn_cpu_rung(void);
 
 /* One line of CPU vendor and features, for people. */

@@ -224,7 +224,10 @@ FFI_FUNCTION(mha_metadata_length)
     const int64_t chunk = ffi_int64(&in, "attention_chunk", 0);
     if (ffi_end(&in)) return -1;
     if (b < 0 || b > INT32_MAX) {
-        return ffi_raise("libattn.ArgumentError", "batch_size: expected in [0, 2^31)");
+        char message[96];
+        snprintf(message, sizeof message, "batch_size: expected in [0, 2^31), got %lld",
+                 (long long)b);
+        return ffi_raise("libattn.ArgumentError", message);
     }
     ffi_return_int(result,
                    attn_mha_metadata_length(b, s_q, s_k, d_qk, paged, causal, left, right, chunk));

@@ -161,8 +161,8 @@ def mha_fwd(
 
     A negative window side is unlimited, softcap <= 0 and attention_chunk <= 0 are off, num_splits
     <= 0 lets the library choose, softmax_scale None is d_qk^-1/2.  `features` are those of FEATURES
-    by name, with their defaults there; pack_gqa is -1, 0 or 1.  `out` may be given, with any strides
-    but a last one of 1.
+    by name, with their defaults there; pack_gqa is -1, 0 or 1.  `out` may be given; its last stride
+    is 1, the others are free.
 
     Returns (out, lse), and with want_accum (out, lse, out_accum, lse_accum), where the last two
     are the fp32 partial results [splits, b, h_q, s_q(, d_v)] or [splits, h_q, t_q(, d_v)], or None
