@@ -12,7 +12,6 @@ from libattn import ArgumentError, ShapeError
 from . import _eager
 from .flash_mla_interface import FlashMLASchedMeta, flash_mla_with_kvcache
 
-
 GPU_WIDTH = 256  # of the widest keys that mha_fwd has on a GPU
 
 
