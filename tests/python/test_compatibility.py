@@ -4,30 +4,10 @@
 A probe computes something finite when the word is yes, and raises when it is no.
 """
 
-import re
-from pathlib import Path
-
 import flash_attn_interface as fa
 import pytest
 import torch
-
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "compatibility" / "flash_attn_3.md"
-PROBES = {}
-
-
-def rows():
-    """{feature: (official, mate, ours on a CPU, ours on CUDA)}"""
-    lines = [line.strip("|\n ").split(" | ") for line in PAGE.read_text().splitlines() if line[:1] == "|"]
-    assert lines[0][0] == "feature" and all(len(line) == 5 for line in lines[2:]), lines
-    return {feature: cells for feature, *cells in lines[2:]}
-
-
-def probe(feature):
-    def keep(function):
-        PROBES[feature] = function
-        return function
-
-    return keep
+from compatibility import Page
 
 
 class Make:
@@ -58,6 +38,10 @@ class Make:
     def pages(self, size=3):
         k, v = self.randn(2, 2 * 24 // size, size, 2, 64)
         return k, v, torch.arange(2 * 24 // size, device=self.device, dtype=torch.int32).view(2, -1)
+
+
+PAGE = Page("flash_attn_3", Make)
+probe = PAGE.probe
 
 
 # ---- probes ------------------------------------------------------------------------------------------
@@ -242,18 +226,9 @@ def gradients(m):
 
 
 def test_a_probe_for_each_row_and_a_row_for_each_probe():
-    assert rows().keys() == PROBES.keys()
+    assert PAGE.rows().keys() == PAGE.probes.keys()
 
 
-@pytest.mark.parametrize("feature", PROBES)
+@pytest.mark.parametrize("feature", PAGE.probes)
 def test_our_column(feature, device):
-    if device == "cuda" and torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("the column is about Hopper")
-    word = re.match(r"yes|no", rows()[feature][2 if device == "cpu" else 3])
-    assert word, "our columns begin with yes or no"
-    if word[0] == "yes":
-        assert PROBES[feature](Make(device)).float().isfinite().all()
-    else:
-        with pytest.raises(Exception) as caught:
-            PROBES[feature](Make(device))
-        assert isinstance(caught.value, NotImplementedError | RuntimeError), caught.value
+    PAGE.check(feature, device)

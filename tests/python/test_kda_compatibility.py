@@ -6,32 +6,15 @@ A probe returns what was computed, all of it finite, when the word is yes, and r
 """
 
 import re
-from pathlib import Path
 
 import flash_kda
 import flash_kda_C
 import kda_cases
 import pytest
 import torch
+from compatibility import Page
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "compatibility" / "flash_kda.md"
-PROBES = {}
 NAN = float("nan")
-
-
-def rows():
-    """{feature: (official, mate, ours on a CPU, ours on CUDA)}"""
-    lines = [line.strip("|\n ").split(" | ") for line in PAGE.read_text().splitlines() if line[:1] == "|"]
-    assert lines[0][0] == "feature" and all(len(line) == 5 for line in lines[2:]), lines
-    return {feature: cells for feature, *cells in lines[2:]}
-
-
-def probe(feature):
-    def keep(function):
-        PROBES[feature] = function
-        return function
-
-    return keep
 
 
 def draw(device, shape=(1, 40, 2), d=64, **more):
@@ -42,6 +25,10 @@ def both(device, **more):
     """out and final_state of a plain call on drawn tensors."""
     out, state = draw(device, **more).run()
     return torch.cat([out.flatten().float(), state.flatten()])
+
+
+PAGE = Page("flash_kda", str)
+probe = PAGE.probe
 
 
 # ---- probes ------------------------------------------------------------------------------------------
@@ -217,26 +204,18 @@ def gradients(device):
 
 
 def test_a_probe_for_each_row_and_a_row_for_each_probe():
-    assert rows().keys() == PROBES.keys()
+    assert PAGE.rows().keys() == PAGE.probes.keys()
 
 
-@pytest.mark.parametrize("feature", PROBES)
+@pytest.mark.parametrize("feature", PAGE.probes)
 def test_our_column(feature, device):
-    if device == "cuda" and torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("the column is about Hopper")
-    word = re.match(r"yes|no", rows()[feature][2 if device == "cpu" else 3])
-    assert word, "our columns begin with yes or no"
-    if word[0] == "yes":
-        assert PROBES[feature](device).float().isfinite().all()
-    else:
-        with pytest.raises((NotImplementedError, RuntimeError, TypeError)):
-            PROBES[feature](device)
+    PAGE.check(feature, device)
 
 
 def test_the_example_runs():
-    (block,) = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    (block,) = re.findall(r"^```python\n(.*?)^```", PAGE.text, re.MULTILINE | re.DOTALL)
     names = {}
-    exec(compile(block, str(PAGE), "exec"), names)
+    exec(compile(block, "flash_kda.md", "exec"), names)
     used = names["pool"].flatten(1).any(1).tolist()
     assert [slot for slot, any_ in enumerate(used) if any_] == [0, 2, 5]
     assert not names["out"][1].any() and all(names["out"][i].any() for i in (0, 2, 3))

@@ -4,34 +4,14 @@
 A probe computes something finite when the word is yes, and raises when it is no.
 """
 
-import re
-from pathlib import Path
-
 import flash_mla
 import mla_reference as reference
 import pytest
 import torch
+from compatibility import Page
 from flash_mla import cache, flash_mla_interface, layer
 from flash_mla.kernels import triton_flash_mla
 from flash_mla.ops import interface
-
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "compatibility" / "flash_mla.md"
-PROBES = {}
-
-
-def rows():
-    """{feature: (official, mate, ours on a CPU, ours on CUDA)}"""
-    lines = [line.strip("|\n ").split(" | ") for line in PAGE.read_text().splitlines() if line[:1] == "|"]
-    assert lines[0][0] == "feature" and all(len(line) == 5 for line in lines[2:]), lines
-    return {feature: cells for feature, *cells in lines[2:]}
-
-
-def probe(feature):
-    def keep(function):
-        PROBES[feature] = function
-        return function
-
-    return keep
 
 
 class Make:
@@ -91,6 +71,10 @@ class Make:
     def mha(self, d=192):
         q, k, v = self.randn(9, 4, d), self.randn(9, 4, d), self.randn(9, 4, 128)
         return q, k, v, self.ints(0, 4, 9)
+
+
+PAGE = Page("flash_mla", Make)
+probe = PAGE.probe
 
 
 # ---- probes ------------------------------------------------------------------------------------------
@@ -292,18 +276,9 @@ def triton(m):
 
 
 def test_a_probe_for_each_row_and_a_row_for_each_probe():
-    assert rows().keys() == PROBES.keys()
+    assert PAGE.rows().keys() == PAGE.probes.keys()
 
 
-@pytest.mark.parametrize("feature", PROBES)
+@pytest.mark.parametrize("feature", PAGE.probes)
 def test_our_column(feature, device):
-    if device == "cuda" and torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("the column is about Hopper")
-    word = re.match(r"yes|no", rows()[feature][2 if device == "cpu" else 3])
-    assert word, "our columns begin with yes or no"
-    if word[0] == "yes":
-        assert PROBES[feature](Make(device)).float().isfinite().all()
-    else:
-        with pytest.raises(Exception) as caught:
-            PROBES[feature](Make(device))
-        assert isinstance(caught.value, NotImplementedError | RuntimeError), caught.value
+    PAGE.check(feature, device)
