@@ -31,7 +31,7 @@ demo-mla: dev ## a small model of DeepSeek's shape over a paged latent cache (AR
 	@$(VENV) demo
 	@.venv/bin/python demo/mla.py $(ARGS)
 
-test: ## everything: C checks, sanitizers, Python, clients, demo, wheels, lint
+test: ## everything: C checks, sanitizers, Python, clients, demo, wheels, lint (STAGES="lint python")
 	@$(VENV) test
 	@tools/test.sh
 

@@ -4,7 +4,7 @@
 # test.sh: everything `make test` runs.  After the build two lanes go side by side, each in the order in
 # which a fault is cheapest to find; a stage says what it has to say when it ends, and after one that
 # failed no other begins.  Sanitizer builds check fewer cases by themselves.
-#   STAGES  those to run, e.g. STAGES="lint python"; the others are left out
+#   STAGES  those to run, as in make test STAGES="lint python"; the others are left out
 set -eu
 
 export WERROR=ON
