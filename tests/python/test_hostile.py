@@ -19,17 +19,22 @@ CALLS = int(10_000 * max(1.0, ROUNDS))
 PARTS = 4
 
 
-@pytest.mark.parametrize("part", range(PARTS))
-def test_ten_thousand_calls(part):
+def in_a_subprocess(file, seed, calls):
+    """Runs a file of hostile calls, main(seed, calls); a crash there is a failure here."""
     run = subprocess.run(
-        [sys.executable, __file__, str(SEED * PARTS + part), str(CALLS // PARTS)],
+        [sys.executable, file, str(seed), str(calls)],
         capture_output=True,
         text=True,
         timeout=600,
-        cwd=Path(__file__).parent,
+        cwd=Path(file).parent,
     )
     assert run.returncode == 0, f"exit {run.returncode}\n{run.stdout[-3000:]}\n{run.stderr[-3000:]}"
     print(run.stdout)
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_ten_thousand_calls(part):
+    in_a_subprocess(__file__, SEED * PARTS + part, CALLS // PARTS)
 
 
 # ---- the subprocess -----------------------------------------------------------------------------

@@ -8,13 +8,11 @@ a failed test with the last call named, not the end of the session.
 """
 
 import random
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from cases import ROUNDS, SEED
-from test_hostile import HUGE, describe
+from test_hostile import HUGE, describe, in_a_subprocess
 
 CALLS = int(4_000 * max(1.0, ROUNDS))
 PARTS = 2
@@ -27,15 +25,7 @@ NO_INTERVALS = ["x", [1], 16.0, -16, 8, 17, 2**31, 2**63 - 16, 2**70, float("nan
 
 @pytest.mark.parametrize("part", range(PARTS))
 def test_thousands_of_calls(part):
-    run = subprocess.run(
-        [sys.executable, __file__, str(SEED * PARTS + part), str(CALLS // PARTS)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=Path(__file__).parent,
-    )
-    assert run.returncode == 0, f"exit {run.returncode}\n{run.stdout[-3000:]}\n{run.stderr[-3000:]}"
-    print(run.stdout)
+    in_a_subprocess(__file__, SEED * PARTS + part, CALLS // PARTS)
 
 
 # ---- the subprocess -----------------------------------------------------------------------------

@@ -7,12 +7,11 @@ the last call named, not the end of the session.
 """
 
 import random
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from cases import ROUNDS, SEED
+from test_hostile import in_a_subprocess
 
 CALLS = int(3000 * max(1.0, ROUNDS))
 PARTS = 2
@@ -20,15 +19,7 @@ PARTS = 2
 
 @pytest.mark.parametrize("part", range(PARTS))
 def test_thousands_of_calls(part):
-    run = subprocess.run(
-        [sys.executable, __file__, str(SEED * PARTS + part), str(CALLS // PARTS)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        cwd=Path(__file__).parent,
-    )
-    assert run.returncode == 0, f"exit {run.returncode}\n{run.stdout[-3000:]}\n{run.stderr[-3000:]}"
-    print(run.stdout)
+    in_a_subprocess(__file__, SEED * PARTS + part, CALLS // PARTS)
 
 
 # ---- the subprocess ----------------------------------------------------------------------------------
