@@ -18,6 +18,8 @@ static const char *kernel_name(int index)
     index -= attn_mha_decode_kernel_count;
     if (index < attn_mla_decode_kernel_count) return attn_mla_decode_kernels[index].name;
     index -= attn_mla_decode_kernel_count;
+    if (index < attn_mla_decode_few_kernel_count) return attn_mla_decode_few_kernels[index].name;
+    index -= attn_mla_decode_few_kernel_count;
     return index < attn_plain_kernel_count ? attn_plain_kernels[index].name : NULL;
 }
 

@@ -21,10 +21,12 @@ typedef struct cu_library_opaque *cu_library;
 typedef struct cu_kernel_opaque *cu_kernel;
 
 enum {
+    CU_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE = 720,
     CU_DEVICE_MULTIPROCESSOR_COUNT = 16,
     CU_DEVICE_CAPABILITY_MAJOR = 75,
     CU_DEVICE_CAPABILITY_MINOR = 76,
     CU_KERNEL_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8,
+    CU_LAUNCH_COOPERATIVE = 2,
     CU_LAUNCH_CLUSTER_DIMENSION = 4,
     CU_LAUNCH_PROGRAMMATIC_STREAM_SERIALIZATION = 6,
     CU_TENSOR_FLOAT16 = 6,
@@ -40,7 +42,7 @@ struct cu_launch_attribute {
     union {
         char bytes[64];
         unsigned cluster[3];
-        int programmatic;
+        int programmatic, cooperative;
     } value;
 };
 

@@ -7,10 +7,12 @@
 #include <math.h>
 #include <string.h>
 
+#include "core/int.h"
 #include "cuda/mha_decode_cuda.h"
 #include "cuda/tma.h"
 
 #define THREADS 384
+#define FEW_WARPS (ATTN_MLA_FEW_THREADS / 32)
 #define LOG2E 1.4426950408889634
 #define LENGTH_MAX ((int64_t)1 << 30)
 #define ITEM_COST 4 /* steps that an item costs beside its keys: q, the first product, its rows */
@@ -91,6 +93,33 @@ static attn_status choose(const problem_t *p, const struct attn_cuda_device *dev
     return ATTN_OK;
 }
 
+/* Whether mla_decode_few can take the call that `plan` is for, and its plan: boxes of q and of keys,
+ * one KV head, pieces that one warp can find, and blocks that are on the device together. */
+static bool choose_few(const problem_t *p, const struct attn_cuda_device *device,
+                       const plan_t *plan, plan_t *few)
+{
+    const struct attn_rows *q = &p->q;
+    const int64_t limit = (int64_t)1 << 40;
+    bool heads = p->h_q == 1 || (q->head > 0 && 2 * q->head < limit);
+    bool queries = p->s_q == 1 ||
+                   (p->h_q > 1 ? q->row == p->h_q * q->head : q->row > 0 && 2 * q->row < limit);
+    bool batch = p->b == 1 || (q->batch > 0 && 2 * q->batch < limit);
+    if (p->b > ATTN_MLA_FEW_SEQUENCES || p->h_k != 1 || plan->parts == 1 || !plan->box_rows ||
+        p->cache[0].num_pages == 0 || !(heads && queries && batch) ||
+        plan->parts * plan->tiles > device->multiprocessors)
+        return false;
+
+    *few = *plan;
+    few->kernel = -1;
+    for (int i = 0; i < attn_mla_decode_few_kernel_count; i++)
+        if (attn_mla_decode_few_kernels[i].dtype == (int)p->dtype) few->kernel = i;
+    int64_t slots = (plan->parts + p->b) * plan->tiles; /* of rows: [m, l]; of columns */
+    few->slot_rows = (int)round_up(plan->slot_rows, 16);
+    few->out = slots * ATTN_DECODE_ROWS * 8;
+    few->bytes = few->out + slots * few->slot_rows * p->d_v * 4;
+    return few->kernel >= 0;
+}
+
 static void fill_params(const problem_t *p, const plan_t *plan, char *workspace,
                         struct attn_decode_params *out)
 {
@@ -157,17 +186,82 @@ static attn_status encode_cache(const problem_t *p, int rows, struct attn_tensor
                            p->dtype == ATTN_F16, "k_cache: cuTensorMapEncodeTiled", map);
 }
 
+/* {576, packed rows, b, 1}; a box is a tile of one row tile. */
+static attn_status encode_q(const problem_t *p, struct attn_tensor_map *map)
+{
+    int64_t row = p->h_q > 1   ? p->q.head
+                  : p->s_q > 1 ? p->q.row
+                               : 8; /* of a single row: anything */
+    int64_t batch = p->b > 1 ? p->q.batch : 8;
+    return attn_tma_encode(&(struct attn_tma){.rank = 4,
+                                              .base = (void *)(uintptr_t)p->q.data,
+                                              .extent = {p->d_qk, p->s_q * p->h_q, p->b, 1},
+                                              .stride = {row, batch, 8},
+                                              .box = {64, ATTN_DECODE_ROWS, 1, 1}},
+                           p->dtype == ATTN_F16, "q: cuTensorMapEncodeTiled", map);
+}
+
+/* Warps that share a unit of merging, a strip of a warp's rows: as many as give each block one. */
+static int merge_turns(const problem_t *p, const plan_t *few)
+{
+    int64_t warps = few->parts * few->tiles * FEW_WARPS;
+    int64_t units = p->b * few->tiles * (few->slot_rows / 16) * (p->d_v / 8);
+    int turns = FEW_WARPS;
+    while (turns > 1 && (FEW_WARPS % turns || units * turns > warps)) turns--;
+    return turns;
+}
+
+/* One launch, which also merges: its blocks wait for each other. */
+static attn_status launch_few(const problem_t *p, const plan_t *few, char *workspace,
+                              const struct attn_cuda_device *device, cu_stream stream,
+                              cu_result *result)
+{
+    const struct attn_cuda_driver *cu;
+    struct attn_cuda_kernel *kernel = &attn_mla_decode_few_kernels[few->kernel];
+    struct attn_decode_params params;
+    struct attn_mha_fwd_maps maps;
+    cu_kernel handle;
+    ATTN_TRY(attn_cuda_driver(&cu));
+    ATTN_TRY(attn_cuda_kernel_load(kernel, device->device, &handle));
+    fill_params(p, few, workspace, &params);
+    params.item_cost = p->b > 1 ? ITEM_COST : 0;
+    params.combine_groups = merge_turns(p, few);
+    params.by_group = attn_divisor_of(params.call.group);
+    params.by_page = attn_divisor_of(params.call.page);
+    params.by_parts = attn_divisor_of(params.parts);
+    memset(&maps, 0, sizeof maps);
+    ATTN_TRY(encode_q(p, &maps.q));
+    ATTN_TRY(encode_cache(p, few->box_rows, &maps.k));
+    struct cu_launch_attribute together = {.id = CU_LAUNCH_COOPERATIVE, .value.cooperative = 1};
+    struct cu_launch_config config = {
+        .grid = {(unsigned)(few->parts * few->tiles), 1, 1},
+        .block = {ATTN_MLA_FEW_THREADS, 1, 1},
+        .shared_bytes = (unsigned)kernel->shared_bytes,
+        .stream = stream,
+        .attributes = &together,
+        .attribute_count = 1,
+    };
+    void *arguments[] = {&params, &maps};
+    *result = cu->launch_kernel_ex(&config, handle, arguments, NULL);
+    return ATTN_OK;
+}
+
 static attn_status plan_on(const problem_t *p, const struct attn_cuda_device *device,
                            struct attn_mla_plan *out)
 {
-    plan_t plan;
+    plan_t plan, few;
     ATTN_TRY(choose(p, device, &plan));
     out->workspace_bytes = plan.bytes;
     out->tile[0] = plan.kernel;
     out->tile[1] = plan.tiles;
     out->tile[2] = plan.box_rows == 0;
     out->tile[3] = plan.parts * plan.tiles;
-    strncpy(out->kernel, attn_mla_decode_kernels[plan.kernel].name, sizeof out->kernel - 1);
+    const char *name = attn_mla_decode_kernels[plan.kernel].name;
+    if (choose_few(p, device, &plan, &few)) { /* room for either, see run_on */
+        out->workspace_bytes = max64(plan.bytes, few.bytes);
+        name = attn_mla_decode_few_kernels[few.kernel].name;
+    }
+    strncpy(out->kernel, name, sizeof out->kernel - 1);
     return ATTN_OK;
 }
 
@@ -180,17 +274,25 @@ attn_status attn_mla_decode_launch(struct attn_decode_params *params,
     return attn_decode_launch(params, maps, kernel, THREADS, device, stream);
 }
 
-/* Pointers and strides may have changed since the plan was made: choosing again is cheap. */
+/* Pointers and strides may have changed since the plan was made: choosing again is cheap.  Where the
+ * context has fewer multiprocessors than the device, mla_decode_few may not start: then mla_decode
+ * does. */
 static attn_status run_on(const problem_t *p, const struct attn_cuda_device *device,
                           char *workspace, int64_t workspace_bytes, cu_stream stream)
 {
     struct attn_decode_params params;
     struct attn_mha_fwd_maps maps;
-    plan_t plan;
+    plan_t plan, few;
     ATTN_TRY(choose(p, device, &plan));
     ATTN_CHECK(workspace_bytes >= plan.bytes, ATTN_E_WORKSPACE,
                "workspace: expected %lld bytes, got %lld: plan and run differ",
                (long long)plan.bytes, (long long)workspace_bytes);
+    if (choose_few(p, device, &plan, &few) && workspace_bytes >= few.bytes) {
+        cu_result result;
+        ATTN_TRY(launch_few(p, &few, workspace, device, stream, &result));
+        if (result != CU_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE)
+            return attn_cuda_status(result, attn_mla_decode_few_kernels[few.kernel].name);
+    }
     fill_params(p, &plan, workspace, &params);
     memset(&maps, 0, sizeof maps);
     if (plan.box_rows && params.call.s_k > 0) ATTN_TRY(encode_cache(p, plan.box_rows, &maps.k));

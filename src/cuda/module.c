@@ -36,6 +36,7 @@
 #include "cuda/kernels/mha_decode.def"
 #include "cuda/kernels/mha_fwd.def"
 #include "cuda/kernels/mla_decode.def"
+#include "cuda/kernels/mla_decode_few.def"
 #include "cuda/kernels/plain.def"
 #undef ATTN_KERNEL
 #undef ATTN_PLAIN_KERNEL
@@ -76,9 +77,15 @@ const int attn_mha_decode_kernel_count = sizeof attn_mha_decode_kernels /
 struct attn_cuda_kernel attn_mla_decode_kernels[] = {
 #include "cuda/kernels/mla_decode.def"
 };
-#undef SMEM
 const int attn_mla_decode_kernel_count = sizeof attn_mla_decode_kernels /
                                          sizeof *attn_mla_decode_kernels;
+
+struct attn_cuda_kernel attn_mla_decode_few_kernels[] = {
+#include "cuda/kernels/mla_decode_few.def"
+};
+#undef SMEM
+const int attn_mla_decode_few_kernel_count = sizeof attn_mla_decode_few_kernels /
+                                             sizeof *attn_mla_decode_few_kernels;
 
 #define ATTN_PLAIN_KERNEL(op, arch)                                                                \
     {.name = "attn_" #op "_" #arch,                                                                \
@@ -99,6 +106,8 @@ struct attn_cuda_kernel attn_mha_decode_kernels[1];
 const int attn_mha_decode_kernel_count = 0;
 struct attn_cuda_kernel attn_mla_decode_kernels[1];
 const int attn_mla_decode_kernel_count = 0;
+struct attn_cuda_kernel attn_mla_decode_few_kernels[1];
+const int attn_mla_decode_few_kernel_count = 0;
 struct attn_cuda_kernel attn_plain_kernels[1];
 const int attn_plain_kernel_count = 0;
 

@@ -34,6 +34,8 @@ extern struct attn_cuda_kernel attn_mha_decode_kernels[];
 extern const int attn_mha_decode_kernel_count;
 extern struct attn_cuda_kernel attn_mla_decode_kernels[];
 extern const int attn_mla_decode_kernel_count;
+extern struct attn_cuda_kernel attn_mla_decode_few_kernels[];
+extern const int attn_mla_decode_few_kernel_count;
 extern struct attn_cuda_kernel attn_plain_kernels[];
 extern const int attn_plain_kernel_count;
 

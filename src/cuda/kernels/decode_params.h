@@ -80,6 +80,10 @@ struct attn_decode_params {
 #define ATTN_MLA_DECODE_SMEM                                                                       \
     ((5 + 4 * ATTN_MLA_DECODE_HALVES + ATTN_MLA_DECODE_ROPES + 1) * ATTN_DECODE_PANEL + 3072)
 
+/* mla_decode_few: sequences of a call, a lane each; threads of a block. */
+#define ATTN_MLA_FEW_SEQUENCES 32
+#define ATTN_MLA_FEW_THREADS 384
+
 #ifdef __cplusplus
 static_assert(sizeof(struct attn_decode_params) == 568, "the host's and the kernel's layout");
 #else
