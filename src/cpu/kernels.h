@@ -85,11 +85,12 @@ struct attn_mha_task {
 /* One kernel of mha_fwd (many rows, lanes are queries) or mha_decode (few rows a KV head, lanes are
  * the width).  d_s is the width of a score's dot product: d_qk, or d_qk + d_v with qv. */
 struct attn_mha_kernel {
-    const char *name;  /* attn_mha_fwd_bf16_avx512 */
-    int32_t rows_max;  /* most rows a task may have */
-    int32_t rows_step; /* rows are padded to a multiple of this inside; a power of two */
-    int32_t n;         /* keys of a block */
-    bool decode;       /* takes several KV heads a task and walks the cache in address order */
+    const char *name;   /* attn_mha_fwd_bf16_avx512 */
+    int32_t rows_max;   /* most rows a task may have */
+    int32_t rows_step;  /* rows are padded to a multiple of this inside; a power of two */
+    int32_t rows_least; /* fewer rows a KV head do not repay its pack: mha_fwd_short takes them */
+    int32_t n;          /* keys of a block */
+    bool decode;        /* takes several KV heads a task and walks the cache in address order */
     /* Bytes of scratch one thread needs for tasks of at most these sizes. */
     int64_t (*scratch_bytes)(int64_t d_s, int64_t d_v, int64_t rows, int64_t heads);
     /* Kernels that want K and V rearranged once for all row blocks of a KV head; NULL: reads them
@@ -190,9 +191,8 @@ struct attn_kda_step_kernel {
 
 struct attn_cpu_kernels {
     const struct attn_mha_kernel *mha_fwd[ATTN_DTYPES];
-    const struct attn_mha_kernel
-        *mha_fwd_short[ATTN_DTYPES];                       /* G * s_q too small to repay a pack */
-    const struct attn_mha_kernel *mha_decode[ATTN_DTYPES]; /* rows_max rows of G * s_q */
+    const struct attn_mha_kernel *mha_fwd_short[ATTN_DTYPES]; /* below mha_fwd's rows_least */
+    const struct attn_mha_kernel *mha_decode[ATTN_DTYPES];    /* rows_max rows of G * s_q */
     const struct attn_rotary_kernel *rotary[ATTN_DTYPES];
     const struct attn_split_combine_kernel *split_combine;
     const struct attn_mla_kernel *mla[ATTN_MLA_FORMATS];

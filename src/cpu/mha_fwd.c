@@ -42,7 +42,6 @@ enum {
     TILE_SCRATCH
 }; /* plan.tile */
 
-#define SHORT_ROWS 128                     /* below this a pack of K and V is not repaid */
 #define PACK_BYTES_MAX ((int64_t)48 << 20) /* of packed K and V, unless one head needs more */
 #define STREAM_BYTES ((int64_t)4 << 20)    /* of out; less may still be in L2 when it is read */
 #define ROTATE_TOKENS 64                   /* a task */
@@ -62,9 +61,9 @@ static const struct attn_mha_kernel *choose_kernel(const struct attn_cpu_kernels
     int64_t rows = p->s_q * (p->h_q / p->h_k);
     const struct attn_mha_kernel *decode = table->mha_decode[p->dtype];
     const struct attn_mha_kernel *few = table->mha_fwd_short[p->dtype];
+    const struct attn_mha_kernel *many = table->mha_fwd[p->dtype];
     if (decode && rows <= decode->rows_max) return decode;
-    if (few && rows < SHORT_ROWS) return few;
-    return table->mha_fwd[p->dtype];
+    return few && rows < many->rows_least ? few : many;
 }
 
 /* Splits and keys a split.  Shapes only: about 64 pieces of work in all, none below 256 keys. */

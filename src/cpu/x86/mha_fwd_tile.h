@@ -468,6 +468,7 @@ static inline __attribute__((always_inline)) void pack(enum attn_dtype t,
         .name = "attn_mha_fwd_" #dtype "_amx",                                                     \
         .rows_max = ROWS_MAX,                                                                      \
         .rows_step = 32,                                                                           \
+        .rows_least = ROWS_LEAST,                                                                  \
         .n = BLOCK_KEYS,                                                                           \
         .scratch_bytes = scratch_bytes,                                                            \
         .pack_bytes = pack_bytes,                                                                  \
