@@ -22,6 +22,7 @@
 #include "cpu/mha_fwd.h"
 
 #include <stdio.h>
+#include <stdlib.h>
 
 #include "core/env.h"
 #include "core/int.h"
@@ -44,8 +45,9 @@ enum {
 
 #define PACK_BYTES_MAX ((int64_t)48 << 20) /* of packed K and V, unless one head needs more */
 #define STREAM_BYTES ((int64_t)4 << 20)    /* of out; less may still be in L2 when it is read */
-#define ROTATE_TOKENS 64                   /* a task */
-#define SMALL_WORK 4e6                     /* FLOP below which waking threads costs more */
+#define LARGE_PAGE ((int64_t)2 << 20)
+#define ROTATE_TOKENS 64 /* a task */
+#define SMALL_WORK 4e6   /* FLOP below which waking threads costs more */
 
 static int64_t floor_div(int64_t a, int64_t b)
 {
@@ -229,6 +231,11 @@ static struct attn_kv_view kv_view(const problem_t *p, const seq_t *s, int64_t h
     return kv;
 }
 
+static bool large_out(const problem_t *p)
+{
+    return p->t_q * p->h_q * p->d_v * attn_dtype_bytes(p->out_dtype) >= STREAM_BYTES;
+}
+
 /* Fills the task for rows [r0, r0 + rows) of `heads` KV heads from `head`, keys of `split`, and
  * runs the kernel. */
 static void run_task(const struct call *c, int64_t i, int64_t head, int64_t heads, int64_t r0,
@@ -309,7 +316,7 @@ static void run_task(const struct call *c, int64_t i, int64_t head, int64_t head
         .softcap = (float)p->softcap,
         .sinks = c->sinks && !partial ? sinks : NULL,
         .partial = partial,
-        .stream_out = !partial && p->t_q * p->h_q * p->d_v * out_bytes >= STREAM_BYTES,
+        .stream_out = !partial && large_out(p),
     };
     c->kernel->run(&task, scratch);
 }
@@ -390,6 +397,28 @@ static void run_prefill(struct call *c)
         all.work += (double)c->seqs[i].q_len * (double)blocks;
     }
     attn_units_run(&all, c->threads);
+}
+
+/* Tokens whose rows of out fill a large page. */
+static int64_t page_tokens(const problem_t *p)
+{
+    int64_t bytes = llabs(p->out.row * attn_dtype_bytes(p->out_dtype));
+    return max64(LARGE_PAGE / max64(bytes, 1), 1);
+}
+
+/* Writes to one row of out, its value unchanged.  The system clears a fresh page when it is first
+ * written, and threads at the same tokens of different heads would all wait for one page. */
+static void touch_out(void *context, int64_t task, int thread)
+{
+    (void)thread;
+    const struct call *c = context;
+    const problem_t *p = &c->p;
+    int64_t tokens = page_tokens(p), chunks = ceil_div(p->s_q, tokens), i = task / chunks;
+    int64_t token = task % chunks * tokens;
+    if (token >= c->seqs[i].q_len) return;
+    char *row = p->out.data + attn_dtype_bytes(p->out_dtype) *
+                                  (i * p->out.batch + (c->seqs[i].q_start + token) * p->out.row);
+    __atomic_fetch_or(row, 0, __ATOMIC_RELAXED);
 }
 
 /* Task: (sequence, split, chunk of KV heads). */
@@ -508,6 +537,8 @@ static void run_phases(struct call *c)
         attn_parallel(c->threads, pieces * ceil_div(p->h_k, c->block_heads), decode_task, c);
     } else {
         c->block_rows = choose_rows(c);
+        if (c->threads > 1 && c->plan->splits == 1 && large_out(p))
+            attn_parallel(c->threads, p->b * ceil_div(p->s_q, page_tokens(p)), touch_out, c);
         run_prefill(c);
     }
     if (c->plan->splits > 1) attn_parallel(c->threads, p->b * p->h_q, combine_head, c);
