@@ -3,6 +3,7 @@
 
     python bench/cpu_kda.py                     T 8192, 64 sequences of a step
     python bench/cpu_kda.py --tokens 2048       shorter, for machines of few cores
+    python bench/cpu_kda.py --quick             a few calls of small rows: a smoke test
 
 kda_fwd: bf16, K = V = 128, 118 kFLOP a token and head (chunk 16), against the best of the rates that
 bench/ceiling.c gives for bf16, and against the chunked form in torch (`torch_chunks`: chunk 32, fp32,
@@ -17,13 +18,13 @@ import argparse
 import itertools
 import statistics
 
+import cpu_mha_fwd as common
 import libattn
 import torch
 from cpu_mha_fwd import alternate, ceilings
 
 FLOP = 118e3  # a token and head
 D = 128
-ROTATE_BYTES = 1.1e9
 
 
 def inputs(b, t, h):
@@ -102,7 +103,7 @@ def bench_fwd(tokens, heads, ceiling, peer):
 def bench_step(sequences, heads, read):
     x = inputs(sequences, 1, heads)
     elements = sequences * heads * D * D
-    rounds = max(2, int(ROTATE_BYTES / (4 * elements)))
+    rounds = max(2, int(common.ROTATE_BYTES / (4 * elements)))
     states = torch.full((rounds * sequences, heads, D, D), 0.01)
     slots = [torch.arange(i * sequences, (i + 1) * sequences, dtype=torch.int32) for i in range(rounds)]
     parts = states.view(rounds, -1)
@@ -122,7 +123,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--sequences", type=int, default=64)
+    parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
+    if args.quick:
+        common.be_quick()
+        args.tokens, args.sequences = 64, 2
     torch.set_grad_enabled(False)
     rates = ceilings()
     bf16 = max((rates.get(name, 0) for name in ("amx_bf16", "dp_bf16", "fma_fp32")), default=0)

@@ -65,6 +65,12 @@ SWITCHES = {  # ours, then torch's own kernels, MKL and oneDNN
 }
 
 
+def be_quick():
+    """A few calls of each row, for a smoke test."""
+    global SECONDS, ROTATE_BYTES
+    SECONDS, ROTATE_BYTES = 0.01, 1e6
+
+
 def alternate(*functions) -> list[list[float]]:
     """Seconds of each call of each function, taking turns, after two calls that do not count."""
     times = [[] for _ in functions]
@@ -371,7 +377,7 @@ def quick_shapes():
 
 
 def main():
-    global SECONDS, ROTATE_BYTES
+    global SECONDS
     parser = argparse.ArgumentParser(description="flash_attn_interface on the CPU beside torch SDPA")
     parser.add_argument("--rows", default="", help="only lines of the shape file that hold this text")
     parser.add_argument("--asked", action="store_true", help="only lines with an ask")
@@ -386,7 +392,7 @@ def main():
         print(json.dumps(measure(kind, sizes)))
         return
     if args.quick:
-        SECONDS, ROTATE_BYTES = 0.01, 1e6
+        be_quick()
 
     print(f"{machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
           f"libattn {libattn.__version__}, {time.strftime('%Y-%m-%d')}")  # fmt: skip

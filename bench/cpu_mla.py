@@ -3,6 +3,7 @@
 
     python bench/cpu_mla.py             every row
     python bench/cpu_mla.py dense       rows that hold a text
+    python bench/cpu_mla.py --quick     a few calls of small rows: a smoke test
 
 As in cpu_mha_fwd.py: those that are compared take turns, ceilings are of the same run, times are the
 best and the median of a row, rates and ratios those of the medians, and caches go round until they
@@ -14,13 +15,16 @@ import itertools
 import statistics
 import sys
 
+import cpu_mha_fwd as common
 import libattn
 import torch
 import torch.nn.functional as F
-from cpu_mha_fwd import ROTATE_BYTES, alternate, ceilings
+from cpu_mha_fwd import alternate, ceilings
 
 PAGE = 64
 SCALE = 192**-0.5
+QUICK = "--quick" in sys.argv
+LENGTH = 256 if QUICK else 4096
 
 
 def rounds(copies):
@@ -33,7 +37,7 @@ def paged(b, s, make):
     and their block table [b, s / PAGE]."""
     pages = b * s // PAGE
     first = make(pages)
-    count = max(2, int(ROTATE_BYTES / (first.numel() * first.element_size())) + 1)
+    count = max(2, int(common.ROTATE_BYTES / (first.numel() * first.element_size())) + 1)
     copies = [first] + [first.clone() for _ in range(count - 1)]
     return rounds(copies), torch.randperm(pages).view(b, -1).int()
 
@@ -63,8 +67,8 @@ def dense(b, s, h_q):
     return ours, peer
 
 
-def sparse(b, h_q, d, topk, s=4096, extra=0):
-    cache, table = paged(b, s, lambda pages: quantised(pages, d))
+def sparse(b, h_q, d, topk, extra=0):
+    cache, table = paged(b, LENGTH, lambda pages: quantised(pages, d))
     q, tokens = torch.randn(b, 1, h_q, d).bfloat16(), table.numel() * PAGE
     indices = torch.stack([torch.randperm(tokens)[:topk] for _ in range(b)]).view(b, 1, -1).int()
     more = (None, None)
@@ -76,9 +80,9 @@ def sparse(b, h_q, d, topk, s=4096, extra=0):
 
 
 def prefill(h):
-    """192/128 causal, 4096 tokens: mha_fwd beside SDPA, whose V has to be padded to 192."""
-    q, k = torch.randn(2, 1, 4096, h, 192).bfloat16()
-    v = torch.randn(1, 4096, h, 128).bfloat16()
+    """192/128 causal: mha_fwd beside SDPA, whose V has to be padded to 192."""
+    q, k = torch.randn(2, 1, LENGTH, h, 192).bfloat16()
+    v = torch.randn(1, LENGTH, h, 128).bfloat16()
     a, b, c = (x.transpose(1, 2) for x in (q, k, F.pad(v, (0, 64))))
     ours = lambda: libattn.mha_fwd(q, k, v, causal=True)  # noqa: E731
     return ours, lambda: F.scaled_dot_product_attention(a, b, c, is_causal=True)
@@ -108,10 +112,11 @@ def dense_row(b, s, h_q):
 
 
 def v32_row():
-    ours, _ = dense(8, 2048, 128)
-    mine, other = alternate(sparse(8, 128, 576, 2048), ours)
+    topk = LENGTH // 2
+    ours, _ = dense(8, topk, 128)
+    mine, other = alternate(sparse(8, 128, 576, topk), ours)
     ratio = statistics.median(other) / statistics.median(mine)
-    show("sparse v32 b 8 h_q 128 topk 2048", mine, f"dense at s_k 2048 takes {ratio:.2f} of it")
+    show(f"sparse v32 b 8 h_q 128 topk {topk}", mine, f"dense at s_k {topk} takes {ratio:.2f} of it")
 
 
 def model1_row():
@@ -122,22 +127,24 @@ def model1_row():
 
 def prefill_row(h):
     mine, theirs = alternate(*prefill(h))
-    rate = 2 * h * 4096 * 4097 / 2 * 320 / statistics.median(mine)
+    rate = 2 * h * LENGTH * (LENGTH + 1) / 2 * 320 / statistics.median(mine)
     ratio = statistics.median(theirs) / statistics.median(mine)
     show(
-        f"prefill 192/128 causal 4096 h {h}",
+        f"prefill 192/128 causal {LENGTH} h {h}",
         mine,
         f"{rate / 1e12:6.2f} TF/s {rate / best_dot():.2f} of dots, torch {ratio:.2f} x",
     )
 
 
 def main():
+    if QUICK:
+        common.be_quick()
     rows = {
-        "dense h_q 16": lambda: dense_row(8, 4096, 16),
-        "dense h_q 64": lambda: dense_row(8, 4096, 64),
-        "dense h_q 128": lambda: dense_row(8, 4096, 128),
-        "dense b 1 h_q 16": lambda: dense_row(1, 4096, 16),
-        "dense b 1 h_q 128": lambda: dense_row(1, 4096, 128),
+        "dense h_q 16": lambda: dense_row(8, LENGTH, 16),
+        "dense h_q 64": lambda: dense_row(8, LENGTH, 64),
+        "dense h_q 128": lambda: dense_row(8, LENGTH, 128),
+        "dense b 1 h_q 16": lambda: dense_row(1, LENGTH, 16),
+        "dense b 1 h_q 128": lambda: dense_row(1, LENGTH, 128),
         "sparse v32": v32_row,
         "sparse model1": model1_row,
         "prefill 16": lambda: prefill_row(16),
@@ -145,7 +152,7 @@ def main():
     }
     print(*(f"{name} {rate / 1e9:.0f} G/s" for name, rate in ceilings().items()), sep=", ")
     for name, row in rows.items():
-        if all(text in name for text in sys.argv[1:]):
+        if all(text in name for text in sys.argv[1:] if text != "--quick"):
             row()
 
 

@@ -5,13 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-BENCH = Path(__file__).resolve().parents[2] / "bench" / "cpu_mha_fwd.py"
+import pytest
 
-
-def test_quick():
-    run = subprocess.run([sys.executable, BENCH, "--quick"], capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
-    for text in (
+BENCH = Path(__file__).resolve().parents[2] / "bench"
+ROWS = {
+    "cpu_mha_fwd": (
         "dense",
         "decode",
         "page16",
@@ -22,5 +20,16 @@ def test_quick():
         "isaavx2",
         "ATEN_CPU_CAPABILITY=avx2",
         "least ratio",
-    ):
+    ),
+    "cpu_mla": ("dense b 8", "dense b 1", "sparse v32", "sparse model1", "prefill 192/128"),
+    "cpu_kda": ("kda_fwd_bf16", "torch, chunk 32", "few heads", "kda_step b 2", "torch mul_ in place"),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_quick(name):
+    command = [sys.executable, BENCH / f"{name}.py", "--quick"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    for text in ROWS[name]:
         assert text in run.stdout, run.stdout
