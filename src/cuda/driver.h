@@ -18,7 +18,7 @@ typedef int cu_device;
 typedef struct cu_context_opaque *cu_context;
 typedef struct cu_stream_opaque *cu_stream;
 typedef struct cu_library_opaque *cu_library;
-typedef struct cu_kernel_opaque *cu_kernel;
+typedef struct cu_kernel_opaque *cu_kernel; /* of a library, or of a context: CUfunction */
 
 enum {
     CU_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE = 720,
@@ -64,6 +64,7 @@ struct attn_cuda_driver {
     cu_result (*device_get)(cu_device *device, int ordinal);
     cu_result (*device_get_attribute)(int *value, int attribute, cu_device device);
     cu_result (*ctx_get_device)(cu_device *device);
+    cu_result (*ctx_get_id)(cu_context context, uint64_t *id); /* NULL: of the current one */
     cu_result (*ctx_push_current)(cu_context context);
     cu_result (*ctx_pop_current)(cu_context *context);
     cu_result (*device_primary_ctx_retain)(cu_context *context, cu_device device);
@@ -72,6 +73,7 @@ struct attn_cuda_driver {
                                    void **values, unsigned count);
     cu_result (*library_get_kernel)(cu_kernel *kernel, cu_library library, const char *name);
     cu_result (*kernel_set_attribute)(int attribute, int value, cu_kernel kernel, cu_device device);
+    cu_result (*kernel_get_function)(cu_kernel *function, cu_kernel kernel);
     cu_result (*launch_kernel_ex)(const struct cu_launch_config *config, cu_kernel kernel,
                                   void **arguments, void **extra);
     cu_result (*memset_d32_async)(uint64_t address, unsigned value, size_t count, cu_stream stream);

@@ -5,6 +5,7 @@
  */
 #include "cuda/module.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 #include "core/dtype.h"
@@ -122,37 +123,55 @@ attn_status attn_plain_kernel(const char *name, struct attn_cuda_kernel **kernel
     return attn_fail(ATTN_E_NOT_BUILT, "%s: not in this build, which was made without nvcc", name);
 }
 
-static attn_status load(const struct attn_cuda_driver *cu, struct attn_cuda_kernel *kernel)
+/* The function of context `id`, or NULL. */
+static const struct attn_cuda_function *find(struct attn_cuda_kernel *kernel, uint64_t id)
 {
-    cu_library library;
-    cu_kernel handle;
-    cu_result result = cu->library_load_data(&library, kernel->cubin, NULL, NULL, 0, NULL, NULL, 0);
-    if (!result) result = cu->library_get_kernel(&handle, library, kernel->name);
+    const struct attn_cuda_function *f = atomic_load_explicit(&kernel->functions,
+                                                              memory_order_acquire);
+    while (f && f->context != id) f = f->next;
+    return f;
+}
+
+/* Adds the function of the current context, whose id that is. */
+static attn_status load(const struct attn_cuda_driver *cu, struct attn_cuda_kernel *kernel,
+                        cu_device device, uint64_t id)
+{
+    cu_result result = 0;
+    if (!kernel->handle) {
+        cu_library library;
+        cu_kernel handle;
+        result = cu->library_load_data(&library, kernel->cubin, NULL, NULL, 0, NULL, NULL, 0);
+        if (!result) result = cu->library_get_kernel(&handle, library, kernel->name);
+        if (!result) kernel->handle = handle;
+    }
+    if (!result && kernel->shared_bytes)
+        result = cu->kernel_set_attribute(CU_KERNEL_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                                          kernel->shared_bytes, kernel->handle, device);
+    struct attn_cuda_function f = {.context = id, .next = atomic_load(&kernel->functions)};
+    if (!result) result = cu->kernel_get_function(&f.handle, kernel->handle);
     if (result) return attn_cuda_status(result, kernel->name);
-    atomic_store_explicit(&kernel->handle, handle, memory_order_release);
+    struct attn_cuda_function *kept = malloc(sizeof *kept);
+    ATTN_CHECK(kept, ATTN_E_DRIVER, "%s: no memory", kernel->name);
+    *kept = f;
+    atomic_store_explicit(&kernel->functions, kept, memory_order_release);
     return ATTN_OK;
 }
 
 attn_status attn_cuda_kernel_load(struct attn_cuda_kernel *kernel, cu_device device,
                                   cu_kernel *handle)
 {
-    uint64_t bit = (uint64_t)1 << (device & 63);
-    if (!(atomic_load_explicit(&kernel->prepared, memory_order_acquire) & bit)) {
-        const struct attn_cuda_driver *cu;
-        attn_status status;
-        ATTN_TRY(attn_cuda_driver(&cu));
+    const struct attn_cuda_driver *cu;
+    uint64_t id;
+    ATTN_TRY(attn_cuda_driver(&cu));
+    ATTN_TRY(attn_cuda_status(cu->ctx_get_id(NULL, &id), "cuCtxGetId"));
+    const struct attn_cuda_function *f = find(kernel, id);
+    if (!f) {
         pthread_mutex_lock(&kernel->lock);
-        status = atomic_load(&kernel->handle) ? ATTN_OK : load(cu, kernel);
-        if (!status && kernel->shared_bytes)
-            status =
-                attn_cuda_status(cu->kernel_set_attribute(CU_KERNEL_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-                                                          kernel->shared_bytes, kernel->handle,
-                                                          device),
-                                 kernel->name);
-        if (!status) atomic_fetch_or_explicit(&kernel->prepared, bit, memory_order_release);
+        attn_status status = find(kernel, id) ? ATTN_OK : load(cu, kernel, device, id);
         pthread_mutex_unlock(&kernel->lock);
         if (status) return status;
+        f = find(kernel, id);
     }
-    *handle = atomic_load_explicit(&kernel->handle, memory_order_acquire);
+    *handle = f->handle;
     return ATTN_OK;
 }

@@ -10,6 +10,14 @@
 
 #include "cuda/driver.h"
 
+/* A kernel in one context: launching it spares the driver a search, half a microsecond a call.  Ids
+ * of contexts are not used twice. */
+struct attn_cuda_function {
+    uint64_t context;
+    cu_kernel handle;
+    struct attn_cuda_function *next;
+};
+
 /* One kernel.  All but the last three members are constants; those of mha_fwd's tiles are 0 in a
  * kernel without variants. */
 struct attn_cuda_kernel {
@@ -21,8 +29,8 @@ struct attn_cuda_kernel {
     const unsigned char *cubin;
 
     pthread_mutex_t lock;
-    _Atomic(cu_kernel) handle; /* NULL until loaded */
-    _Atomic uint64_t prepared; /* a bit a device: attributes are set */
+    cu_kernel handle; /* NULL until loaded */
+    _Atomic(struct attn_cuda_function *) functions;
 };
 
 /* The kernels of this build; 0 of them when it was made without nvcc. */
@@ -42,8 +50,8 @@ extern const int attn_plain_kernel_count;
 /* The kernel of that name in attn_plain_kernels; ATTN_E_NOT_BUILT where there is none. */
 attn_status attn_plain_kernel(const char *name, struct attn_cuda_kernel **kernel);
 
-/* Loads the kernel when it is asked for first, in any thread, and sets its attributes on `device`.
- * Later calls take no lock. */
+/* The kernel in the current context, which is on `device`: loaded when it is asked for first there, in
+ * any thread.  Later calls take no lock. */
 attn_status attn_cuda_kernel_load(struct attn_cuda_kernel *kernel, cu_device device,
                                   cu_kernel *handle);
 
