@@ -39,13 +39,13 @@ def _number(name, value):
     return float(value)
 
 
-def _direct(*tensors):
+def _direct(tensors):
     """Whether q, the first, lies on a CPU or a CUDA device and all are plain tensors or None."""
     for x in tensors:
         if x is not None and (type(x) is not _Tensor or x.is_neg()):
             return False
     q = tensors[0]
-    return q is not None and (q.is_cpu or q.is_cuda)
+    return q is not None and (q.is_cuda or q.is_cpu)
 
 
 def _input(name, x):
@@ -69,11 +69,18 @@ def _check_outputs(**tensors):
             raise ArgumentError(f"{name}: expected a plain tensor, got a negated view")
 
 
-def _written(*tensors):
+def _written_each(tensors):
     """Tells autograd that tensors were changed in place."""
     for x in tensors:
-        if x is not None and not x.is_inference():
+        if not x.is_inference():
             increment_version(x)
+
+
+try:
+    increment_version(())
+    _written = increment_version  # since torch 2.7 of any number, those of inference mode among them
+except (TypeError, RuntimeError):
+    _written = _written_each
 
 
 def fwd(
@@ -115,7 +122,7 @@ def fwd(
     required argument that is not there.
     """
     inputs = (q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, state_indices)
-    if not _direct(*inputs, out, final_state, checkpoint_states):
+    if not _direct((*inputs, out, final_state, checkpoint_states)):
         if musa.is_on_musa(q):
             if checkpoint_states is not None or checkpoint_every or state_indices is not None:
                 raise NotBuiltError(
@@ -160,7 +167,9 @@ def fwd(
         checkpoint_states,
         checkpoint_every,
     )
-    _written(out, final_state, checkpoint_states)
+    _written((out,) if final_state is None else (out, final_state))
+    if checkpoint_states is not None:
+        _written((checkpoint_states,))
 
 
 def step(
@@ -188,7 +197,7 @@ def step(
 
     Returns None; raises as fwd does.
     """
-    if not _direct(q, k, v, g, beta, A_log, dt_bias, state_indices, cu_seqlens, out, state):
+    if not _direct((q, k, v, g, beta, A_log, dt_bias, state_indices, cu_seqlens, out, state)):
         if musa.is_on_musa(q):
             raise NotBuiltError("flash_kda.step: MATE has no such function for tensors on MUSA")
         _check_outputs(out=out, state=state)
@@ -220,7 +229,7 @@ def step(
         state_indices=state_indices,
         cu_seqlens=cu_seqlens,
     )
-    _written(out, state)
+    _written((out, state))
 
 
 def get_workspace_size(T_total, H, N=1):
