@@ -41,8 +41,11 @@ static attn_status check_states(const struct attn_states *s, const struct attn_k
     if (!s->data) return ATTN_OK;
     uintptr_t unit = s->dtype == ATTN_F32 ? 16 : 8;
     bool steps = (p->h <= 1 || s->head % 4 == 0) && s->slot % 4 == 0;
-    ATTN_CHECK(steps && (uintptr_t)s->data % unit == 0, ATTN_E_NOT_BUILT,
-               "%s: on a GPU heads on multiples of four elements are built, got others", name);
+    ATTN_CHECK(
+        steps && (uintptr_t)s->data % unit == 0, ATTN_E_NOT_BUILT,
+        "%s: on a GPU slots and heads on multiples of 4 elements and data on multiples of %d "
+        "bytes are built, got strides %lld and %lld at %p",
+        name, (int)unit, (long long)s->slot, (long long)s->head, s->data);
     return ATTN_OK;
 }
 

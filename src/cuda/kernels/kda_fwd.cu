@@ -32,43 +32,15 @@
  *         beside it S 2^G_16, old O out |   |               | O packed
  */
 #include "kda_prepare.cuh"
+#include "kda_ragged.cuh"
 #include "kda_recur.cuh"
 
 /* ---- the loader ------------------------------------------------------------------------------ */
 
-ATTN_DEVICE int64_t sequence_end(const attn_kda_fwd_params &p, int i)
-{
-    int64_t at = p.cu_is_64 ? ((const int64_t *)p.cu_seqlens)[i]
-                            : ((const int32_t *)p.cu_seqlens)[i];
-    return at < 0 ? 0 : at > p.t ? p.t : at;
-}
-
-ATTN_DEVICE int sequence_length(const attn_kda_fwd_params &p, int i)
-{
-    if (!p.cu_seqlens) return p.t;
-    int64_t length = sequence_end(p, i + 1) - sequence_end(p, i);
-    return length < 0 ? 0 : (int)length;
-}
-
-/* Checkpoints of the sequences before `sequence`.  All lanes get the sum. */
-ATTN_DEVICE int64_t checkpoints_before(const attn_kda_fwd_params &p, int sequence)
-{
-    if (!p.cu_seqlens) return (int64_t)sequence * (p.t / p.every);
-    int64_t sum = 0;
-    int i = threadIdx.x % 32;
-    asm volatile(""
-                 : "+r"(i)); /* else four registers of addresses live across the scheduler's loop */
-#pragma unroll 1
-    for (; i < sequence; i += 32) sum += sequence_length(p, i) / p.every;
-#pragma unroll 1
-    for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);
-    return sum;
-}
-
-/* Fills in item number `number`: head, then sequence; the value rows of block `rank` of a cluster.
- * One warp. */
+/* Fills in item number `number`, but for its place: head, then sequence; the value rows of block
+ * `rank` of a cluster.  Returns its length.  One warp. */
 template <int D, int VB>
-ATTN_DEVICE void describe(const attn_kda_fwd_params &p, int number, int rank, kda_item &item)
+ATTN_DEVICE int describe(const attn_kda_fwd_params &p, int number, int rank, kda_item &item)
 {
     int head = number % p.h, sequence = number / p.h;
     if (p.order) sequence = p.order[sequence];
@@ -80,10 +52,9 @@ ATTN_DEVICE void describe(const attn_kda_fwd_params &p, int number, int rank, kd
         item.bias[c] = p.dt_bias ? slope * p.dt_bias[head * p.dt_bias_h + c] : 0.0f;
 
     int batch = p.cu_seqlens ? 0 : sequence, start = 0;
-    if (p.cu_seqlens) start = (int)sequence_end(p, sequence);
+    if (p.cu_seqlens) start = (int)boundary(p, sequence);
     item.batch = batch;
     item.start = start;
-    item.length = sequence_length(p, sequence);
     item.head = head;
     item.value = rank * VB;
     item.beta = batch * p.beta_b + start * p.beta_t + head * p.beta_h;
@@ -91,15 +62,23 @@ ATTN_DEVICE void describe(const attn_kda_fwd_params &p, int number, int rank, kd
     int row = p.state_index ? p.state_index[sequence] : sequence;
     bool kept = row >= 0 && row < p.slots;
     item.state_in = p.state_in && kept ? row * p.in_n + head * p.in_h + dense : -1;
+    if (item.state_in >= 0 && threadIdx.x % 32 == 0) { /* of a short item it is half the work */
+        int bytes = p.state_is_bf16 ? 2 : 4;
+        const char *from = (const char *)p.state_in + item.state_in * bytes;
+        if ((uintptr_t)from % 16 == 0) prefetch_l2(from, VB * D * bytes);
+    }
     item.state_out = p.state_out && kept ? row * p.out_n + head * p.out_state_h + dense : -1;
     item.checkpoint = head * p.checkpoint_h + dense;
+    return sequence_length(p, sequence);
 }
 
 #define SHORT_ITEM 128 /* tokens */
 
-/* The next number from the counter.  Block 0 of a cluster draws and tells block 1. */
+/* The next number from the counter, after an item of `length` tokens.  Block 0 of a cluster draws and
+ * tells block 1. */
 template <int D, int VB>
-ATTN_DEVICE int draw(const attn_kda_fwd_params &p, kda_fwd_smem<D, VB> &sm, int rank, uint32_t turn)
+ATTN_DEVICE int draw(const attn_kda_fwd_params &p, kda_fwd_smem<D, VB> &sm, int rank, uint32_t turn,
+                     int length)
 {
     typedef kda_fwd_smem<D, VB> smem;
     int lane = threadIdx.x % 32, number = 0;
@@ -109,20 +88,19 @@ ATTN_DEVICE int draw(const attn_kda_fwd_params &p, kda_fwd_smem<D, VB> &sm, int 
             mbarrier_arrive_expect_tx(shared_address(sm.drawn_full + place), sizeof(int));
         wait_full<smem::ITEMS>(sm.drawn_full, turn);
         number = *(volatile int *)&sm.drawn[place];
-        __syncwarp();
-        if (lane == 0) mbarrier_arrive_cluster(shared_address(sm.drawn_empty + place), 0);
+        mbarrier_arrive_cluster(shared_address(sm.drawn_empty + place), 0);
         return number;
     }
     /* Late, so that whoever is done first gets the next; after a short item, whose work would not
      * cover the way to the next one's tokens, an item earlier. */
-    uint32_t ahead = turn && sm.item[(turn - 1) % smem::ITEMS].length <= SHORT_ITEM ? 2 : 1;
+    uint32_t ahead = turn && length <= SHORT_ITEM ? 2 : 1;
     if (turn >= ahead) wait_full<smem::ITEMS>(sm.item_wanted, turn - ahead);
     if (lane == 0) number = atomicAdd(p.ticket, 1);
     number = __shfl_sync(0xffffffff, number, 0);
     if constexpr (smem::CLUSTER == 2) {
         wait_empty<smem::ITEMS>(sm.drawn_empty, turn);
         if (lane == 0)
-            store_to_block(shared_address(&sm.drawn[place]), number,
+            store_async_cluster(shared_address(&sm.drawn[place]), number,
                            shared_address(sm.drawn_full + place), 1);
     }
     return number;
@@ -133,20 +111,18 @@ template <int D, int VB>
 ATTN_DEVICE void schedule(const attn_kda_fwd_params &p, kda_fwd_smem<D, VB> &sm, int rank)
 {
     typedef kda_fwd_smem<D, VB> smem;
+    int first = 0, length = 0; /* its first chunk, tokens of the item before */
     for (uint32_t turn = 0;; turn++) {
         int number = (blockIdx.x + turn * gridDim.x) / smem::CLUSTER;
-        if (p.ticket) number = draw<D, VB>(p, sm, rank, turn);
-        bool last = number >= p.n * p.h;
+        if (p.ticket) number = draw<D, VB>(p, sm, rank, turn, length);
         kda_item &item = sm.item[turn % smem::ITEMS];
         wait_empty<smem::ITEMS>(sm.item_empty, turn);
-        const kda_item &before = sm.item[(turn + smem::ITEMS - 1) % smem::ITEMS];
-        item.first = turn ? before.first + (before.length + 15) / 16 : 0;
-        if (!last)
-            describe<D, VB>(p, number, rank, item);
-        else
-            item.length = -1;
+        length = number < p.n * p.h ? describe<D, VB>(p, number, rank, item) : -1;
+        item.length = length;
+        item.first = first;
         arrive<smem::ITEMS>(sm.item_full, turn);
-        if (last) return;
+        if (length < 0) return;
+        first += (length + 15) / 16;
     }
 }
 
@@ -249,27 +225,27 @@ ATTN_DEVICE void kda_fwd_body(const attn_kda_fwd_params &p, const attn_kda_fwd_m
     if (threadIdx.x == 0) {
         for (uint32_t i = 0; i < smem::RAW; i++) {
             mbarrier_init(shared_address(sm.raw_full + i), 1);
-            mbarrier_init(shared_address(sm.raw_empty + i), 4);
+            mbarrier_init(shared_address(sm.raw_empty + i), 128);
         }
         for (uint32_t i = 0; i < smem::FACTORS; i++) {
-            mbarrier_init(shared_address(sm.factor_scaled + i), 4);
+            mbarrier_init(shared_address(sm.factor_scaled + i), 128);
             bool here = (int)(i % smem::CLUSTER) == rank;
-            mbarrier_init(shared_address(sm.factor_full + i), here ? 2 : 1);
+            mbarrier_init(shared_address(sm.factor_full + i), here ? 1 + 32 : 1);
             mbarrier_init(shared_address(sm.factor_empty + i),
-                          4 * smem::CONSUMERS * smem::CLUSTER);
-            mbarrier_init(shared_address(sm.v_empty + i), 4 * smem::CONSUMERS);
+                          128 * smem::CONSUMERS * smem::CLUSTER);
+            mbarrier_init(shared_address(sm.v_empty + i), 128 * smem::CONSUMERS);
         }
         for (uint32_t i = 0; i < smem::SCRATCHES; i++)
-            mbarrier_init(shared_address(sm.scratch_empty + i), 1);
+            mbarrier_init(shared_address(sm.scratch_empty + i), 32);
         for (uint32_t i = 0; i < smem::ITEMS; i++) {
-            mbarrier_init(shared_address(sm.item_full + i), 1);
+            mbarrier_init(shared_address(sm.item_full + i), 32);
             mbarrier_init(shared_address(sm.item_empty + i),
-                          4 * (smem::PRODUCERS + smem::CONSUMERS) + 2 + smem::FINISHERS);
+                          128 * (smem::PRODUCERS + smem::CONSUMERS) + 32 * smem::FINISHERS + 2);
         }
         for (uint32_t i = 0; i < smem::ITEMS; i++) {
             mbarrier_init(shared_address(sm.item_wanted + i), 1);
             mbarrier_init(shared_address(sm.drawn_full + i), 1);
-            mbarrier_init(shared_address(sm.drawn_empty + i), 1);
+            mbarrier_init(shared_address(sm.drawn_empty + i), 32);
         }
         fence_mbarrier_init();
         prefetch_tensormap(&maps.q);
@@ -287,7 +263,7 @@ ATTN_DEVICE void kda_fwd_body(const attn_kda_fwd_params &p, const attn_kda_fwd_m
         produce<D, VB>(p, sm, group, rank);
     } else if (group < smem::PRODUCERS + smem::CONSUMERS) {
         setmaxnreg_inc<smem::CONSUMER_REGISTERS>();
-        consume<D, VB>(p, sm, group - smem::PRODUCERS, rank);
+        consume<D, VB>(p, sm, group - smem::PRODUCERS);
     } else {
         setmaxnreg_dec<smem::LOADER_REGISTERS>();
         int warp = __shfl_sync(0xffffffff, (int)threadIdx.x % 128 / 32, 0);

@@ -46,7 +46,6 @@ struct attn_kda_fwd_params {
     int32_t out_aligned; /* rows of out lie on multiples of 16 bytes */
     float scale;         /* of q */
     float bound;         /* lower bound of the log-decay, times log2 e */
-    int32_t reserved;
 };
 
 #define ATTN_KDA_VALUE_ROWS 64 /* of a block */

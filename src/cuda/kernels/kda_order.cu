@@ -7,24 +7,17 @@
  * sequence is computed alone, and its bits do not depend on it.
  */
 #include "kda_order_params.h"
-#include "ptx.cuh"
+#include "kda_ragged.cuh"
 
 #define BUCKETS 256
-
-ATTN_DEVICE int64_t boundary(const attn_kda_order_params &p, int i)
-{
-    int64_t at = p.cu_is_64 ? ((const int64_t *)p.cu_seqlens)[i]
-                            : ((const int32_t *)p.cu_seqlens)[i];
-    return at < 0 ? 0 : at > p.t ? p.t : at;
-}
 
 /* 0 for the longest: three bits of the length below its highest one. */
 ATTN_DEVICE int bucket(const attn_kda_order_params &p, int i)
 {
-    int64_t length = boundary(p, i + 1) - boundary(p, i);
-    if (length < 8) return BUCKETS - 1 - (length > 0 ? (int)length : 0);
-    int octave = 28 - __clz((int)length); /* 0: 8 to 15 */
-    return BUCKETS - 1 - (octave * 8 + (int)(length >> octave));
+    int length = sequence_length(p, i);
+    if (length < 8) return BUCKETS - 1 - length;
+    int octave = 28 - __clz(length); /* 0: 8 to 15 */
+    return BUCKETS - 1 - (octave * 8 + (length >> octave));
 }
 
 extern "C" __global__ void __launch_bounds__(1024)

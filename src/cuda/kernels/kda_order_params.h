@@ -12,7 +12,7 @@ struct attn_kda_order_params {
         *cu_seqlens; /* [n + 1], int32 or int64; wild values count as the nearest of 0 and t */
     int32_t *order;  /* [n], written */
     int32_t *ticket; /* becomes 0 */
-    int32_t n, t, cu_is_64, reserved;
+    int32_t n, t, cu_is_64;
 };
 
 #ifdef __cplusplus

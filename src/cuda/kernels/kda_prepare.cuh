@@ -11,13 +11,14 @@
 template <int PANEL_BYTES>
 ATTN_DEVICE void load_fragment(uint32_t (&r)[4], uint32_t tile, uint32_t lane_offset, int s)
 {
-    ldmatrix_x4(r, (tile + lane_offset ^ s % 4 * 32) + s / 4 * PANEL_BYTES);
+    ldmatrix_x4<0>(r, (tile + lane_offset ^ s % 4 * 32) + s / 4 * PANEL_BYTES);
 }
 
-/* Rows of 128 bytes: this lane's part of the address of a fragment. */
-ATTN_DEVICE uint32_t fragment_offset()
+/* Rows of 128 bytes: this lane's part of the address of a fragment; of `rows` rows, the last one in
+ * place of those behind it. */
+ATTN_DEVICE uint32_t fragment_offset(int rows = 16)
 {
-    uint32_t lane = threadIdx.x % 32, row = lane % 16;
+    uint32_t lane = threadIdx.x % 32, row = min((int)lane % 16, rows - 1);
     return row * 128 + ((lane / 16 ^ row % 8) * 16);
 }
 
@@ -34,11 +35,11 @@ ATTN_DEVICE void products(float (&l)[8], float (&m)[8], uint32_t kd_qd, uint32_t
         uint32_t a[4], b[4];
         load_fragment<2048>(b, ki, lane_offset, s);
         load_fragment<kda_factor<D>::PANEL_BYTES>(a, kd_qd, lane_offset, s);
-        mma_m16n8k16_bf16(s % 2 ? l_odd : l, a, b[0], b[2]);
-        mma_m16n8k16_bf16((s % 2 ? l_odd : l) + 4, a, b[1], b[3]);
+        mma_16x8<0>(s % 2 ? l_odd : l, a, b[0], b[2]);
+        mma_16x8<0>((s % 2 ? l_odd : l) + 4, a, b[1], b[3]);
         load_fragment<kda_factor<D>::PANEL_BYTES>(a, kd_qd + 2048, lane_offset, s);
-        mma_m16n8k16_bf16(s % 2 ? m_odd : m, a, b[0], b[2]);
-        mma_m16n8k16_bf16((s % 2 ? m_odd : m) + 4, a, b[1], b[3]);
+        mma_16x8<0>(s % 2 ? m_odd : m, a, b[0], b[2]);
+        mma_16x8<0>((s % 2 ? m_odd : m) + 4, a, b[1], b[3]);
     }
 #pragma unroll
     for (int i = 0; i < 8; i++) {
@@ -47,19 +48,20 @@ ATTN_DEVICE void products(float (&l)[8], float (&m)[8], uint32_t kd_qd, uint32_t
     }
 }
 
-/* scale / |row| of the 16 rows of a raw tile, 0 from row `rows` on: the diagonal of X X^T. */
+/* scale / |row| of the 16 rows of a raw tile, 0 from row `rows` on: the diagonal of X X^T.  The rows
+ * from there on are not read: other warps are clearing them. */
 template <int D> ATTN_DEVICE void inverse_norms(uint32_t tile, uint32_t to, float scale, int rows)
 {
     float d[8];
-    uint32_t lane_offset = fragment_offset(), lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
+    uint32_t lane_offset = fragment_offset(rows), lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
 #pragma unroll
     for (int i = 0; i < 8; i++) d[i] = 0;
 #pragma unroll
     for (int s = 0; s < D / 16; s++) {
         uint32_t a[4];
         load_fragment<2048>(a, tile, lane_offset, s);
-        mma_m16n8k16_bf16(d, a, a[0], a[2]);
-        mma_m16n8k16_bf16(d + 4, a, a[1], a[3]);
+        mma_16x8<0>(d, a, a[0], a[2]);
+        mma_16x8<0>(d + 4, a, a[1], a[3]);
     }
     if (c == g / 2) {
         float upper = g % 2 ? d[1] : d[0], lower = g % 2 ? d[7] : d[6];
@@ -327,6 +329,7 @@ ATTN_DEVICE void finish(const attn_kda_fwd_params &p, kda_fwd_smem<D, VB> &sm, i
                              sm.scratch[own % smem::SCRATCHES], b);
             fence_proxy_async_shared();
             arrive<smem::FACTORS>(sm.factor_full, now);
+            __syncwarp();
             if (smem::CLUSTER == 2 && lane == 0)
                 bulk_copy_to_block(shared_address(sm.factor[stage]), sizeof(kda_factor<D>),
                                    shared_address(sm.factor_full + stage), 1 - rank);

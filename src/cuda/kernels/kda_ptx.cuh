@@ -1,47 +1,18 @@
 /* SPDX-License-Identifier: MIT
  *
- * The instructions only the KDA kernels use: ldmatrix, stmatrix, mma.sync, narrow wgmma, packed
- * bf16.
+ * The instructions only the KDA kernels use: narrow wgmma, packed bf16, copies within a cluster,
+ * shared memory by address.
  */
 #pragma once
 #include "wgmma.cuh"
 
-/* Four 8x8 blocks of 16-bit elements; lane 8 j + r gives the address of row r of block j, and gets
- * elements 2 c, 2 c + 1 of row g of each.  PTX ISA: ldmatrix */
-ATTN_DEVICE void ldmatrix_x4(uint32_t (&r)[4], uint32_t address)
-{
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(address)
-                 : "memory");
-}
-
-/* The same, each block transposed.  PTX ISA: ldmatrix */
-ATTN_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t address)
-{
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(address)
-                 : "memory");
-}
-
-/* The way back.  PTX ISA: stmatrix */
+/* The way back from ldmatrix_x4<1>.  PTX ISA: stmatrix */
 ATTN_DEVICE void stmatrix_x4_trans(uint32_t address, const uint32_t (&r)[4])
 {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
                      address),
                  "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
                  : "memory");
-}
-
-/* D[16][8] += A[16][16] . B[8][16]^T by one warp: d[i] is row g + 8 (i / 2), column 2 c + i % 2.
- * PTX ISA: mma.m16n8k16 */
-ATTN_DEVICE void mma_m16n8k16_bf16(float *d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
-{
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 /* Two products, each rounded once.  PTX ISA: mul.bf16x2 */
@@ -95,17 +66,11 @@ ATTN_DEVICE void bulk_copy_to_block(uint32_t at, uint32_t bytes, uint32_t bar, u
                  : "memory");
 }
 
-/* One word to block `rank` of the cluster, counted there on the barrier at `bar`.
- * PTX ISA: mapa, st.async */
-ATTN_DEVICE void store_to_block(uint32_t at, int x, uint32_t bar, uint32_t rank)
+/* Asks for `bytes` of global memory in L2; both multiples of 16.
+ * PTX ISA: cp.async.bulk.prefetch.L2 */
+ATTN_DEVICE void prefetch_l2(const void *from, uint32_t bytes)
 {
-    asm volatile("{ .reg .b32 there, counted;\n"
-                 "mapa.shared::cluster.u32 there, %0, %3;\n"
-                 "mapa.shared::cluster.u32 counted, %2, %3;\n"
-                 "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u32 "
-                 "[there], %1, [counted]; }" ::"r"(at),
-                 "r"(x), "r"(bar), "r"(rank)
-                 : "memory");
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
 
 /* Whether the phase of `bar` with this parity is over.  PTX ISA: mbarrier.test_wait */

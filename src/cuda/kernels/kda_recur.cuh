@@ -137,7 +137,7 @@ ATTN_DEVICE void recur(float (&state)[D / 2], kda_outputs &o, const kda_factor<D
         __syncwarp();
     }
     uint32_t v[4];
-    ldmatrix_x4_trans(v, v_tile + v_offset(lane % 8 + lane / 16 * 8, lane / 8 % 2));
+    ldmatrix_x4<1>(v, v_tile + v_offset(lane % 8 + lane / 16 * 8, lane / 8 % 2));
     float2 r[2] = {shared_load_2f(shared_address(factor.r) + 8 * c),
                    shared_load_2f(shared_address(factor.r) + 8 * c + 32)};
     float2 s[2] = {shared_load_2f(shared_address(factor.s) + 8 * c),
@@ -196,15 +196,14 @@ ATTN_DEVICE void recur(float (&state)[D / 2], kda_outputs &o, const kda_factor<D
 
 /* Warpgroup `group` of the consumers: value rows 64 group .. of the block's. */
 template <int D, int VB>
-ATTN_DEVICE void consume(const attn_kda_fwd_params &p, kda_fwd_smem<D, VB> &sm, int group, int rank)
+ATTN_DEVICE void consume(const attn_kda_fwd_params &p, kda_fwd_smem<D, VB> &sm, int group)
 {
     typedef kda_fwd_smem<D, VB> smem;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, token = lane / 2;
     kda_outputs o = {shared_address(sm.out[group * 4 + warp]), NULL, 0, p.out_aligned};
-    /* Lane 0 tells the block that made the factors, lane 1 this one's loader of v. */
-    uint32_t empty = shared_address(lane ? sm.v_empty : sm.factor_empty), step = 0;
-    if (lane == 0) step = address_in_block(empty, smem::CLUSTER - 1) - address_in_block(empty, 0);
-    empty = address_in_block(empty, lane ? rank : 0);
+    /* of both blocks: who made the factors is told, and this one's loader of v */
+    uint32_t empty = address_in_block(shared_address(sm.factor_empty), 0);
+    uint32_t apart = address_in_block(shared_address(sm.factor_empty), smem::CLUSTER - 1) - empty;
     float state[D / 2];
     for (uint32_t turn = 0, n = 0;; turn++) {
         wait_full<smem::ITEMS>(sm.item_full, turn);
@@ -231,8 +230,8 @@ ATTN_DEVICE void consume(const attn_kda_fwd_params &p, kda_fwd_smem<D, VB> &sm, 
                      shared_address(sm.v[stage]) + group * 2048, left,
                      left > 16 ? shared_address(sm.factor_full + next) : 0,
                      (n + 1) / smem::FACTORS & 1);
-            __syncwarp();
-            if (lane < 2) mbarrier_arrive_at(empty + n % smem::CLUSTER * step + 8 * stage);
+            mbarrier_arrive_at(empty + n % smem::CLUSTER * apart + 8 * stage);
+            arrive<smem::FACTORS>(sm.v_empty, n);
             o.to = to;
             o.rows = left;
             to += stride;

@@ -66,14 +66,15 @@ template <int D, int VB> struct kda_fwd_smem {
     uint8_t out[CONSUMERS * 4][512]; /* a warp's 16 tokens x 16 value rows, on their way */
     kda_item item[ITEMS];
 
-    /* full: 1 arrival and the bytes; of factors 1 for v, with the bytes of factors that come from
-     * the other block, and 1 for those made here
-     * empty: one a warp that reads; factors made here are read in both blocks */
+    /* Arrivals are those of whole warps, but for the thread that loads.
+     * full: 1 of the loader and the bytes; of factors the loader's for v, with the bytes of factors
+     * that come from the other block, and a finisher's for those made here
+     * empty: every warp that reads; factors made here are read in both blocks */
     uint64_t raw_full[RAW], raw_empty[RAW];
     uint64_t factor_full[FACTORS], factor_empty[FACTORS], v_empty[FACTORS];
-    uint64_t factor_scaled[FACTORS];   /* one a producing warp: all but A and M are there */
-    uint64_t scratch_empty[SCRATCHES]; /* 1: A and M are made */
-    uint64_t item_wanted[ITEMS];       /* 1: the item's last load is under way */
+    uint64_t factor_scaled[FACTORS];   /* every producing warp: all but A and M are there */
+    uint64_t scratch_empty[SCRATCHES]; /* a finisher: A and M are made */
+    uint64_t item_wanted[ITEMS];       /* the loader: the item's last load is under way */
     uint64_t item_full[ITEMS], item_empty[ITEMS];
     uint64_t drawn_full[ITEMS], drawn_empty[ITEMS]; /* from block 0 of a cluster to block 1 */
     int32_t drawn[ITEMS];                           /* numbers of items */
@@ -90,11 +91,10 @@ template <uint32_t STAGES> ATTN_DEVICE void wait_empty(const uint64_t *bars, uin
     mbarrier_wait_parity(shared_address(bars + n % STAGES), ~(n / STAGES) & 1);
 }
 
-/* One arrival of this warp, after all its lanes came here. */
+/* All lanes of a warp arrive: as fast as one of them after a __syncwarp, and racecheck follows it. */
 template <uint32_t STAGES> ATTN_DEVICE void arrive(const uint64_t *bars, uint32_t n)
 {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(shared_address(bars + n % STAGES));
+    mbarrier_arrive(shared_address(bars + n % STAGES));
 }
 
 /* Where 2^G_16 of channels c, c + 1 (c even) lies, in bytes: a thread of a consumer takes channels

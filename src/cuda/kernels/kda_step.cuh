@@ -18,6 +18,7 @@
 #pragma once
 #include "kda_step_params.h"
 #include "kda_ptx.cuh"
+#include "kda_ragged.cuh"
 
 #define LOG2E 1.4426950408889634f
 #define EPSILON 1e-6f
@@ -73,27 +74,6 @@ template <int LANES, int R> ATTN_DEVICE float row_sums(float (&x)[R], int at)
     }
     float sum = x[0];
     for (; step; step /= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);
-    return sum;
-}
-
-ATTN_DEVICE int64_t boundary(const attn_kda_step_params &p, int i)
-{
-    int64_t at = p.cu_is_64 ? ((const int64_t *)p.cu_seqlens)[i]
-                            : ((const int32_t *)p.cu_seqlens)[i];
-    return at < 0 ? 0 : at > p.t ? p.t : at;
-}
-
-/* Checkpoints of the sequences before `sequence`.  All lanes get the sum. */
-ATTN_DEVICE int64_t checkpoints_before(const attn_kda_step_params &p, int sequence)
-{
-    if (!p.cu_seqlens) return (int64_t)sequence * (p.t / p.every);
-    int64_t sum = 0;
-    for (int i = threadIdx.x % 32; i < sequence; i += 32) {
-        int64_t length = boundary(p, i + 1) - boundary(p, i);
-        sum += length > 0 ? length / p.every : 0;
-    }
-#pragma unroll
-    for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);
     return sum;
 }
 

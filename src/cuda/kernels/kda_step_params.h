@@ -36,7 +36,6 @@ struct attn_kda_step_params {
     int32_t every;
     int32_t cu_is_64, state_is_bf16, checkpoint_is_bf16;
     int32_t gate_activated, beta_activated;
-    int32_t reserved;
     int32_t aligned;    /* 1: rows of q k g on multiples of 8 bytes */
     float scale, bound; /* of q; lower bound of the log-decay, times log2 e */
 };
