@@ -214,6 +214,8 @@ struct attn_kda_fwd_plan {
     char kernel[96];         /* name of the kernel that will run */
 };
 
+/* run takes NULL for a plan too, and makes one itself: for calls that need no workspace, and others
+ * get ATTN_E_WORKSPACE. */
 ATTN_API attn_status attn_kda_fwd_plan(const struct attn_kda_fwd_args *args,
                                        struct attn_kda_fwd_plan *plan);
 ATTN_API attn_status attn_kda_fwd_run(const struct attn_kda_fwd_args *args,

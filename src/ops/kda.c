@@ -310,12 +310,17 @@ attn_status attn_kda_fwd_run(const struct attn_kda_fwd_args *args,
                              int64_t workspace_bytes, void *stream)
 {
     problem_t p;
-    int64_t shape[8];
+    struct attn_kda_fwd_plan own = {.size = sizeof own};
     ATTN_TRY(attn_kda_fwd_check(args, &p, true));
-    ATTN_TRY(attn_plan_check("kda_fwd", plan, sizeof *plan));
-    attn_kda_fwd_shape(&p, shape);
-    ATTN_CHECK(memcmp(shape, plan->shape, sizeof shape) == 0, ATTN_E_VALUE,
-               "plan: expected one made for these shapes, got another's");
+    attn_kda_fwd_shape(&p, own.shape);
+    if (plan) {
+        ATTN_TRY(attn_plan_check("kda_fwd", plan, sizeof *plan));
+        ATTN_CHECK(memcmp(own.shape, plan->shape, sizeof own.shape) == 0, ATTN_E_VALUE,
+                   "plan: expected one made for these shapes, got another's");
+    } else {
+        ATTN_TRY(attn_backend_for(p.device.device_type)->kda_fwd_plan(&p, &own));
+        plan = &own;
+    }
     ATTN_TRY(attn_workspace_check(workspace, workspace_bytes, plan->workspace_bytes));
     if (attn_log_on())
         attn_log("%s b %lld t %lld n %lld h %lld d %lld workspace %lld", plan->kernel,
