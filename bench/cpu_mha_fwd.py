@@ -17,9 +17,11 @@ contiguous one.  Decode goes round as many caches as make ROTATE_BYTES, more tha
 The ceiling is measured in the same run by bench/ceiling.c: of all threads together the multiply-adds
 in registers that the dtype could use (bf16: the best of tiles, bf16 dot products and fp32; fp16 and
 fp32: fp32, or a third and a sixth of the tiles' rate, as they are exact in two and in three planes of
-bf16), and for decode the rate of reading memory.  Without a C compiler torch's matmul and sum stand
-in, and the row says so.  A row with isa=avx2 runs in a process of its own, whose switches hold us and
-torch's three libraries to AVX2; they are printed, and it has no share, since the ceiling is not held.
+bf16), and for decode the rate of reading memory.  Shares are of the larger of that rate right before and
+right after the row, as neighbours change what a shared machine gives.  Without a C compiler torch's matmul
+and sum stand in, and the row says so.  A row with isa=avx2 runs in a process of its own, whose switches
+hold us and torch's three libraries to AVX2; they are printed, and it has no share, since the ceiling is
+not held.
 The `call` row also says what Python and binding add: its time less that of the same problem run by
 bench/smallest.c.
 """
@@ -120,14 +122,27 @@ def program(name: str, *flags: str) -> str | None:
     return str(path) if built.returncode == 0 else None
 
 
-@functools.cache
-def ceilings() -> dict[str, float]:
-    """Rates of bench/ceiling.c; empty where it cannot be built."""
+def measure_ceilings(*only: str) -> dict[str, float]:
+    """Rates of bench/ceiling.c, or one of them; empty where it cannot be built."""
     path = program("ceiling", "-fopenmp")
     if not path:
         return {}
-    got = subprocess.run([path, str(torch.get_num_threads())], capture_output=True, text=True)
+    command = [path, str(torch.get_num_threads()), "1024", *only]
+    got = subprocess.run(command, capture_output=True, text=True)
     return {name: float(rate) for name, rate in (line.split() for line in got.stdout.splitlines())}
+
+
+@functools.cache
+def ceilings() -> dict[str, float]:
+    return measure_ceilings()
+
+
+def ceiling_now(bound: str | None) -> float:
+    """The rate of ceiling() once more; 0 where torch stands in."""
+    name, _, parts = (bound or "").partition(" / ")
+    if name not in ceilings():
+        return 0.0
+    return measure_ceilings(name).get(name, 0.0) / int(parts or 1)
 
 
 def ceiling(dtype: torch.dtype, memory: bool) -> tuple[str, float]:
@@ -286,14 +301,19 @@ def measure(kind: str, sizes: dict) -> dict:
     def repeated(function):
         return function if many == 1 else lambda: [function() for _ in range(many)]
 
+    bound, rate, before = None, None, 0.0
+    if kind != "call" and "ATTN_CPU" not in os.environ:
+        bound, rate = ceiling(DTYPES[dtype], row.get("memory", False))
+        before = ceiling_now(bound)
     ours, peer = ([t / many for t in ts] for ts in alternate(repeated(row["ours"]), repeated(row["peer"])))
     mine, theirs = statistics.median(ours), statistics.median(peer)
-    share, bound, kernel_seconds = None, None, None
+    share, best_share, kernel_seconds = None, None, None
     if kind == "call":
         kernel_seconds = smallest_run(sizes["d"])
-    elif "ATTN_CPU" not in os.environ:
-        bound, rate = ceiling(DTYPES[dtype], row.get("memory", False))
+    elif bound:
+        rate = max(before, ceiling_now(bound)) or rate
         share = row["bytes" if row.get("memory") else "flops"] / mine / rate
+        best_share = share * mine / min(ours)
     return {
         "op": "mha_fwd",
         "kind": kind,
@@ -306,13 +326,16 @@ def measure(kind: str, sizes: dict) -> dict:
         "flops_per_second": row["flops"] / mine,
         "bytes_per_second": row["bytes"] / mine,
         "ceiling": bound,
+        "ceiling_rate": rate,
         "share": share,
+        "best_share": best_share,
         "overhead_seconds": kernel_seconds and min(ours) - kernel_seconds,
         "peer": row.get("peer_name", "torch SDPA"),
         "peer_seconds": theirs,
         "peer_best": min(peer),
         "peer_spread": spread(peer),
         "ratio": theirs / mine,
+        "best_ratio": min(peer) / min(ours),
     }
 
 
@@ -331,7 +354,9 @@ def as_line(row: dict) -> str:
         extra += f"\n{'':7} with {' '.join(f'{name}={value}' for name, value in row['switches'].items())}"
     for name, ask in row.get("asks", {}).items():
         if row[name] is not None:
-            extra += f"\n{'':7} asked {name} {ask:g}: {row[name]:.2f}{'' if row[name] >= ask else ', missed'}"
+            missed = "" if row[name] >= ask else ", missed"
+            best = f"of the best {row[f'best_{name}']:.2f}"
+            extra += f"\n{'':7} asked {name} {ask:g}: {row[name]:.2f}, {best}{missed}"
     return (
         f"{row['kind']:<7} {shape:<44} {row['dtype']:<5} {row['kernel']:<32} {in_units(row['best'])}"
         f" {in_units(row['seconds'])}"
