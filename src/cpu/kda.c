@@ -7,7 +7,8 @@
  * spread that over threads, with the same bits:
  *
  *   whole   a task is a unit: groups of GROUP chunks are prepared and scanned by one thread, records
- *           and state stay in its caches
+ *           and state stay in its caches.  Where threads get but a few units each, a unit is cut into
+ *           stretches, a task each, first all units' first ones: a slow thread then costs a stretch
  *   waves   for units too few or too uneven to keep all threads busy: a turn prepares wave w of all
  *           units, a task a chunk, while slices of the state, a task each, go through wave w - 1
  *
@@ -15,8 +16,12 @@
  *        |           scan 0    scan 1    ...      units x slices tasks, begun first
  *        | prepare 0 prepare 1 prepare 2 ...      units x wave tasks
  */
+#include <sched.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <string.h>
+
+#include <xmmintrin.h>
 
 #include "core/env.h"
 #include "core/int.h"
@@ -31,9 +36,12 @@ enum { TILE_FORM, TILE_THREADS, TILE_SCRATCH, TILE_RECORDS, TILE_STATES, TILE_WA
 enum { FORM_REF, FORM_KERNEL };
 enum {
     GROUP = 4,           /* chunks a thread prepares before it scans them */
+    STRETCH = 32,        /* chunks of a unit in a task, when units are cut */
+    STRETCH_UNITS = 8,   /* units are cut if there are at most this many a thread */
     WAVE_MAX = 64,       /* chunks of one unit in a wave */
     WAVE_CHUNKS = 128,   /* chunks of all units in a wave, about */
     WAVE_UNITS = 4,      /* waves are for at most this many units a thread */
+    SPINS = 200,         /* looks before a waiting thread gives way */
     TOKENS_A_THREAD = 64 /* with fewer, a thread costs more than it does */
 };
 
@@ -77,15 +85,16 @@ static int64_t record_bytes(const kernel_t *kernel, int64_t d)
     return round_up(kernel->record_bytes(d), 64);
 }
 
-/* Workspace: [checkpoint rows of sequences][scratch of threads][states][records]. */
+/* Workspace: [checkpoint rows of sequences][stretches done][scratch of threads][states][records]. */
 struct layout {
-    int64_t checkpoints, scratch, states, records, bytes;
+    int64_t done, scratch, states, records, bytes;
 };
 
 static struct layout lay_out(const problem_t *p, const plan_t *plan, const kernel_t *kernel)
 {
     struct layout l = {0};
-    l.scratch = p->checkpoint_every ? round_up(8 * p->n, 128) : 0;
+    l.done = p->checkpoint_every ? round_up(8 * p->n, 128) : 0;
+    l.scratch = l.done + round_up(4 * plan->tile[TILE_STATES], 128);
     l.states = l.scratch + plan->tile[TILE_THREADS] * plan->tile[TILE_SCRATCH];
     l.records = l.states + plan->tile[TILE_STATES] * p->d * p->d * 4;
     l.bytes = l.records + plan->tile[TILE_RECORDS] * record_bytes(kernel, p->d);
@@ -106,12 +115,13 @@ attn_status attn_kda_fwd_cpu_plan_with(const struct attn_cpu_kernels *table, con
     plan->tile[TILE_FORM] = FORM_KERNEL;
     plan->tile[TILE_THREADS] = threads;
     plan->tile[TILE_SCRATCH] = round_up(kernel->scratch_bytes(p->d), 128) + 128;
-    plan->tile[TILE_STATES] = threads;
+    plan->tile[TILE_STATES] = threads > 1 && units <= threads * STRETCH_UNITS
+                                  ? max64(threads, units)
+                                  : threads;
     plan->tile[TILE_RECORDS] = threads * GROUP;
     if (threads > 1 && units <= threads * WAVE_UNITS) {
         int64_t wave = min64(max64(WAVE_CHUNKS / units, 4), WAVE_MAX);
         plan->tile[TILE_WAVE] = wave;
-        plan->tile[TILE_STATES] = max64(threads, units);
         plan->tile[TILE_RECORDS] = max64(threads * GROUP, 2 * units * wave);
     }
     plan->workspace_bytes = lay_out(p, plan, kernel).bytes;
@@ -130,7 +140,9 @@ struct call {
     int64_t *checkpoints; /* [n] row of a sequence's first checkpoint */
     char *scratch, *states, *records;
     int64_t record_bytes, slices;
-    int64_t turn; /* of waves */
+    int64_t stretch;  /* chunks in a task of the whole form */
+    atomic_int *done; /* [units] stretches of it, or NULL: units are not cut */
+    int64_t turn;     /* of waves */
 };
 
 static float slope(const problem_t *p, int64_t h)
@@ -226,21 +238,54 @@ static void scan(const struct call *c, int64_t i, const struct attn_kda_seq *s, 
     }
 }
 
-static void whole_unit(void *context, int64_t u, int thread)
+static void wait_for(atomic_int *done, int64_t stretches)
+{
+    int looks = 0;
+    while (atomic_load_explicit(done, memory_order_acquire) < stretches) {
+        if (looks < SPINS) {
+            ++looks;
+            _mm_pause();
+        } else {
+            sched_yield();
+        }
+    }
+}
+
+/* A stretch of a unit.  The one before it was begun long ago, and the thread that has it waits for
+ * earlier ones alone. */
+static void whole_task(void *context, int64_t task, int thread)
 {
     const struct call *c = context;
-    int64_t i = u / c->p->h, h = u % c->p->h;
+    int64_t units = c->p->n * c->p->h, u = task % units, i = u / c->p->h, h = u % c->p->h;
     struct attn_kda_seq s = attn_kda_seq(c->p, i);
-    int64_t count = cut_count(&c->cut, s.len), begin = 0;
+    int64_t count = cut_count(&c->cut, s.len), begin = task / units * c->stretch;
+    int64_t last = min64(begin + c->stretch, count);
+    if (begin && begin >= count) return;
     char *records = c->records + thread * GROUP * c->record_bytes;
-    char *states = c->states + thread * c->p->d * c->p->d * 4;
+    char *states = c->states + (c->done ? u : thread) * c->p->d * c->p->d * 4;
+    if (c->done) wait_for(&c->done[u], task / units);
     do {
-        int64_t end = min64(begin + GROUP, count);
+        int64_t end = min64(begin + GROUP, last);
         for (int64_t chunk = begin; chunk < end; ++chunk)
             prepare(c, &s, h, chunk, records + (chunk - begin) * c->record_bytes, thread);
         scan(c, i, &s, h, begin, end, records, states, 0, c->slices, thread);
         begin = end;
-    } while (begin < count);
+    } while (begin < last);
+    if (c->done) atomic_fetch_add_explicit(&c->done[u], 1, memory_order_release);
+}
+
+static void run_whole(struct call *c, int64_t longest)
+{
+    int64_t units = c->p->n * c->p->h, stretches = 1;
+    c->stretch = longest;
+    if (c->threads > 1 && units <= c->plan->tile[TILE_STATES]) {
+        c->stretch = STRETCH;
+        stretches = max64(ceil_div(longest, STRETCH), 1);
+        for (int64_t u = 0; u < units; ++u) atomic_init(&c->done[u], 0);
+    } else {
+        c->done = NULL;
+    }
+    attn_parallel(c->threads, units * stretches, whole_task, c);
 }
 
 /* Records of a unit in the wave of an even or odd turn. */
@@ -310,6 +355,7 @@ attn_status attn_kda_fwd_cpu_run_with(const struct attn_cpu_kernels *table, cons
         .kernel = kernel,
         .cut = make_cut(p, kernel),
         .checkpoints = (int64_t *)(void *)workspace,
+        .done = (atomic_int *)(void *)(workspace + l.done),
         .scratch = workspace + l.scratch,
         .states = workspace + l.states,
         .records = workspace + l.records,
@@ -330,16 +376,19 @@ attn_status attn_kda_fwd_cpu_run_with(const struct attn_cpu_kernels *table, cons
     if (plan->tile[TILE_WAVE] && c.threads > 1 && uneven(&c, chunks, longest))
         run_waves(&c, longest);
     else
-        attn_parallel(c.threads, p->n * p->h, whole_unit, &c);
+        run_whole(&c, longest);
     return ATTN_OK;
 }
 
 /* ---- kda_step ------------------------------------------------------------------------------------ */
 
+enum { STEP_RUN = 4, STEP_TASKS = 8 }; /* heads a task, if that leaves so many tasks a thread */
+
 struct step_call {
     const problem_t *p;
     const struct attn_kda_step_kernel *kernel;
     int64_t blocks; /* a head's state is cut into */
+    int64_t run;    /* heads of a task: what it fetches ahead is mostly its own */
 };
 
 static void zero_out(const problem_t *p, const struct attn_kda_seq *s, int64_t h)
@@ -350,13 +399,11 @@ static void zero_out(const problem_t *p, const struct attn_kda_seq *s, int64_t h
                (size_t)(bytes * p->d));
 }
 
-/* Task: a block of rows of the state of (sequence, head). */
-static void step_task(void *context, int64_t task, int thread)
+/* A block of rows of the state of unit u, a (sequence, head). */
+static void step_block(const struct step_call *c, int64_t u, int64_t block)
 {
-    (void)thread;
-    const struct step_call *c = context;
     const problem_t *p = c->p;
-    int64_t block = task % c->blocks, u = task / c->blocks, h = u % p->h;
+    int64_t h = u % p->h;
     int64_t rows = p->d / c->blocks, v0 = block * rows, bytes = attn_dtype_bytes(p->dtype);
     struct attn_kda_seq s = attn_kda_seq(p, u / p->h);
     if (s.len == 0) return;
@@ -379,10 +426,18 @@ static void step_task(void *context, int64_t task, int thread)
     c->kernel->run(&x);
 }
 
+static void step_task(void *context, int64_t task, int thread)
+{
+    (void)thread;
+    const struct step_call *c = context;
+    int64_t u = task / c->blocks * c->run, end = min64(u + c->run, c->p->n * c->p->h);
+    for (; u < end; ++u) step_block(c, u, task % c->blocks);
+}
+
 attn_status attn_kda_step_cpu_run_with(const struct attn_cpu_kernels *table, const problem_t *p)
 {
     ATTN_TRY(attn_kda_check_values(p));
-    struct step_call c = {.p = p, .kernel = table->kda_step[p->dtype], .blocks = 1};
+    struct step_call c = {.p = p, .kernel = table->kda_step[p->dtype], .blocks = 1, .run = 1};
     int64_t units = p->n * p->h, most = p->d / 16;
     if (attn_log_on())
         attn_log("%s n %lld h %lld d %lld", c.kernel ? c.kernel->name : "attn_kda_fwd_ref",
@@ -393,7 +448,8 @@ attn_status attn_kda_step_cpu_run_with(const struct attn_cpu_kernels *table, con
     }
     int threads = attn_threads(p->threads, units * most);
     while (c.blocks < most && units * c.blocks < 4 * threads) c.blocks *= 2;
-    attn_parallel(threads, units * c.blocks, step_task, &c);
+    if (units >= STEP_TASKS * STEP_RUN * threads) c.run = STEP_RUN;
+    attn_parallel(threads, ceil_div(units, c.run) * c.blocks, step_task, &c);
     return ATTN_OK;
 }
 

@@ -42,6 +42,39 @@ kda_product(float (*c)[32], bool add, const char *a, int64_t a_next, const char 
     tile_store_at(3, c[16] + 16, row);
 }
 
+/* C[16 m][32] of row tile m: loaded, multiplied and stored while its neighbours are.  Tiles 0 and 1 or 2
+ * and 3 are C, 4 or 5 A; 6 and 7, B, stay. */
+#define KDA_ROWS_LOAD(c0, c1, a0, m)                                                               \
+    tile_load_at(c0, c[16 * (m)], row);                                                            \
+    tile_load_at(c1, c[16 * (m)] + 16, row);                                                       \
+    tile_load_once(a0, a + (m) * TILE_BYTES)
+#define KDA_ROWS_MULTIPLY(c0, c1, a0)                                                              \
+    tile_dpbf16(c0, a0, 6);                                                                        \
+    tile_dpbf16(c1, a0, 7)
+#define KDA_ROWS_STORE(c0, c1, m)                                                                  \
+    tile_store_at(c0, c[16 * (m)], row);                                                           \
+    tile_store_at(c1, c[16 * (m)] + 16, row)
+
+static inline __attribute__((always_inline)) void kda_product_rows(float (*c)[32], const char *a,
+                                                                   const char *b, int64_t tiles)
+{
+    const int64_t row = 32 * sizeof(float);
+    tile_fence();
+    tile_load(6, b);
+    tile_load(7, b + TILE_BYTES);
+    KDA_ROWS_LOAD(0, 1, 4, 0);
+    for (int64_t m = 0; m < tiles; m += 2) {
+        KDA_ROWS_MULTIPLY(0, 1, 4);
+        KDA_ROWS_LOAD(2, 3, 5, m + 1);
+        KDA_ROWS_MULTIPLY(2, 3, 5);
+        KDA_ROWS_STORE(0, 1, m);
+        if (m + 2 < tiles) {
+            KDA_ROWS_LOAD(0, 1, 4, m + 2);
+        }
+        KDA_ROWS_STORE(2, 3, m + 1);
+    }
+}
+
 #include "cpu/x86/kda_fwd_tile.h"
 
 const struct attn_kda_fwd_kernel attn_kda_fwd_bf16_amx = {

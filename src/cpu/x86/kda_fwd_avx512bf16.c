@@ -37,6 +37,11 @@ static inline void kda_product(float (*c)[32], bool add, const char *a, int64_t 
     }
 }
 
+static void kda_product_rows(float (*c)[32], const char *a, const char *b, int64_t tiles)
+{
+    for (int64_t m = 0; m < tiles; m += 2) kda_product(c + 16 * m, true, a + m * 1024, 1024, b, 1);
+}
+
 #include "cpu/x86/kda_fwd_tile.h"
 
 const struct attn_kda_fwd_kernel attn_kda_fwd_bf16_avx512bf16 = {

@@ -333,12 +333,9 @@ static void kda_scan_part(const struct attn_kda_scan *s, int32_t i, struct kda_s
     kda_product(w->c, false, r.t, KDA_TILE, w->x, 1);
     kda_pack_u(w->c, w->u);
     kda_product(w->out, true, r.m, KDA_TILE, w->u, 1);
-    for (int64_t m = 0; m < steps; ++m) {
-        kda_product((float (*)[32])(s->state + 32 * m * KDA_SLICE), true, r.kr + m * 2 * KDA_TILE,
-                    KDA_TILE, w->u, 1);
-        for (int64_t j = m; j < next->rows; j += steps)
-            _mm_prefetch(next->v + j * s->v_row + 2 * next_v0, _MM_HINT_T0);
-    }
+    for (int64_t j = 0; j < next->rows; ++j)
+        _mm_prefetch(next->v + j * s->v_row + 2 * next_v0, _MM_HINT_T0);
+    kda_product_rows((float (*)[32])s->state, r.kr, w->u, 2 * steps);
     kda_put_out(s, p, w->out);
 }
 

@@ -12,7 +12,7 @@
 
 #include "cpu/x86/kda_gate_vec.h"
 
-enum { KDA_STEP_MAX = 16 };
+enum { KDA_STEP_MAX = 16, KDA_STEP_AHEAD = 32 /* rows */ };
 
 /* One token, channels in their own order. */
 struct kda_step_token {
@@ -51,11 +51,11 @@ VEC_INLINE void kda_step_token(enum attn_dtype t, const struct attn_kda_tokens *
     to->kq = vec_reduce_add(kq);
 }
 
-/* Stores and fetches the same place of the next block of rows, so that memory is read while this block is
- * worked on.  After the last block that is the next head's state, or nobody's, which is no fault. */
-VEC_INLINE void kda_step_put(enum attn_dtype memory, char *to, int64_t block, vec x)
+/* Stores and fetches the same place `ahead` bytes on, so that memory is read while rows are worked on.
+ * After the last rows that is the next head's state, or nobody's, which is no fault. */
+VEC_INLINE void kda_step_put(enum attn_dtype memory, char *to, int64_t ahead, vec x)
 {
-    _mm_prefetch((const char *)((uintptr_t)to + (uintptr_t)block), _MM_HINT_T0);
+    _mm_prefetch((const char *)((uintptr_t)to + (uintptr_t)ahead), _MM_HINT_T0);
     vec_store_elem(memory, to, x);
 }
 
@@ -65,7 +65,7 @@ VEC_INLINE void kda_step_rows(enum attn_dtype t, enum attn_dtype memory,
                               const struct kda_step_token *tokens, int32_t v0)
 {
     int32_t d = s->tokens.d, last = s->tokens.rows - 1;
-    int64_t bytes = attn_dtype_bytes(memory), block = VEC_LANES * d * bytes;
+    int64_t bytes = attn_dtype_bytes(memory), ahead = KDA_STEP_AHEAD * d * bytes;
     char *state = s->state + v0 * d * bytes;
     float rows[VEC_LANES][KDA_WIDTH] __attribute__((aligned(64)));
     for (int r = 0; r < VEC_LANES; ++r)
@@ -98,7 +98,7 @@ VEC_INLINE void kda_step_rows(enum attn_dtype t, enum attn_dtype memory,
                 if (i < last)
                     vec_store(&rows[r][c], y);
                 else
-                    kda_step_put(memory, state + (r * d + c) * bytes, block, y);
+                    kda_step_put(memory, state + (r * d + c) * bytes, ahead, y);
             }
         }
     }
