@@ -28,6 +28,7 @@ if libattn.__version__ != LIBATTN:
     )
 
 _Tensor = torch.Tensor
+_bf16 = torch.bfloat16
 _threads = torch.get_num_threads
 _NO_DISPATCH = _Tensor.__torch_dispatch__
 
@@ -39,13 +40,21 @@ def _number(name, value):
     return float(value)
 
 
-def _direct(tensors):
-    """Whether q, the first, lies on a CPU or a CUDA device and all are plain tensors or None."""
-    for x in tensors:
+def _direct(rows, more):
+    """Whether rows, of which q is the first, are plain tensors on a CPU or a CUDA device, and the others
+    plain ones or None."""
+    for x in rows:
+        if type(x) is not _Tensor:
+            return False
+    for x in more:
         if x is not None and (type(x) is not _Tensor or x.is_neg()):
             return False
-    q = tensors[0]
-    return q is not None and (q.is_cuda or q.is_cpu)
+    q = rows[0]
+    if q.dtype is not _bf16:  # no complex number has parts of bf16: such a tensor is no negated view
+        for x in rows:
+            if x.is_neg():
+                return False
+    return q.is_cuda or q.is_cpu
 
 
 def _input(name, x):
@@ -121,8 +130,10 @@ def fwd(
     Returns None.  Raises classes of libattn.errors, which are RuntimeErrors, and TypeError for a
     required argument that is not there.
     """
-    inputs = (q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, state_indices)
-    if not _direct((*inputs, out, final_state, checkpoint_states)):
+    if not _direct(
+        (q, k, v, g, beta, out),
+        (A_log, dt_bias, initial_state, final_state, cu_seqlens, state_indices, checkpoint_states),
+    ):
         if musa.is_on_musa(q):
             if checkpoint_states is not None or checkpoint_every or state_indices is not None:
                 raise NotBuiltError(
@@ -197,7 +208,7 @@ def step(
 
     Returns None; raises as fwd does.
     """
-    if not _direct((q, k, v, g, beta, A_log, dt_bias, state_indices, cu_seqlens, out, state)):
+    if not _direct((q, k, v, g, beta, out), (A_log, dt_bias, state_indices, cu_seqlens, state)):
         if musa.is_on_musa(q):
             raise NotBuiltError("flash_kda.step: MATE has no such function for tensors on MUSA")
         _check_outputs(out=out, state=state)
