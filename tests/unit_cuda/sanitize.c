@@ -247,18 +247,21 @@ static void mha_group(int dtype, int64_t d_qk, int64_t d_v)
     mha_decode(type, d_qk, d_v, 3);
 }
 
-static void mla_group(int dtype, int64_t h, int64_t page)
+/* Up to 32 sequences with boxes of keys have a kernel of their own. */
+static void mla_group(int dtype, int64_t h, int64_t page, int64_t b)
 {
     int64_t columns = (200 + page - 1) / page;
+    int32_t lengths[64];
+    for (int64_t i = 0; i < b; ++i) lengths[i] = (int32_t[]){200, 0, 70}[i % 3];
     DLDataType type = types[dtype];
     struct attn_mla_decode_args a = {
         .size = sizeof a,
-        .q = filled(type, SHAPE(3, 2, h, 576)),
-        .k_cache = filled(type, SHAPE(3 * columns, page, 1, 576)),
-        .block_table = table(3, columns),
-        .cache_seqlens = INTS(200, 0, 70),
-        .out = empty(type, SHAPE(3, 2, h, 512)),
-        .lse = empty(fp32, SHAPE(3, h, 2)),
+        .q = filled(type, SHAPE(b, 2, h, 576)),
+        .k_cache = filled(type, SHAPE(b * columns, page, 1, 576)),
+        .block_table = table(b, columns),
+        .cache_seqlens = ints(b, lengths),
+        .out = empty(type, SHAPE(b, 2, h, 512)),
+        .lse = empty(fp32, SHAPE(b, h, 2)),
         .softmax_scale = 0.04,
         .head_dim_v = 512,
         .causal = 1,
@@ -372,7 +375,11 @@ static int each_group(const char *name)
 {
     static const int64_t widths[][2] = {{64, 64},  {96, 96},   {128, 128}, {192, 128}, {192, 192},
                                         {64, 256}, {256, 256}, {64, 512},  {48, 328}};
-    static const int64_t caches[][2] = {{16, 64}, {128, 64}, {128, 7}}; /* heads, page */
+    static const int64_t caches[][3] = {/* heads, page, sequences */
+                                        {16, 64, 3},
+                                        {128, 64, 3},
+                                        {128, 7, 3},
+                                        {128, 64, 40}};
     char group[64];
     int found = 0;
 #define GROUP(call, ...)                                                                           \
@@ -388,8 +395,8 @@ static int each_group(const char *name)
             GROUP(mha_group(t, widths[i][0], widths[i][1]), "mha_%s_d%dx%d", dtype_names[t],
                   (int)widths[i][0], (int)widths[i][1]);
         for (size_t i = 0; i < sizeof caches / sizeof *caches; ++i)
-            GROUP(mla_group(t, caches[i][0], caches[i][1]), "mla_%s_h%d_page%d", dtype_names[t],
-                  (int)caches[i][0], (int)caches[i][1]);
+            GROUP(mla_group(t, caches[i][0], caches[i][1], caches[i][2]), "mla_%s_h%d_page%d_b%d",
+                  dtype_names[t], (int)caches[i][0], (int)caches[i][1], (int)caches[i][2]);
     }
     for (int d = 64; d <= 128; d += 64) {
         GROUP(kda_fwd_group(d), "kda_fwd_d%d", d);
