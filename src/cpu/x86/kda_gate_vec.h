@@ -24,12 +24,12 @@ enum {
 
 #define KDA_LOG2_E 1.44269504088896341f
 #define KDA_EPSILON 1e-6f
-/* Products of decays from the middle beyond this are left to kda_apart.  lower_bound -5 gives at
- * most exp(5 * 16) = 2^115.5. */
-#define KDA_RANGE 0x1p118f
-/* A row's k_i and q_i meet D_i / D_m, 2^108 down to 2^-115.5, a column's k_j its reciprocal: times this
- * and divided by it both stay as far above the least floats. */
+/* A row's k_i and q_i meet D_i / D_m, with lower_bound -5 exp(5 * 15) = 2^108 down to exp(-5 * 16) =
+ * 2^-115.5, a column's k_j its reciprocal: times this and divided by it both stay as far above the
+ * least floats, so that small elements of k are not flushed. */
 #define KDA_LIFT 0x1p4f
+/* Lifted products of decays from the middle beyond this are left to kda_apart. */
+#define KDA_RANGE 0x1p114f
 
 struct kda_gates {
     float decay[KDA_CHUNK][KDA_WIDTH] __attribute__((aligned(64))); /* a, by place */
@@ -91,20 +91,20 @@ VEC_INLINE void kda_betas(enum attn_dtype t, const struct attn_kda_tokens *x, fl
     for (int32_t i = x->rows; i < KDA_CHUNK; ++i) b[i] = 0;
 }
 
-/* True where products of decays away from the middle token stay within KDA_RANGE; NaN counts as
+/* True where lifted products of decays away from the middle token stay within KDA_RANGE; NaN counts as
  * within. */
 VEC_INLINE bool kda_within(const struct kda_gates *g, int32_t rows, int32_t d)
 {
     vec widest = vec_set1(1.0f), least = vec_set1(1.0f);
     for (int32_t c = 0; c < d; c += VEC_LANES) {
-        vec p = vec_set1(1.0f);
+        vec p = vec_set1(1 / KDA_LIFT);
         for (int32_t i = KDA_MIDDLE; i > 0; --i) {
             if (i >= rows) continue;
             p = vec_mul(p, vec_load(&g->decay[i][c]));
             widest = vec_max(widest, p);
             least = vec_min(least, p);
         }
-        p = vec_set1(1.0f);
+        p = vec_set1(KDA_LIFT);
         for (int32_t i = KDA_MIDDLE + 1; i < rows; ++i) {
             p = vec_mul(p, vec_load(&g->decay[i][c]));
             widest = vec_max(widest, p);
