@@ -8,6 +8,7 @@ import threading
 
 import flash_kda
 import kda_reference as reference
+import libattn
 import pytest
 import torch
 from cases import ROUNDS, SEED
@@ -199,6 +200,21 @@ def test_scales(scale, gate, device):
     EXTREMES[gate](problem)
     problem.scale = scale
     run_and_check(problem)
+
+
+@pytest.mark.parametrize("at", [1, 20])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_token_knows_nothing_of_the_next_decay(dtype, at):
+    """Log-decays of -78 to -82, about what a chunk's products bear: what came before stays as exact.
+    bf16: two roundings of a few sums whose terms cancel."""
+    torch.manual_seed(at)
+    q, k, v = (torch.randn(1, at + 1, 2, 128).to(DTYPES[dtype]) for _ in range(3))
+    g = torch.full_like(q, -0.01)
+    g[:, at] = -torch.linspace(78, 82, 128)
+    beta, more = torch.rand(1, at + 1, 2).to(q), {"gate_activated": True, "beta_activated": True}
+    out = libattn.kda_fwd(q, k, v, g, beta, 0.09, 0.0, **more)
+    alone = libattn.kda_fwd(*(x[:, :at] for x in (q, k, v, g, beta)), 0.09, 0.0, **more)
+    assert rms_ratio(out[:, :at], alone.double()) <= (0.02 if dtype == "bf16" else 2e-4)
 
 
 def test_a_scale_below_the_least_float():
