@@ -12,11 +12,11 @@
  * U, and S as an operand; S itself stays fp32.
  *
  *   operand          rows x columns          made by
- *   kd qd    A       token x channel         packing even and odd channels of a token: its own order
+ *   kd qd    A       token x place of K      packing 32 places of a token
  *   kr       A       place of K x token      16 x 16 transposes of token pairs
  *   T M      A       token x token           packing rows
- *   k D_m/D  B       channel x token         16 x 16 transposes of channel pairs
- *   S        B       channel x value         packing the rows of an even and an odd channel
+ *   k D_m/D  B       place of K x token      16 x 16 transposes of pairs of places
+ *   S        B       place of K x value      packing the rows of two places
  *   X U      B       token x value           packing the rows of two tokens
  *
  * scan, one chunk of one slice; products and vector work that do not wait for each other alternate:
@@ -86,6 +86,9 @@ VEC_INLINE __m512i kda_pack(vec low, vec high)
     return _mm512_mask_blend_epi16(0xaaaaaaaau, l, h);
 }
 
+/* A line of channels: low's 16 places, then high's, as bf16. */
+VEC_INLINE __m512i kda_join(vec low, vec high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
+
 /* ---- prepare --------------------------------------------------------------------------------- */
 
 /* 32 channels of a chunk, even and odd: k and q normalised, zeros past the last token. */
@@ -138,8 +141,8 @@ static void kda_state_factors(const struct attn_kda_tokens *tokens, const struct
             kda_fetch(tokens->k + (tokens->rows + i) * tokens->k_row + 2 * c, KDA_LINE);
         f0 = vec_mul(f0, vec_load(&g->decay[i][c]));
         f1 = vec_mul(f1, vec_load(&g->decay[i][c + 16]));
-        __m512i kd = kda_pack(vec_mul(x->k[i][0], f0), vec_mul(x->k[i][1], f1));
-        __m512i qd = kda_pack(vec_mul(x->q[i][0], f0), vec_mul(x->q[i][1], f1));
+        __m512i kd = kda_join(vec_mul(x->k[i][0], f0), vec_mul(x->k[i][1], f1));
+        __m512i qd = kda_join(vec_mul(x->q[i][0], f0), vec_mul(x->q[i][1], f1));
         kd = _mm512_xor_si512(kd, _mm512_set1_epi32((int)0x80008000u));
         _mm512_store_si512(kda_line(to->kd, d, i, c), kd);
         _mm512_store_si512(kda_line(to->qd, d, i, c), qd);
@@ -169,11 +172,11 @@ VEC_INLINE vec kda_recip(vec x) { return _mm512_rcp14_ps(x); }
 VEC_INLINE __m512i kda_pair_lines(const struct kda_columns *x, int32_t i, int32_t c, int32_t d,
                                   const vec f[2], const vec back[2], struct kda_prepare_scratch *s)
 {
-    __m512i k = kda_pack(vec_mul(x->k[i][0], f[0]), vec_mul(x->k[i][1], f[1]));
-    __m512i q = kda_pack(vec_mul(x->q[i][0], f[0]), vec_mul(x->q[i][1], f[1]));
+    __m512i k = kda_join(vec_mul(x->k[i][0], f[0]), vec_mul(x->k[i][1], f[1]));
+    __m512i q = kda_join(vec_mul(x->q[i][0], f[0]), vec_mul(x->q[i][1], f[1]));
     _mm512_store_si512(kda_line(s->k, d, i, c), k);
     _mm512_store_si512(kda_line(s->q, d, i, c), q);
-    return kda_pack(vec_mul(x->k[i][0], back[0]), vec_mul(x->k[i][1], back[1]));
+    return kda_join(vec_mul(x->k[i][0], back[0]), vec_mul(x->k[i][1], back[1]));
 }
 
 static void kda_pair_factors(const struct attn_kda_tokens *tokens, const struct kda_columns *x,
@@ -260,10 +263,10 @@ static void kda_prepare(const struct attn_kda_tokens *x, char *record, char *scr
 VEC_INLINE void kda_pack_state(float *state, const float *decay, int32_t c, char *to)
 {
     for (int i = 0; i < 16; ++i) {
-        vec even = vec_set1(decay[c + i]), odd = vec_set1(decay[c + 16 + i]);
+        vec even = vec_set1(decay[c + 2 * i]), odd = vec_set1(decay[c + 2 * i + 1]);
         VEC_UNROLL
         for (int n = 0; n < 2; ++n) {
-            float *e = state + (c + i) * KDA_SLICE + 16 * n, *o = e + 16 * KDA_SLICE;
+            float *e = state + (c + 2 * i) * KDA_SLICE + 16 * n, *o = e + KDA_SLICE;
             vec a = vec_load(e), b = vec_load(o);
             _mm512_store_si512(to + n * KDA_TILE + i * KDA_LINE, kda_pack(a, b));
             vec_store(e, vec_mul(a, even));
