@@ -19,9 +19,9 @@
  *   S        B       place of K x value      packing the rows of two places
  *   X U      B       token x value           packing the rows of two tokens
  *
- * scan, one chunk of one slice; products and vector work that do not wait for each other alternate:
- *   products | kd S   qd S            T X            M U   kr0   kr1   kr2   kr3
- *   vectors  |               X = V -       pack U                S0    S1    S2    S3    out
+ * scan, one chunk of one slice:
+ *   products |          kd S   qd S           T X            M U   S += kr U
+ *   vectors  | S = D S                X = V -       pack U                     out
  */
 #ifndef ATTN_CPU_X86_KDA_FWD_TILE_H
 #define ATTN_CPU_X86_KDA_FWD_TILE_H
