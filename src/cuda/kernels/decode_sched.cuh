@@ -237,11 +237,12 @@ ATTN_DEVICE decode_walk decode_start_wide(const attn_decode_params &p, decode_st
     return sm.walk;
 }
 
-/* The walk of this block, in sm.walk.  All threads call it; a barrier must follow. */
+/* The walk of this block, in sm.walk, for thread 0.  All threads call it and meet in it. */
 ATTN_DEVICE void decode_start(const attn_decode_params &p, decode_start_smem &sm)
 {
     decode_piece own;
     decode_walk walk = p.narrow ? decode_start_narrow(p, own) : decode_start_wide(p, sm);
+    __syncthreads(); /* all have taken it */
     if (threadIdx.x == 0) sm.walk = walk;
 }
 

@@ -62,14 +62,16 @@ struct mla_smem {
     key_interval bounds[M]; /* visible keys of each row; a warp of S writes and reads its own 16 */
     decode_piece piece[PIECES];
     int pieces;
+    uint32_t searches; /* for pieces, so far */
     decode_start_smem start;
 
     /* half_full: four warps' tiles (gathered: 128 lanes); rope_full: one tile
-     * p_full: a warp of S each: P and shrink; p_free: L's and R's warps
+     * p_full: S: P and shrink; p_free: L and R
      * s_issued: a warp of S each, once its part of a product is under way
-     * end_full: a warp of S each: normalise; end_free: L's and R's warps */
+     * end_full: S: normalise; end_free: L and R
+     * pieces_free: all threads; pieces_full: thread 0 */
     uint64_t half_full[HALVES], rope_full[ROPES];
-    uint64_t p_full, p_free, s_issued, end_full, end_free;
+    uint64_t p_full, p_free, s_issued, end_full, end_free, pieces_free, pieces_full;
 };
 
 /* ---- loads ----------------------------------------------------------------------------------- */
@@ -309,8 +311,7 @@ ATTN_DEVICE void score(const attn_decode_params &p, mla_smem &sm, step_ring &r)
                 sm.shrink[own + 8] = rows.shrink[1];
             }
             fence_proxy_async_shared();
-            __syncwarp();
-            if (lane == 0) mbarrier_arrive(shared_address(&sm.p_full));
+            mbarrier_arrive(shared_address(&sm.p_full));
             r.step++;
         }
 
@@ -329,8 +330,7 @@ ATTN_DEVICE void score(const attn_decode_params &p, mla_smem &sm, step_ring &r)
             sm.normalise[own] = normalise[0];
             sm.normalise[own + 8] = normalise[1];
         }
-        __syncwarp();
-        if (lane == 0) mbarrier_arrive(shared_address(&sm.end_full));
+        mbarrier_arrive(shared_address(&sm.end_full));
         r.end++;
     }
 }
@@ -358,6 +358,8 @@ ATTN_DEVICE void accumulate(const attn_decode_params &p, const attn_mha_fwd_maps
 #pragma unroll
         for (int e = 0; e < DV / 4; e++)
             o[e] = 0.0f;
+        if (SIDE == 1 && piece.end > piece.begin) /* so that each of its phases is waited for */
+            mbarrier_wait_parity(shared_address(&sm.s_issued), r.step % 2);
         for (int n = piece.end - 1; n >= piece.begin; n--) {
             mbarrier_wait_parity(shared_address(&sm.p_full), r.step % 2);
             float shrink0 = sm.shrink[own], shrink1 = sm.shrink[own + 8];
@@ -386,7 +388,7 @@ ATTN_DEVICE void accumulate(const attn_decode_params &p, const attn_mha_fwd_maps
             wgmma_commit_group();
             wgmma_wait_group<0>();
             wgmma_pin(o);
-            if (lane == 0) mbarrier_arrive(shared_address(&sm.p_free));
+            mbarrier_arrive(shared_address(&sm.p_free));
             named_barrier_sync<SIDE ? BARRIER_R : BARRIER_L, 128>();
             load_half<SOURCE>(p, maps, sm, loader, 1 - SIDE, half, r.rope(), warp);
             r.half.next();
@@ -395,8 +397,7 @@ ATTN_DEVICE void accumulate(const attn_decode_params &p, const attn_mha_fwd_maps
         }
         mbarrier_wait_parity(shared_address(&sm.end_full), r.end % 2);
         float normalise[2] = {sm.normalise[own], sm.normalise[own + 8]};
-        __syncwarp();
-        if (lane == 0) mbarrier_arrive(shared_address(&sm.end_free));
+        mbarrier_arrive(shared_address(&sm.end_free));
         r.end++;
         store_out<FP16, DV / 2>(p, piece, first + own, SIDE * (DV / 2), normalise, o);
     }
@@ -404,17 +405,23 @@ ATTN_DEVICE void accumulate(const attn_decode_params &p, const attn_mha_fwd_maps
 
 /* ---- the kernel ------------------------------------------------------------------------------ */
 
-/* The block's next pieces into sm.piece[]; false: there are none.  All threads call it. */
+/* The block's next pieces into sm.piece[]; false: there are none.  All threads call it, each role in a
+ * loop of its own; thread 0, of those that SEARCH, finds them. */
+template <bool SEARCH>
 ATTN_DEVICE bool find_pieces(const attn_decode_params &p, mla_smem &sm)
 {
-    __syncthreads();
-    if (threadIdx.x == 0) {
+    uint32_t parity = sm.searches % 2;
+    mbarrier_arrive(shared_address(&sm.pieces_free));
+    if (SEARCH && threadIdx.x == 0) {
+        mbarrier_wait_parity(shared_address(&sm.pieces_free), parity);
         int n = 0;
         while (n < PIECES && decode_next(p, sm.start.walk, sm.piece[n]))
             n++;
         sm.pieces = n;
+        sm.searches++;
+        mbarrier_arrive(shared_address(&sm.pieces_full));
     }
-    __syncthreads();
+    mbarrier_wait_parity(shared_address(&sm.pieces_full), parity);
     return sm.pieces > 0;
 }
 
@@ -431,11 +438,14 @@ ATTN_DEVICE void mla_decode_body(const attn_decode_params &p, const attn_mha_fwd
             mbarrier_init(shared_address(&sm.half_full[i]), 4 * lanes);
         for (int i = 0; i < ROPES; i++)
             mbarrier_init(shared_address(&sm.rope_full[i]), lanes);
-        mbarrier_init(shared_address(&sm.p_full), 4);
-        mbarrier_init(shared_address(&sm.p_free), 8);
+        mbarrier_init(shared_address(&sm.p_full), 128);
+        mbarrier_init(shared_address(&sm.p_free), 256);
         mbarrier_init(shared_address(&sm.s_issued), 4);
-        mbarrier_init(shared_address(&sm.end_full), 4);
-        mbarrier_init(shared_address(&sm.end_free), 8);
+        mbarrier_init(shared_address(&sm.end_full), 128);
+        mbarrier_init(shared_address(&sm.end_free), 256);
+        mbarrier_init(shared_address(&sm.pieces_free), THREADS);
+        mbarrier_init(shared_address(&sm.pieces_full), 1);
+        sm.searches = 0;
         fence_mbarrier_init();
         prefetch_tensormap(&maps.k);
         if (SOURCE == APART) prefetch_tensormap(&maps.v);
@@ -446,13 +456,13 @@ ATTN_DEVICE void mla_decode_body(const attn_decode_params &p, const attn_mha_fwd
     int group = __shfl_sync(0xffffffff, (int)threadIdx.x / 128, 0);
     step_ring r = {{0, 0}, 0, 0};
     if (group == 0) {
-        while (find_pieces(p, sm))
+        while (find_pieces<true>(p, sm))
             score<FP16, SOURCE>(p, sm, r);
     } else if (group == 1) {
-        while (find_pieces(p, sm))
+        while (find_pieces<false>(p, sm))
             accumulate<FP16, SOURCE, 0>(p, maps, sm, r);
     } else {
-        while (find_pieces(p, sm))
+        while (find_pieces<false>(p, sm))
             accumulate<FP16, SOURCE, 1>(p, maps, sm, r);
     }
 }

@@ -120,8 +120,7 @@ ATTN_DEVICE void find_pieces(const attn_decode_params &p, few_smem &sm, int tile
         sm.pieces = __popc(lanes);
         sm.share = share;
     }
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(shared_address(&sm.found));
+    mbarrier_arrive(shared_address(&sm.found));
 }
 
 /* ---- loads ----------------------------------------------------------------------------------- */
@@ -350,8 +349,7 @@ ATTN_DEVICE void score(const attn_decode_params &p, const attn_mha_fwd_maps &map
             }
             fresh = false;
             fence_proxy_async_shared();
-            __syncwarp();
-            if (live && lane == 0) mbarrier_arrive(shared_address(&sm.p_full));
+            if (live) mbarrier_arrive(shared_address(&sm.p_full));
             r.step++;
         }
         float sum0 = quad_sum(rows.sum[0]), sum1 = quad_sum(rows.sum[1]);
@@ -392,6 +390,8 @@ ATTN_DEVICE void accumulate(const attn_decode_params &p, const attn_mha_fwd_maps
 #pragma unroll
         for (int e = 0; e < DV / 4; e++)
             o[e] = 0.0f;
+        if (SIDE == 1) /* so that each of its phases is waited for */
+            mbarrier_wait_parity(shared_address(&sm.s_issued), r.step % 2);
 #pragma unroll 1
         for (int n = piece.end - 1; n >= piece.begin; n--) {
             mbarrier_wait_parity(shared_address(&sm.p_full), r.step % 2);
@@ -420,7 +420,7 @@ ATTN_DEVICE void accumulate(const attn_decode_params &p, const attn_mha_fwd_maps
             wgmma_commit_group();
             wgmma_wait_group<0>();
             wgmma_pin(o);
-            if (lane == 0) mbarrier_arrive(shared_address(&sm.p_free));
+            mbarrier_arrive(shared_address(&sm.p_free));
             named_barrier_sync<SIDE ? BARRIER_R : BARRIER_L, 128>();
             load_half(p, maps, sm, loader, 1 - SIDE, place, r.rope(), warp);
             r.next();
@@ -580,11 +580,11 @@ ATTN_DEVICE void mla_decode_few_body(const attn_decode_params &p, const attn_mha
             mbarrier_init(shared_address(&sm.half_full[i]), 4);
         for (int i = 0; i < ROPES; i++)
             mbarrier_init(shared_address(&sm.rope_full[i]), 1);
-        mbarrier_init(shared_address(&sm.found), 1);
+        mbarrier_init(shared_address(&sm.found), 32);
         mbarrier_init(shared_address(&sm.q_full), 1);
         mbarrier_init(shared_address(&sm.q_moved), 1);
-        mbarrier_init(shared_address(&sm.p_full), 4);
-        mbarrier_init(shared_address(&sm.p_free), 8);
+        mbarrier_init(shared_address(&sm.p_full), 128);
+        mbarrier_init(shared_address(&sm.p_free), 256);
         mbarrier_init(shared_address(&sm.s_issued), 4);
         fence_mbarrier_init();
     }
