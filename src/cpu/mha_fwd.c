@@ -44,6 +44,8 @@ enum {
 }; /* plan.tile */
 
 #define PACK_BYTES_MAX ((int64_t)48 << 20) /* of packed K and V, unless one head needs more */
+#define FEW_ROWS 128                       /* a KV head: a block of rows at most */
+#define PACKS_LEAST 16                     /* tasks of them, where heads have few rows */
 #define STREAM_BYTES ((int64_t)4 << 20)    /* of out; less may still be in L2 when it is read */
 #define LARGE_PAGE ((int64_t)2 << 20)
 #define ROTATE_TOKENS 64 /* a task */
@@ -56,17 +58,6 @@ static int64_t floor_div(int64_t a, int64_t b)
 }
 
 /* ---- plan ------------------------------------------------------------------------------------ */
-
-static const struct attn_mha_kernel *choose_kernel(const struct attn_cpu_kernels *table,
-                                                   const problem_t *p)
-{
-    int64_t rows = p->s_q * (p->h_q / p->h_k);
-    const struct attn_mha_kernel *decode = table->mha_decode[p->dtype];
-    const struct attn_mha_kernel *few = table->mha_fwd_short[p->dtype];
-    const struct attn_mha_kernel *many = table->mha_fwd[p->dtype];
-    if (decode && rows <= decode->rows_max) return decode;
-    return few && rows < many->rows_least ? few : many;
-}
 
 /* Splits and keys a split.  Shapes only: about 64 pieces of work in all, none below 256 keys. */
 static void choose_splits(const problem_t *p, const struct attn_mha_kernel *kernel, plan_t *plan)
@@ -86,6 +77,35 @@ static void choose_splits(const problem_t *p, const struct attn_mha_kernel *kern
     }
     plan->piece = max64(round_up(piece, n), n);
     plan->splits = (int32_t)max64(ceil_div(p->s_k, plan->piece), 1);
+}
+
+/* Bytes of the packed K and V of one KV head. */
+static int64_t slot_bytes(const problem_t *p, const struct attn_mha_kernel *kernel)
+{
+    int64_t d_s = p->d_qk + (p->qv.data ? p->d_v : 0);
+    return round_up(ceil_div(max64(p->s_k, 1), kernel->n) * kernel->pack_bytes(d_s, p->d_v), 64);
+}
+
+/* Whether a kernel that packs finds work for many threads though its heads have one block of rows, and
+ * so a task a split: packs of enough of them must be there at a time. */
+static bool packs_feed_threads(const problem_t *p, const struct attn_mha_kernel *kernel)
+{
+    plan_t plan = {0};
+    choose_splits(p, kernel, &plan);
+    int64_t slots = PACK_BYTES_MAX / slot_bytes(p, kernel);
+    return slots >= p->b * p->h_k || slots * plan.splits >= PACKS_LEAST;
+}
+
+static const struct attn_mha_kernel *choose_kernel(const struct attn_cpu_kernels *table,
+                                                   const problem_t *p)
+{
+    int64_t rows = p->s_q * (p->h_q / p->h_k);
+    const struct attn_mha_kernel *decode = table->mha_decode[p->dtype];
+    const struct attn_mha_kernel *few = table->mha_fwd_short[p->dtype];
+    const struct attn_mha_kernel *many = table->mha_fwd[p->dtype];
+    if (decode && rows <= decode->rows_max) return decode;
+    if (few == many || rows >= FEW_ROWS) return many;
+    return rows < many->rows_least || !packs_feed_threads(p, many) ? few : many;
 }
 
 struct layout {
@@ -152,9 +172,7 @@ attn_status attn_mha_fwd_cpu_plan_with(const struct attn_cpu_kernels *table, con
     plan->tile[TILE_SCRATCH] = row_table_bytes(rows, heads) +
                                round_up(kernel->scratch_bytes(d_s, p->d_v, rows, heads), 128);
     if (kernel->pack) {
-        int64_t slot = round_up(ceil_div(max64(p->s_k, 1), kernel->n) *
-                                    kernel->pack_bytes(d_s, p->d_v),
-                                64);
+        int64_t slot = slot_bytes(p, kernel);
         int64_t units = p->b * p->h_k;
         plan->tile[TILE_SLOT_BYTES] = slot;
         plan->tile[TILE_SLOTS] = min64(min64(units, plan->tile[TILE_THREADS]),
