@@ -2,6 +2,7 @@
 """The workspaces of the GPU's ops: nothing beside one is written, a short or crooked one is refused, and so
 is one whose plan was made for pointers that needed less.     python tests/unit_cuda/check_workspace.py"""
 
+import ctypes
 import sys
 
 import torch
@@ -110,12 +111,34 @@ def other_pointers():
     return "refused"
 
 
+def no_plan():
+    """kda_fwd without a plan: what needs no workspace runs, the rest is refused."""
+    stream = torch.cuda.current_stream().cuda_stream
+    out = torch.empty(2, 100, 3, 128, device="cuda", dtype=torch.bfloat16)
+    dense = KdaCall(**{name: randn(*out.shape) for name in "qkvg"}, beta=randn(2, 100, 3), out=out)
+    dense.run()
+    want = out.clone()
+    out.zero_()
+    dense._check(dense.function(ctypes.byref(dense.args), None, None, 0, stream))
+    assert torch.equal(out, want)
+    ragged = kda()
+    size = ragged.plan.workspace_bytes
+    try:
+        ragged._check(ragged.function(ctypes.byref(ragged.args), None, None, 0, stream))
+    except AttnError as error:
+        assert error.status == "WORKSPACE" and f"expected {size} bytes" in str(error), str(error)
+    else:
+        raise AssertionError("not refused")
+    return "ok"
+
+
 def main():
     failures = 0
     for name, run in (
         *((f.__name__, lambda f=f: check(f)) for f in (decode, append_and_prefill, latent, kda)),
         ("kda, copied", lambda: check(lambda: kda(shift=1))),
         ("kda, other pointers", other_pointers),
+        ("kda, no plan", no_plan),
     ):
         try:
             print(f"{name:24} {run()}", flush=True)

@@ -201,7 +201,7 @@ ATTN_DEVICE void consume(const attn_kda_fwd_params &p, kda_fwd_smem<D, VB> &sm, 
     typedef kda_fwd_smem<D, VB> smem;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, token = lane / 2;
     kda_outputs o = {shared_address(sm.out[group * 4 + warp]), NULL, 0, p.out_aligned};
-    /* of both blocks: who made the factors is told, and this one's loader of v */
+    /* block 0's, and how far block 1's lies from it: who made a chunk's factors is told */
     uint32_t empty = address_in_block(shared_address(sm.factor_empty), 0);
     uint32_t apart = address_in_block(shared_address(sm.factor_empty), smem::CLUSTER - 1) - empty;
     float state[D / 2];
