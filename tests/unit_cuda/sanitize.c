@@ -167,16 +167,16 @@ static void run_mha(struct attn_mha_fwd_args *a)
 }
 
 /* Queries and keys of one length, causal: boxes shared by a cluster of 2.  Tiles of 192 rows are for
- * more than 128 queries, those of 128 for fewer. */
-static void mha_dense(DLDataType type, int64_t d_qk, int64_t d_v, int64_t s)
+ * more than 128 queries, of sequences for all multiprocessors. */
+static void mha_dense(DLDataType type, int64_t d_qk, int64_t d_v, int64_t b, int64_t s)
 {
     struct attn_mha_fwd_args a = {
-        .q = filled(type, SHAPE(1, s, 2, d_qk)),
-        .qv = d_v > 256 ? filled(type, SHAPE(1, s, 2, d_v)) : NULL,
-        .k = filled(type, SHAPE(1, s, 1, d_qk)),
-        .v = filled(type, SHAPE(1, s, 1, d_v)),
-        .out = empty(type, SHAPE(1, s, 2, d_v)),
-        .lse = empty(fp32, SHAPE(1, 2, s)),
+        .q = filled(type, SHAPE(b, s, 2, d_qk)),
+        .qv = d_v > 256 ? filled(type, SHAPE(b, s, 2, d_v)) : NULL,
+        .k = filled(type, SHAPE(b, s, 1, d_qk)),
+        .v = filled(type, SHAPE(b, s, 1, d_v)),
+        .out = empty(type, SHAPE(b, s, 2, d_v)),
+        .lse = empty(fp32, SHAPE(b, 2, s)),
         .num_splits = 1,
         .causal = 1,
         .window_left = -1,
@@ -239,8 +239,8 @@ static void mha_decode(DLDataType type, int64_t d_qk, int64_t d_v, int num_split
 static void mha_group(int dtype, int64_t d_qk, int64_t d_v)
 {
     DLDataType type = types[dtype];
-    mha_dense(type, d_qk, d_v, 100);
-    mha_dense(type, d_qk, d_v, 150);
+    mha_dense(type, d_qk, d_v, 1, 100);
+    mha_dense(type, d_qk, d_v, 70, 150);
     mha_gathered(type, d_qk, d_v, 100);
     mha_gathered(type, d_qk, d_v, 150);
     mha_decode(type, d_qk, d_v, 0);
