@@ -50,15 +50,15 @@ def graph_us(fn, flush, n=12):
                 flush.zero_()
             graph.replay()
             torch.cuda.synchronize()
-    found, start, end = [], None, None
-    for e in sorted(profile.events(), key=lambda e: e.time_range.start):
-        if "attn_" in e.name:
-            start = e.time_range.start if start is None else start
-            end = e.time_range.end
-            if "combine" in e.name:
-                found.append(end - start)
-                start = None
-    return sorted(found)[len(found) // 2] if found else float("nan")
+    events = sorted((e for e in profile.events() if "attn_" in e.name), key=lambda e: e.time_range.start)
+    kernels = len(events) // n  # of a replay
+    if not kernels:
+        return float("nan")
+    found = [
+        max(e.time_range.end for e in events[i : i + kernels]) - events[i].time_range.start
+        for i in range(0, kernels * n, kernels)
+    ]
+    return sorted(found)[n // 2]
 
 
 def cache(b, h, h_k, d, keys, page, s_q=1, dtype=torch.bfloat16):

@@ -104,7 +104,7 @@ struct attn_mha_fwd_args {
     const DLTensor *k_new, *v_new; /* [b, s_new, h_k, d] or, with cu_seqlens_k_new, packed */
     const DLTensor *qv;            /* [b, s_q, h_q, d_v] or packed: the second score term */
     const DLTensor *out;           /* q's dtype; bf16 for fp8.  NULL only for plan */
-    const DLTensor *lse;           /* NULL only for plan */
+    const DLTensor *lse;           /* NULL for plan, and on a GPU where it is not wanted */
     const DLTensor *out_accum;     /* fp32 [splits, b, h_q, s_q, d_v] or [splits, h_q, t_q, d_v] */
     const DLTensor *lse_accum;     /* the same without d_v; both needed when plan.splits > 1 */
     const DLTensor *cu_seqlens_q;  /* int32 [b + 1], contiguous, first element 0 */

@@ -105,12 +105,11 @@ attn_status attn_tensor_check(const DLTensor *t, const char *name, int32_t ndim,
 
 attn_status attn_index_check(const DLTensor *t, const char *name, int64_t n, DLDevice device)
 {
-    char wish[32], text[128];
-    snprintf(wish, sizeof wish, "[%lld]", (long long)n);
-    ATTN_TRY(attn_tensor_check(t, name, 1, wish));
+    char text[128];
+    ATTN_TRY(attn_tensor_check(t, name, 1, "one dimension"));
     ATTN_CHECK(t->dtype.code == kDLInt && t->dtype.bits == 32, ATTN_E_DTYPE,
                "%s: expected dtype int32, got %s", name, attn_tensor_dtype_text(t, text));
-    ATTN_CHECK(t->shape[0] == n, ATTN_E_SHAPE, "%s: expected %s, got %s", name, wish,
+    ATTN_CHECK(t->shape[0] == n, ATTN_E_SHAPE, "%s: expected [%lld], got %s", name, (long long)n,
                attn_tensor_shape_text(t, text));
     ATTN_CHECK(n <= 1 || attn_tensor_stride(t, 0) == 1, ATTN_E_SHAPE,
                "%s: expected contiguous, got stride %lld", name,

@@ -46,6 +46,7 @@ static const struct {
     ENTRY(kernel_set_attribute, "cuKernelSetAttribute"),
     ENTRY(kernel_get_function, "cuKernelGetFunction"),
     ENTRY(launch_kernel_ex, "cuLaunchKernelEx"),
+    ENTRY(occupancy_max_active_clusters, "cuOccupancyMaxActiveClusters"),
     ENTRY(memset_d32_async, "cuMemsetD32Async"),
     ENTRY(tensor_map_encode_tiled, "cuTensorMapEncodeTiled"),
 };

@@ -26,6 +26,7 @@ enum {
     CU_DEVICE_CAPABILITY_MAJOR = 75,
     CU_DEVICE_CAPABILITY_MINOR = 76,
     CU_KERNEL_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8,
+    CU_KERNEL_NON_PORTABLE_CLUSTER_SIZE = 14,
     CU_LAUNCH_COOPERATIVE = 2,
     CU_LAUNCH_CLUSTER_DIMENSION = 4,
     CU_LAUNCH_PROGRAMMATIC_STREAM_SERIALIZATION = 6,
@@ -76,6 +77,8 @@ struct attn_cuda_driver {
     cu_result (*kernel_get_function)(cu_kernel *function, cu_kernel kernel);
     cu_result (*launch_kernel_ex)(const struct cu_launch_config *config, cu_kernel kernel,
                                   void **arguments, void **extra);
+    cu_result (*occupancy_max_active_clusters)(int *count, cu_kernel kernel,
+                                               const struct cu_launch_config *config);
     cu_result (*memset_d32_async)(uint64_t address, unsigned value, size_t count, cu_stream stream);
     cu_result (*tensor_map_encode_tiled)(void *map, int type, uint32_t rank, void *base,
                                          const uint64_t *extents, const uint64_t *strides_bytes,

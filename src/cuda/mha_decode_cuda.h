@@ -16,6 +16,7 @@ struct attn_mha_decode_cuda_plan {
     int tiles;          /* row tiles of the longest sequence */
     int parts;          /* blocks that share the keys; the grid is parts * tiles */
     int splits;         /* 0: equal shares for the parts; n: every item is cut in n */
+    int cluster;        /* blocks that share an item and merge in place; 1: no clusters */
     int slot_rows;      /* rows of a partial result in the workspace */
     int64_t out, bytes; /* the workspace: lse, then rows from `out` on; its size */
 };
@@ -28,6 +29,13 @@ attn_status attn_mha_decode_cuda_choose(const struct attn_mha_fwd_problem *probl
                                         const struct attn_mha_fwd_cuda_tile *tiles, int tile_count,
                                         int multiprocessors,
                                         struct attn_mha_decode_cuda_plan *plan);
+
+/* Blocks that could share an item and merge what they have in place, where all items cost the same;
+ * 1: none.  Fewer may be used: with so many, the plan becomes one that needs no workspace. */
+int attn_mha_decode_cuda_cluster(const struct attn_mha_fwd_problem *problem,
+                                 const struct attn_mha_decode_cuda_plan *plan);
+void attn_mha_decode_cuda_use_cluster(const struct attn_mha_fwd_problem *problem, int cluster,
+                                      struct attn_mha_decode_cuda_plan *plan);
 
 /* Parts, slots and workspace of `tiles` row tiles for `items` KV heads times sequences of at most
  * `steps` key steps. */

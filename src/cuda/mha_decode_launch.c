@@ -3,6 +3,7 @@
  * Runs a checked mha_fwd problem through the decode kernels: parameters, tensor maps, one launch and
  * the merging behind it.
  */
+#include <stdatomic.h>
 #include <string.h>
 
 #include "core/int.h"
@@ -10,7 +11,7 @@
 #include "cuda/mla_decode_cuda.h"
 
 #define KERNELS_MAX 64
-#define THREADS 256
+#define DEVICES_MAX 64
 #define COMBINE_THREADS 128
 #define COMBINE_THREADS_MAX 256
 #define COMBINE_BLOCKS_A_MULTIPROCESSOR 8
@@ -30,6 +31,40 @@ static struct attn_cuda_kernel *kernel_at(int i)
                         : &attn_mha_decode_kernels[i];
 }
 
+/* A loading warpgroup, and one or two consumers. */
+static int threads(const struct attn_cuda_kernel *kernel, int cluster)
+{
+    return 128 + 128 * (cluster > 1 ? ATTN_MHA_DECODE_CONSUMERS(kernel->d_v) : 1);
+}
+
+/* How many clusters of `blocks` blocks run side by side: a multiprocessor takes one block, and those
+ * of a cluster share a part of the GPU.  Asked once for each size. */
+static attn_status cluster_room(struct attn_cuda_kernel *kernel,
+                                const struct attn_cuda_device *device, int blocks, int *room)
+{
+    static _Atomic int known[DEVICES_MAX][ATTN_DECODE_CLUSTER_MAX + 1]; /* plus 1 */
+    const struct attn_cuda_driver *cu;
+    cu_kernel handle;
+    *room = 0;
+    if (device->device >= DEVICES_MAX) return ATTN_OK;
+    *room = atomic_load_explicit(&known[device->device][blocks], memory_order_relaxed) - 1;
+    if (*room >= 0) return ATTN_OK;
+    ATTN_TRY(attn_cuda_driver(&cu));
+    ATTN_TRY(attn_cuda_kernel_load(kernel, device->device, &handle));
+    struct cu_launch_attribute cluster = {.id = CU_LAUNCH_CLUSTER_DIMENSION,
+                                          .value.cluster = {(unsigned)blocks, 1, 1}};
+    struct cu_launch_config config = {
+        .grid = {(unsigned)blocks, 1, 1},
+        .block = {(unsigned)threads(kernel, blocks), 1, 1},
+        .shared_bytes = (unsigned)kernel->shared_bytes,
+        .attributes = &cluster,
+        .attribute_count = 1,
+    };
+    if (cu->occupancy_max_active_clusters(room, handle, &config)) *room = 0; /* not that large */
+    atomic_store_explicit(&known[device->device][blocks], *room + 1, memory_order_relaxed);
+    return ATTN_OK;
+}
+
 static attn_status choose(const problem_t *p, const struct attn_cuda_device *device, plan_t *plan)
 {
     struct attn_mha_fwd_cuda_tile tiles[KERNELS_MAX];
@@ -38,7 +73,16 @@ static attn_status choose(const problem_t *p, const struct attn_cuda_device *dev
         const struct attn_cuda_kernel *k = kernel_at(i);
         tiles[i] = (struct attn_mha_fwd_cuda_tile){k->dtype, k->d_qk, k->d_v, k->rows, k->keys};
     }
-    return attn_mha_decode_cuda_choose(p, tiles, count, device->multiprocessors, plan);
+    ATTN_TRY(attn_mha_decode_cuda_choose(p, tiles, count, device->multiprocessors, plan));
+    if (is_latent(plan->kernel)) return ATTN_OK;
+    int cluster = attn_mha_decode_cuda_cluster(p, plan);
+    for (; cluster > 1; cluster /= 2) { /* as large a one as all items find room for at once */
+        int room;
+        ATTN_TRY(cluster_room(kernel_at(plan->kernel), device, cluster, &room));
+        if (room >= p->h_k) break;
+    }
+    attn_mha_decode_cuda_use_cluster(p, cluster, plan);
+    return ATTN_OK;
 }
 
 attn_status attn_mha_decode_cuda_plan(const problem_t *p, const struct attn_cuda_device *device,
@@ -72,12 +116,15 @@ attn_status attn_mha_decode_cuda_check(const problem_t *p, const struct attn_cud
 
 void attn_decode_fill_plan(const plan_t *plan, char *workspace, struct attn_decode_params *params)
 {
-    params->partial_lse = (float *)(void *)workspace;
-    params->partial_out = (float *)(void *)(workspace + plan->out);
+    if (plan->bytes) {
+        params->partial_lse = (float *)(void *)workspace;
+        params->partial_out = (float *)(void *)(workspace + plan->out);
+    }
     params->tiles = plan->tiles;
     params->parts = plan->parts;
     params->splits = plan->splits;
     params->slot_rows = plan->slot_rows;
+    params->cluster = plan->cluster;
 }
 
 static attn_status launch_combine(struct attn_decode_params *params,
@@ -127,15 +174,23 @@ attn_status attn_decode_launch(struct attn_decode_params *params,
     cu_kernel handle;
     ATTN_TRY(attn_cuda_driver(&cu));
     ATTN_TRY(attn_cuda_kernel_load(kernel, device->device, &handle));
-    struct cu_launch_attribute early = {.id = CU_LAUNCH_PROGRAMMATIC_STREAM_SERIALIZATION,
-                                        .value.programmatic = 1};
+    struct cu_launch_attribute attributes[2];
+    unsigned count = 0;
+    if (params->cluster > 1)
+        attributes[count++] =
+            (struct cu_launch_attribute){.id = CU_LAUNCH_CLUSTER_DIMENSION,
+                                         .value.cluster = {(unsigned)params->cluster, 1, 1}};
+    if (params->after_append)
+        attributes[count++] =
+            (struct cu_launch_attribute){.id = CU_LAUNCH_PROGRAMMATIC_STREAM_SERIALIZATION,
+                                         .value.programmatic = 1};
     struct cu_launch_config config = {
         .grid = {(unsigned)(params->parts * params->tiles), 1, 1},
         .block = {(unsigned)threads, 1, 1},
         .shared_bytes = (unsigned)kernel->shared_bytes,
         .stream = stream,
-        .attributes = &early,
-        .attribute_count = params->after_append ? 1 : 0,
+        .attributes = attributes,
+        .attribute_count = count,
     };
     const struct attn_mha_fwd_params *call = &params->call;
     params->by_group = attn_divisor_of(call->group);
@@ -147,7 +202,7 @@ attn_status attn_decode_launch(struct attn_decode_params *params,
     void *arguments[] = {params, (void *)(uintptr_t)maps};
     ATTN_TRY(
         attn_cuda_status(cu->launch_kernel_ex(&config, handle, arguments, NULL), kernel->name));
-    bool merges = params->splits ? params->splits > 1 : params->parts > 1;
+    bool merges = params->splits ? params->splits > 1 : params->parts > 1 && params->cluster <= 1;
     return merges ? launch_combine(params, device, stream) : ATTN_OK;
 }
 
@@ -204,5 +259,6 @@ attn_status attn_mha_decode_cuda_launch(const problem_t *p, const struct attn_cu
     struct attn_cuda_kernel *kernel = kernel_at(plan.kernel);
     if (is_latent(plan.kernel))
         return attn_mla_decode_launch(&params, &maps, kernel, device, stream);
-    return attn_decode_launch(&params, &maps, kernel, THREADS, device, stream);
+    return attn_decode_launch(&params, &maps, kernel, threads(kernel, plan.cluster), device,
+                              stream);
 }

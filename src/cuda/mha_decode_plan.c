@@ -30,6 +30,7 @@ void attn_decode_share(int64_t tiles, int64_t items, int64_t steps, int64_t rows
     parts = clamp64(parts, 1, pieces > 1 ? pieces : 1);
     plan->tiles = (int)tiles;
     plan->parts = (int)parts;
+    plan->cluster = 1;
     plan->slot_rows = (int)clamp64(rows, 1, ATTN_DECODE_ROWS);
     int64_t slots = plan->splits || parts == 1 ? 0 : 2 * parts * tiles;
     plan->out = round_up(slots * plan->slot_rows * 4, 64);
@@ -74,14 +75,34 @@ attn_status attn_mha_decode_cuda_choose(const struct attn_mha_fwd_problem *p,
                "q: fewer than 2^30 rows of a KV head are built for Hopper's splits, got %lld",
                (long long)rows);
     plan->box_rows = attn_mha_fwd_cuda_box(p, ATTN_DECODE_KEYS);
-    plan->splits = p->num_splits > 0 ? p->num_splits : 0;
+    int64_t steps = ceil_div(p->s_k, ATTN_DECODE_KEYS);
+    plan->splits = p->num_splits > 0 ? p->num_splits : steps <= 1; /* a step is not cut */
     int64_t items = p->b * p->h_k;
     ATTN_CHECK(plan->splits <= 1 || items * (rows + ATTN_DECODE_ROWS) < (int64_t)1 << 31,
                ATTN_E_NOT_BUILT,
                "q: fewer than 2^31 rows are built for num_splits > 1 on Hopper, got %lld",
                (long long)(items * rows));
     int64_t blocks = multiprocessors - p->sm_margin;
-    attn_decode_share(row_tiles > 0 ? row_tiles : 1, items, ceil_div(p->s_k, ATTN_DECODE_KEYS),
-                      rows, p->d_v, (int)clamp64(blocks, 1, multiprocessors), plan);
+    attn_decode_share(row_tiles > 0 ? row_tiles : 1, items, steps, rows, p->d_v,
+                      (int)clamp64(blocks, 1, multiprocessors), plan);
     return ATTN_OK;
+}
+
+int attn_mha_decode_cuda_cluster(const struct attn_mha_fwd_problem *p,
+                                 const struct attn_mha_decode_cuda_plan *plan)
+{
+    int cluster = 1;
+    if (p->b != 1 || plan->tiles > 1 || plan->splits) return 1;
+    while (2 * cluster <= ATTN_DECODE_CLUSTER_MAX && 2 * cluster * p->h_k <= plan->parts)
+        cluster *= 2;
+    return cluster;
+}
+
+void attn_mha_decode_cuda_use_cluster(const struct attn_mha_fwd_problem *p, int cluster,
+                                      struct attn_mha_decode_cuda_plan *plan)
+{
+    if (cluster <= 1 || 5 * cluster * p->h_k < 2 * plan->parts) return; /* too many would idle */
+    plan->cluster = cluster;
+    plan->parts = cluster * (int)p->h_k;
+    plan->out = plan->bytes = 0;
 }

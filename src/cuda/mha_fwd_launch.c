@@ -5,6 +5,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "core/int.h"
 #include "cuda/mha_decode_cuda.h"
 #include "cuda/tma.h"
 
@@ -192,11 +193,8 @@ static attn_status encode_maps(const problem_t *p, const plan_t *plan,
                                     "v: cuTensorMapEncodeTiled", &maps->v);
 }
 
-/* The workspace before decode's part: the ticket, then kv_append's. */
-static int64_t head_bytes(const problem_t *p)
-{
-    return TICKET_BYTES + (attn_kv_append_bytes(p) + 63) / 64 * 64;
-}
+/* The workspace: kv_append's part, then decode's own or the ticket of mha_fwd. */
+static int64_t append_bytes(const problem_t *p) { return round_up(attn_kv_append_bytes(p), 64); }
 
 static attn_status plan_on(const problem_t *p, const struct attn_cuda_device *device,
                            struct attn_mha_fwd_plan *out)
@@ -204,13 +202,13 @@ static attn_status plan_on(const problem_t *p, const struct attn_cuda_device *de
     plan_t plan;
     if (attn_mha_decode_cuda_wanted(p, device->multiprocessors)) {
         ATTN_TRY(attn_mha_decode_cuda_plan(p, device, out));
-        out->workspace_bytes += head_bytes(p);
+        out->workspace_bytes += append_bytes(p);
         return ATTN_OK;
     }
     ATTN_TRY(choose(p, device, &plan));
     out->splits = 1;
     out->piece = p->s_k;
-    out->workspace_bytes = head_bytes(p);
+    out->workspace_bytes = append_bytes(p) + TICKET_BYTES;
     out->tile[0] = plan.kernel;
     out->tile[1] = plan.cluster;
     out->tile[2] = plan.gather;
@@ -275,16 +273,16 @@ static attn_status append_and_launch(const problem_t *p, const struct attn_cuda_
     plan_t plan;
     bool decode = attn_mha_decode_cuda_wanted(p, device->multiprocessors);
     if (decode)
-        ATTN_TRY(attn_mha_decode_cuda_check(p, device, workspace_bytes - head_bytes(p)));
+        ATTN_TRY(attn_mha_decode_cuda_check(p, device, workspace_bytes - append_bytes(p)));
     else if (p->k_new.data)
         ATTN_TRY(choose(p, device, &plan));
     if (p->k_new.data) {
-        ATTN_TRY(attn_kv_append_launch(p, device->device, workspace + TICKET_BYTES, stream));
-        attn_kv_append_result(p, workspace + TICKET_BYTES, &after);
+        ATTN_TRY(attn_kv_append_launch(p, device->device, workspace, stream));
+        attn_kv_append_result(p, workspace, &after);
     }
     if (p->s_q == 0 || p->t_q == 0) return ATTN_OK;
-    if (decode)
-        return attn_mha_decode_cuda_launch(&after, device, workspace + head_bytes(p), stream);
+    if (workspace) workspace += append_bytes(p);
+    if (decode) return attn_mha_decode_cuda_launch(&after, device, workspace, stream);
     return launch(&after, device, workspace, stream);
 }
 

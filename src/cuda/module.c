@@ -147,6 +147,9 @@ static attn_status load(const struct attn_cuda_driver *cu, struct attn_cuda_kern
     if (!result && kernel->shared_bytes)
         result = cu->kernel_set_attribute(CU_KERNEL_MAX_DYNAMIC_SHARED_SIZE_BYTES,
                                           kernel->shared_bytes, kernel->handle, device);
+    if (!result)
+        result = cu->kernel_set_attribute(CU_KERNEL_NON_PORTABLE_CLUSTER_SIZE, 1, kernel->handle,
+                                          device);
     struct attn_cuda_function f = {.context = id, .next = atomic_load(&kernel->functions)};
     if (!result) result = cu->kernel_get_function(&f.handle, kernel->handle);
     if (result) return attn_cuda_status(result, kernel->name);

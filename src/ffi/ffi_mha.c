@@ -101,12 +101,12 @@ static int lay_out(hidden_tensor *h, const struct attn_mha_fwd_args *a, int64_t 
     return 0;
 }
 
-/* Runs with the workspace in scratch, and there too the outputs that the caller left out: the lse,
- * and the partial results of a split call. */
+/* Runs with the workspace in scratch, and there too the outputs that the caller left out: on a CPU
+ * the lse, and the partial results of a split call. */
 static int run_in_scratch(struct attn_mha_fwd_args *a, const struct attn_mha_fwd_plan *plan)
 {
     hidden_tensor lse, out_accum, lse_accum;
-    const int hide_lse = !a->lse;
+    const int hide_lse = !a->lse && a->q->device.device_type == kDLCPU;
     const int hide_accum = plan->splits > 1 && !a->out_accum && !a->lse_accum;
     lse.bytes = out_accum.bytes = lse_accum.bytes = 0;
     if (hide_lse && lay_out(&lse, a, 0, 0)) return -1;

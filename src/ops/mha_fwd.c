@@ -447,11 +447,13 @@ static attn_status check_outputs(const args_t *a, problem_t *p)
     bool packed = p->cu_seqlens_q != NULL;
     int64_t rows = packed ? p->t_q : p->s_q, unused = 0;
     ATTN_CHECK(a->out, ATTN_E_VALUE, "out: expected a tensor, got none");
-    ATTN_CHECK(a->lse, ATTN_E_VALUE, "lse: expected a tensor, got none");
+    ATTN_CHECK(a->lse || p->device.device_type != kDLCPU, ATTN_E_VALUE,
+               "lse: expected a tensor, got none");
     ATTN_TRY(check_rows(a->out, "out", packed ? "[t_q, h_q, d_v]" : "[b, s_q, h_q, d_v]", packed, p,
                         p->out_dtype, (int64_t[]){p->b, rows, p->h_q, p->d_v}, &p->out));
     ATTN_TRY(attn_distinct_check(a->out, "out"));
-    ATTN_TRY(check_lse(a->lse, "lse", p, -1, &p->lse, &unused, &p->lse_batch, &p->lse_head));
+    if (a->lse)
+        ATTN_TRY(check_lse(a->lse, "lse", p, -1, &p->lse, &unused, &p->lse_batch, &p->lse_head));
 
     ATTN_CHECK(!a->out_accum == !a->lse_accum, ATTN_E_VALUE,
                "%s: expected both out_accum and lse_accum or neither, got one",

@@ -28,7 +28,7 @@ struct attn_mha_fwd_problem {
                              positions and metadata are normalised on; s_q <= max_q, s_k <= max_k */
     int64_t t_q, t_k, t_new; /* rows of the packed tensor, or b * extent */
     struct attn_rows q, k, v, k_new, v_new, qv, out;
-    float *lse; /* element (i, h, s) at lse + i * lse_batch + h * lse_head + s */
+    float *lse; /* element (i, h, s) at lse + i * lse_batch + h * lse_head + s; NULL: not wanted */
     int64_t lse_batch, lse_head;
     struct attn_rows out_accum; /* fp32; split s at data + 4 * s * out_accum_split */
     int64_t out_accum_split;

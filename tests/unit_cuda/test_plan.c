@@ -100,7 +100,7 @@ static void check_decode(int n, struct attn_mha_fwd_problem *p)
     EXPECT((t->d_v == 512) == (p->qv.data || p->d_v > 256)); /* the engine that takes qv */
     EXPECT((int64_t)plan.tiles * 64 >= rows && (plan.tiles - 1) * (int64_t)64 < rows);
     EXPECT(plan.parts >= 1 && (plan.parts == 1 || blocks <= 132));
-    EXPECT(plan.splits == (p->num_splits > 0 ? p->num_splits : 0));
+    EXPECT(plan.splits == (p->num_splits > 0 ? p->num_splits : p->s_k <= 64));
     EXPECT(plan.slot_rows == (rows < 64 ? rows : 64));
     EXPECT(plan.box_rows == 0 || (64 % plan.box_rows == 0 && plan.box_rows % 8 == 0));
     if (plan.box_rows && p->page_table) EXPECT(p->page % plan.box_rows == 0 && !p->leftpad_k);
@@ -110,6 +110,19 @@ static void check_decode(int n, struct attn_mha_fwd_problem *p)
         EXPECT(plan.bytes - plan.out == 2 * blocks * plan.slot_rows * p->d_v * 4);
     }
     EXPECT(attn_mha_decode_cuda_wanted(p, 132) || (p->num_splits <= 1 && t->d_v < 512));
+
+    EXPECT(plan.cluster == 1);
+    int cluster = attn_mha_decode_cuda_cluster(p, &plan), before = plan.parts;
+    EXPECT(cluster >= 1 && cluster <= 16 &&
+           cluster * p->h_k <= (before > p->h_k ? before : p->h_k));
+    if (plan.splits || plan.tiles > 1 || p->b != 1) EXPECT(cluster == 1);
+    attn_mha_decode_cuda_use_cluster(p, cluster, &plan);
+    if (plan.cluster > 1) {
+        EXPECT(plan.cluster == cluster && plan.parts == cluster * p->h_k && plan.bytes == 0);
+        EXPECT(plan.parts <= 132 && 5 * plan.parts >= 2 * before);
+    } else {
+        EXPECT(plan.parts == before);
+    }
 }
 
 int main(int argc, char **argv)

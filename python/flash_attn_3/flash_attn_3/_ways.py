@@ -12,25 +12,25 @@ is_traced = torch.compiler.is_dynamo_compiling
 modes = torch._C._len_torch_dispatch_stack
 grad_on = torch.is_grad_enabled
 _Tensor = torch.Tensor
+_bfloat16 = torch.bfloat16
 _Parameter = torch.nn.Parameter
 
 
 def direct(q, k, v, more=()):
     """Whether a call may go straight to libattn; `more` are its other floating-point tensors.
 
-    A negated view (torch._neg_view) may not: torch's dispatcher writes it out, DLPack loses the sign.
+    A negated view may not: torch's dispatcher writes it out, DLPack loses the sign.  Of bf16 there is
+    none, as no complex number has such parts.
     """
     if (
         is_traced()
         or type(q) is not _Tensor
         or type(k) is not _Tensor
         or type(v) is not _Tensor
-        or not (q.is_cpu or q.is_cuda)
+        or not (q.is_cuda or q.is_cpu)
         or modes()
         or forward_ad._current_level >= 0
-        or q.is_neg()
-        or k.is_neg()
-        or v.is_neg()
+        or (q.dtype is not _bfloat16 and (q.is_neg() or k.is_neg() or v.is_neg()))
     ):
         return False
     grad = grad_on()

@@ -40,10 +40,13 @@ __all__ = [
 ]
 
 _attend = mha.attend
+_decode = mha.decode
+_Tensor = torch.Tensor
 _ABSENT = list(mha.FEATURES.values())
 _NAMES = list(mha.FEATURES)
 _NO_LENGTHS = _ABSENT[: _NAMES.index("qv")]
 _NO_APPEND = _ABSENT[_NAMES.index("kv_batch_idx") : _NAMES.index("qv")]
+_WHOLE = (-1, -1)  # the default window
 _FLOATS = slice(5)  # the floating-point tensors of what _tail returns
 
 
@@ -475,7 +478,7 @@ def flash_attn_with_kvcache(
     v_descale=None,
     softmax_scale=None,
     causal=False,
-    window_size=(-1, -1),
+    window_size=_WHOLE,
     attention_chunk=0,
     softcap=0.0,
     rotary_interleaved=True,
@@ -505,6 +508,46 @@ def flash_attn_with_kvcache(
     last two empty unless the call was split.  Raises AssertionError when a cache's last stride is
     not 1.  There is no gradient.
     """
+    if (
+        k is None
+        and v is None
+        and qv is None
+        and rotary_cos is None
+        and rotary_sin is None
+        and type(cache_seqlens) is _Tensor
+        and cache_batch_idx is None
+        and cache_leftpad is None
+        and cu_seqlens_q is None
+        and max_seqlen_q is None
+        and q_descale is None
+        and k_descale is None
+        and v_descale is None
+        and window_size is _WHOLE
+        and scheduler_metadata is None
+        and pack_gqa is None
+        and not sm_margin
+        and not return_softmax_lse
+        and sinks is None
+        and s_aux is None
+        and cp_world_size == 1
+        and cp_tot_seqused_k is None
+        and direct(q, k_cache, v_cache)
+    ):  # what serving calls once a token and layer, without a look at strides
+        try:
+            return _decode(
+                q,
+                k_cache,
+                v_cache,
+                softmax_scale,
+                causal,
+                softcap,
+                attention_chunk or 0,
+                num_splits,
+                cache_seqlens,
+                page_table,
+            )
+        except ShapeError:
+            pass  # strides that are copied below, or what is said better there
     try:
         assert k_cache.is_contiguous() or k_cache.stride(-1) == 1, "k_cache: expected last stride 1"
         assert v_cache.is_contiguous() or v_cache.stride(-1) == 1, "v_cache: expected last stride 1"
@@ -574,20 +617,21 @@ def flash_attn_with_kvcache(
             cp_rank=cp_rank,
             cp_tot_seqused_k=cp_tot_seqused_k,
         )
-    left, right = window_sides(window_size)
-    softmax_scale = score_scale(softmax_scale, q, qv)
+    left, right = window_size if window_size is _WHOLE else window_sides(window_size)
+    if qv is not None:
+        softmax_scale = score_scale(softmax_scale, q, qv)
     if isinstance(cache_seqlens, int):
         batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
         cache_seqlens = torch.full((batch,), cache_seqlens, dtype=torch.int32, device=k_cache.device)
     if straight:
         features = (
-            unit_stride(cu_seqlens_q),
+            None if cu_seqlens_q is None else unit_stride(cu_seqlens_q),
             None,
             -1 if max_seqlen_q is None else int(max_seqlen_q),
             -1,
             None,
-            unit_stride(cache_seqlens),
-            unit_stride(page_table),
+            None if cache_seqlens is None else unit_stride(cache_seqlens),
+            None if page_table is None else unit_stride(page_table),
         )
         if appends:
             features = (

@@ -14,17 +14,23 @@ import torch
 from . import _native
 
 _threads = torch.get_num_threads
+_mha_fwd = _native.mha_fwd
 _float32 = torch.float32
 _float8 = torch.float8_e4m3fn
 _bfloat16 = torch.bfloat16
 
 try:  # a third of torch.empty's price; what torch's own compiled code allocates with
-    from torch._C._dynamo.guards import _empty_strided_cpu
+    from torch._C._dynamo.guards import _empty_strided_cpu, _empty_strided_cuda
 except ImportError:  # pragma: no cover
 
     def _empty_strided_cpu(shape, strides, dtype):
         return torch.empty_strided(shape, strides, dtype=dtype, device="cpu")
 
+    def _empty_strided_cuda(shape, strides, dtype):
+        return torch.empty_strided(shape, strides, dtype=dtype, device="cuda")
+
+
+_current_device = getattr(torch._C, "_cuda_getDevice", lambda: -2)  # of CUDA; an index
 
 LARGE = 2 << 20  # elements of a fresh out, of one sequence where they lie apart
 
@@ -57,6 +63,19 @@ FEATURES = {
     "pack_gqa": -1,
     "sm_margin": 0,
 }
+
+
+def fresh_out(q, shape, strides):
+    """A contiguous result of that shape beside q, of its dtype, or bf16 for fp8."""
+    dtype = q.dtype
+    if dtype is _float8:
+        dtype = _bfloat16
+    if q.is_cuda:
+        if q.get_device() == _current_device():
+            return _empty_strided_cuda(shape, strides, dtype)
+    elif q.is_cpu:
+        return _empty_strided_cpu(shape, strides, dtype)
+    return q.new_empty(shape, dtype=dtype)
 
 
 def attend(
@@ -94,22 +113,14 @@ def attend(
         if softmax_scale is None:
             softmax_scale = d_qk**-0.5 if d_qk else 1.0
         if out is None:
-            d_v = v.shape[-1]
-            dtype = q.dtype
-            if dtype is _float8:
-                dtype = _bfloat16
-            if q.is_cpu:
-                row = h_q * d_v
-                if len(shape) == 4:
-                    out = _empty_strided_cpu((b, s_q, h_q, d_v), (s_q * row, row, d_v, 1), dtype)
-                else:
-                    out = _empty_strided_cpu((s_q, h_q, d_v), (row, d_v, 1), dtype)
-                if s_q * row > LARGE:
-                    _native.ask_huge_pages(out.data_ptr(), out.nbytes)
-            elif d_v == d_qk and dtype is q.dtype and q.is_contiguous():
-                out = torch.empty_like(q)  # half of new_empty's price
+            d_v = v.size(-1)
+            row = h_q * d_v
+            if len(shape) == 4:
+                out = fresh_out(q, (b, s_q, h_q, d_v), (s_q * row, row, d_v, 1))
             else:
-                out = q.new_empty((*shape[:-1], d_v), dtype=dtype)
+                out = fresh_out(q, (s_q, h_q, d_v), (row, d_v, 1))
+            if s_q * row > LARGE and out.is_cpu:
+                _native.ask_huge_pages(out.data_ptr(), out.nbytes)
         if want_lse:
             lse = q.new_empty(heads, dtype=_float32)
     except (AttributeError, IndexError, ValueError):
@@ -139,6 +150,54 @@ def attend(
     out_accum = lse.new_empty((splits, *heads, v.shape[-1]))
     use(*args[:-1], False, *features, *absent, out_accum, lse_accum)
     return out, lse, out_accum, lse_accum
+
+
+def decode(
+    q,
+    k,
+    v,
+    softmax_scale,
+    causal,
+    softcap,
+    attention_chunk,
+    num_splits,
+    seqused_k,
+    page_table,
+):
+    """attend's out for what serving calls once a token and layer: dense q, a cache, nothing rare."""
+    try:
+        b, s_q, h_q, d_qk = q.shape
+        d_v = v.size(-1)
+    except (IndexError, ValueError):
+        b = s_q = h_q = d_qk = d_v = 0  # the native function says what is wrong
+    if softmax_scale is None:
+        softmax_scale = d_qk**-0.5 if d_qk else 1.0
+    row = h_q * d_v
+    out = fresh_out(q, (b, s_q, h_q, d_v), (s_q * row, row, d_v, 1))
+    _mha_fwd(
+        q,
+        k,
+        v,
+        out,
+        None,
+        softmax_scale,
+        causal,
+        -1,
+        -1,
+        softcap,
+        attention_chunk,
+        num_splits,
+        _threads(),
+        False,
+        None,
+        None,
+        -1,
+        -1,
+        None,
+        seqused_k,
+        page_table,
+    )
+    return out
 
 
 def mha_fwd(

@@ -12,8 +12,7 @@
  * Starts while the decode kernel runs, finds its rows and waits; a block is small enough to lie
  * beside one of it.
  */
-#include "attend.cuh"
-#include "decode_sched.cuh"
+#include "decode_rows.cuh"
 
 enum { THREADS_MAX = 256, ITEMS_MAX = 256 };
 
@@ -100,21 +99,15 @@ ATTN_DEVICE merged merge_pieces(const attn_decode_params &p, const combined_row 
     return m;
 }
 
-ATTN_DEVICE void store_row(const attn_decode_params &p, const combined_row &r, int column,
+ATTN_DEVICE void store_row(const attn_decode_params &p, const query_row &r, int column,
                            const merged &m)
 {
-    const attn_mha_fwd_params &call = p.call;
     const float ln2 = 0.6931471805599453f;
-    bool empty = m.sum == 0.0f;
-    float scale = empty ? 0.0f : 1.0f / m.sum;
+    float scale = m.sum == 0.0f ? 0.0f : 1.0f / m.sum;
     if (column == 0)
-        call.lse[r.b * call.lse_stride_b + r.h_q * call.lse_stride_h + r.at * p.lse_stride_s] =
-            empty ? call.lse_empty : m.top + lg2_approx(m.sum) * ln2;
-    uint16_t *out = (uint16_t *)call.out + r.b * call.out_stride_b + r.at * call.out_stride_s +
-                    r.h_q * call.out_stride_h + column;
-    float x = m.out.x * scale, y = m.out.y * scale, z = m.out.z * scale, w = m.out.w * scale;
-    *(uint2 *)out = p.fp16 ? make_uint2(pack_16x2<1>(x, y), pack_16x2<1>(z, w))
-                           : make_uint2(pack_16x2<0>(x, y), pack_16x2<0>(z, w));
+        write_lse(p, r, m.sum == 0.0f ? p.call.lse_empty : m.top + lg2_approx(m.sum) * ln2);
+    write_four(p, r, column,
+               {m.out.x * scale, m.out.y * scale, m.out.z * scale, m.out.w * scale});
 }
 
 /* The cut items of a call, in the order of the blocks that began them. */
@@ -209,7 +202,7 @@ extern "C" __global__ void __launch_bounds__(THREADS_MAX)
                 merge(m, part);
             }
         }
-        if (group == 0 && r.pieces) store_row(p, r, column, m);
+        if (group == 0 && r.pieces) store_row(p, {r.h_q, r.b, r.at}, column, m);
     }
     wait_for_previous_kernel(); /* always: no later call may overtake the decode kernel */
 }

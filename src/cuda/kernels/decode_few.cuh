@@ -10,7 +10,7 @@
  * (row g and g + 8 of lane 4 g + c), so P is the next A operand as it is.
  */
 #pragma once
-#include "decode_rows.cuh"
+#include "decode_cluster.cuh"
 #include "softmax.cuh"
 
 enum { FEW_ROWS = 16, FEW_KEYS = 16 };
@@ -63,7 +63,7 @@ ATTN_DEVICE void few_outputs(float (&o)[DV / 2], const uint32_t (&packed)[4], ui
  * [warp][row][DV], columns swizzled, and stored. */
 template <int FP16, int DV>
 ATTN_DEVICE void few_store(const attn_decode_params &p, const decode_piece &piece, float *shared,
-                           int half, float normalise, const float (&o)[DV / 2])
+                           int half, float normalise, const float (&o)[DV / 2], float *near)
 {
     int t = (int)threadIdx.x, lane = t % 32, warp = t / 32, g = lane / 4;
 #pragma unroll
@@ -83,7 +83,9 @@ ATTN_DEVICE void few_store(const attn_decode_params &p, const decode_piece &piec
         }
         if (column >= p.call.d_v) continue;
         query_row r = find_row(p, piece, 8 * half + row);
-        if (piece.slot < 0)
+        if (near)
+            *(float4 *)&near[(8 * half + row) * near_rows<DV>::PITCH + column] = sum;
+        else if (piece.slot < 0)
             *(uint2 *)((uint16_t *)p.call.out + r.b * p.call.out_stride_b +
                        r.at * p.call.out_stride_s + r.h_q * p.call.out_stride_h + column) =
                 make_uint2(pack_16x2<FP16>(sum.x, sum.y), pack_16x2<FP16>(sum.z, sum.w));
@@ -98,11 +100,12 @@ template <int FP16, int DQK, int DV, class SMEM>
 ATTN_DEVICE void consume_few(const attn_decode_params &p, SMEM &sm, decode_walk walk,
                              decode_piece next)
 {
-    constexpr int STAGES = SMEM::STAGES, STEP = ATTN_DECODE_KEYS;
+    constexpr int STAGES = SMEM::STAGES, STEP = ATTN_DECODE_KEYS, PITCH = near_rows<DV>::PITCH;
     static_assert(DV <= DQK, "O is merged where q was");
     const attn_mha_fwd_params &call = p.call;
     int t = (int)threadIdx.x, lane = t % 32, warp = t / 32, g = lane / 4;
     int own = warp * FEW_KEYS; /* first key of a step */
+    float *near = p.cluster > 1 ? (float *)sm.k : nullptr;
     decode_ring<STAGES> ring = {0, 0};
     float o[DV / 2], s[FEW_KEYS / 2];
     uint32_t packed[4];
@@ -174,11 +177,15 @@ ATTN_DEVICE void consume_few(const attn_decode_params &p, SMEM &sm, decode_walk 
             softmax_finish(top, sum, call.exp_scale, sink,
                            sink ? load_sink(call, find_row(p, piece, row).h_q) : 0.0f,
                            piece.slot < 0 ? call.lse_empty : -INFINITY, &normalise[h], &lse[h]);
+            if (near) normalise[h] = 1.0f; /* left to merge_cluster */
+            if (near && warp == 0 && lane % 4 == 0)
+                *(float2 *)&near[(g + 8 * h) * PITCH + DV] = make_float2(top, sum);
             normalise[h] *= ex2_approx((rows.max[h] - top) * call.exp_scale);
         }
-        if (warp == 0) store_lse(p, piece, g, lse);
-        few_store<FP16, DV>(p, piece, (float *)sm.q, 0, normalise[0], o);
-        if (piece.rows > 8) few_store<FP16, DV>(p, piece, (float *)sm.q, 1, normalise[1], o);
+        if (warp == 0 && !near) store_lse(p, piece, g, lse);
+        few_store<FP16, DV>(p, piece, (float *)sm.q, 0, normalise[0], o, near);
+        if (piece.rows > 8) few_store<FP16, DV>(p, piece, (float *)sm.q, 1, normalise[1], o, near);
+        if (near) return;
         walk = sm.walk;
     } while (decode_next(p, walk, next));
 }

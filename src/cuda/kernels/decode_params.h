@@ -15,6 +15,7 @@
 #define ATTN_DECODE_ROWS 64 /* of a row tile */
 #define ATTN_DECODE_KEYS 64 /* of a step */
 #define ATTN_DECODE_STAGES_MAX 8
+#define ATTN_DECODE_CLUSTER_MAX 16 /* blocks */
 
 #define ATTN_DECODE_MERGED_BYTES 32 /* of a thread of decode_combine: what its pieces amount to */
 
@@ -57,7 +58,12 @@ struct attn_decode_params {
     int32_t after_append;   /* 1: kv_append comes first and may be running still */
     int32_t narrow;         /* 1: equal shares, at most 32 sequences, less than 2^30 cost in all */
     struct attn_divisor by_group, by_page, by_parts;
+    int32_t cluster; /* 2^n > 1: blocks that share an item; one sequence, one tile */
 };
+
+/* Consumer warpgroups of a block in a cluster, which take its steps in turns; with wider heads one,
+ * as two would not have the registers. */
+#define ATTN_MHA_DECODE_CONSUMERS(d_v) ((d_v) <= 128 ? 2 : 1)
 
 /* Shared memory of an mha_decode kernel: q, stages of k and v (panels of 64 columns), barriers. */
 #define ATTN_DECODE_PANEL (ATTN_DECODE_KEYS * 128)

@@ -67,11 +67,12 @@ ATTN_DEVICE int known_here(int x)
  * last row and right of the last column.  Under way until wait_q. */
 template <int PANELS, int ROWS = ATTN_DECODE_ROWS>
 ATTN_DEVICE void load_query(const attn_decode_params &p, const query_rows &rows,
-                            const decode_piece &piece, int first, int column0, uint32_t dst)
+                            const decode_piece &piece, int first, int column0, uint32_t dst,
+                            int threads = 128)
 {
     constexpr int CHUNKS = PANELS * 8, PANEL = ATTN_DECODE_ROWS * 128;
 #pragma unroll 1
-    for (int i = known_here((int)threadIdx.x) % 128; i < ROWS * CHUNKS; i += 128) {
+    for (int i = known_here((int)threadIdx.x) & (threads - 1); i < ROWS * CHUNKS; i += threads) {
         int row = i / CHUNKS, chunk = i % CHUNKS;
         uint32_t to = dst + chunk / 8 * PANEL + row * 128 + ((chunk % 8 ^ (row & 7)) << 4);
         if (first + row < piece.rows && column0 + chunk * 8 < rows.width)
@@ -87,6 +88,25 @@ ATTN_DEVICE void wait_q()
     fence_proxy_async_shared();
 }
 
+/* The lse of a row, where it is wanted. */
+ATTN_DEVICE void write_lse(const attn_decode_params &p, const query_row &r, float lse)
+{
+    if (p.call.lse)
+        p.call.lse[r.b * p.call.lse_stride_b + r.h_q * p.call.lse_stride_h +
+                   r.at * p.lse_stride_s] = lse;
+}
+
+/* Four columns of a row of out. */
+ATTN_DEVICE void write_four(const attn_decode_params &p, const query_row &r, int column,
+                            const float4 &x)
+{
+    const attn_mha_fwd_params &call = p.call;
+    uint16_t *out = (uint16_t *)call.out + r.b * call.out_stride_b + r.at * call.out_stride_s +
+                    r.h_q * call.out_stride_h + column;
+    *(uint2 *)out = p.fp16 ? make_uint2(pack_16x2<1>(x.x, x.y), pack_16x2<1>(x.z, x.w))
+                           : make_uint2(pack_16x2<0>(x.x, x.y), pack_16x2<0>(x.z, x.w));
+}
+
 /* The lse of a thread's rows `row` and row + 8. */
 ATTN_DEVICE void store_lse(const attn_decode_params &p, const decode_piece &piece, int row,
                            const float (&lse)[2])
@@ -97,8 +117,7 @@ ATTN_DEVICE void store_lse(const attn_decode_params &p, const decode_piece &piec
         if (row + 8 * h >= piece.rows) continue;
         query_row r = find_row(p, piece, row + 8 * h);
         if (piece.slot < 0)
-            p.call.lse[r.b * p.call.lse_stride_b + r.h_q * p.call.lse_stride_h +
-                       r.at * p.lse_stride_s] = lse[h];
+            write_lse(p, r, lse[h]);
         else
             *partial_lse_at(p, piece.slot, r.b, r.h_q, r.at, (row + 8 * h) % ATTN_DECODE_ROWS) =
                 lse[h];

@@ -15,6 +15,9 @@
  * itself: no schedule is made ahead, and none can be stale.
  *
  * splits n > 0.  Every item is cut in n pieces of as many steps, dealt to the parts in turn.
+ *
+ * cluster n > 1.  There is one sequence of one row tile, so that all items cost the same: each is a
+ * cluster's, cut in n pieces of as many steps, some of which may have none.
  */
 #pragma once
 #include "decode_params.h"
@@ -304,11 +307,31 @@ ATTN_DEVICE bool decode_next(const attn_decode_params &p, decode_walk &w, decode
     return false;
 }
 
+/* This block's piece, with p.cluster; false: there are no rows. */
+ATTN_DEVICE bool decode_of_cluster(const attn_decode_params &p, decode_piece &piece)
+{
+    piece.b = 0;
+    int shift = __ffs(p.cluster) - 1;
+    piece.h_kv = (int)blockIdx.x >> shift;
+    if (!decode_locate(p, piece)) return false;
+    int rank = (int)blockIdx.x - piece.h_kv * p.cluster;
+    int begin = piece.begin, steps = piece.end - begin; /* below 2^24 */
+    piece.begin = begin + (steps * rank >> shift);
+    piece.end = begin + (steps * (rank + 1) >> shift);
+    piece.first = rank == 0;
+    piece.slot = rank;
+    return true;
+}
+
 /* Walk and first piece of this block; false: it has none.  All threads call it; a barrier must
  * follow. */
 ATTN_DEVICE bool decode_first(const attn_decode_params &p, decode_start_smem &sm, decode_walk &walk,
                               decode_piece &piece)
 {
+    if (p.cluster > 1) {
+        walk = {p.call.b, 0, 0, 0};
+        return decode_of_cluster(p, piece);
+    }
     if (rarely(!p.narrow)) {
         walk = decode_start_wide(p, sm);
     } else {

@@ -11,10 +11,11 @@
  * last keys first.  Shared memory holds q and as many stages of k and v as fit (3 to 8): what
  * counts here is bytes under way.  S, P and O are in registers as in mha_fwd.
  *
- * Pipeline: the consumer warpgroup runs S of a step beside the softmax of the step before; warps
- * without a live row only take part in the products.  Two warps load k and two load v, each half of
- * a tile, as far ahead as there are stages, also into the next item.  At d 64 and 16 rows or fewer
- * decode_few.cuh consumes.
+ * Pipeline: a consumer warpgroup runs S of a step beside the softmax of the step before; warps
+ * without a live row only take part in the products.  In a cluster (decode_cluster.cuh) two consumers
+ * take the steps in turns; elsewhere there is one.  Two warps load k and two load v, each
+ * half of a tile, as far ahead as there are stages, also into the next item.  At d 64 and 16 rows or
+ * fewer decode_few.cuh consumes.
  *
  * A short call is bound by its way to the first box: instructions come cold, eight in some 100
  * clocks, so the roles share the code of the first piece, k and v that of their loader.
@@ -25,11 +26,13 @@
  */
 #include "decode_few.cuh"
 
-enum { N = ATTN_DECODE_KEYS, M = ATTN_DECODE_ROWS, THREADS = 256, CONSUMER_BARRIER = 1 };
+enum { N = ATTN_DECODE_KEYS, M = ATTN_DECODE_ROWS, CONSUMER_BARRIER = 1 };
 
 template <int DQK, int DV> struct decode_smem {
     static constexpr int QK_PANELS = ATTN_MHA_FWD_PANELS(DQK), V_PANELS = ATTN_MHA_FWD_PANELS(DV);
     static constexpr int STAGES = ATTN_MHA_DECODE_STAGES(DQK, DV);
+    static constexpr int GROUPS = ATTN_MHA_DECODE_CONSUMERS(DV);
+    static constexpr int CONSUMER_REGISTERS = 184, LOADER_REGISTERS = 64;
 
     /* Panels of 64 columns, swizzled: [panel][row][128 bytes]. */
     uint8_t q[QK_PANELS * M * 128];
@@ -169,6 +172,26 @@ ATTN_DEVICE void load_rows(const key_side<DQK, DV> &side, uint32_t dst, uint32_t
     cp_async_mbarrier_arrive(bar);
 }
 
+/* The same for whole rows that are near: every instruction counts. */
+template <int DQK, int DV>
+ATTN_DEVICE void load_whole_rows(const key_side<DQK, DV> &side, uint32_t dst, uint32_t bar,
+                                 int h_kv, int warp, int64_t offset)
+{
+    int own = (int)threadIdx.x % 32 / 8, chunk = (int)threadIdx.x % 8;
+    const uint16_t *column = side.rows.data + h_kv * side.rows.stride_h + chunk * 8;
+    uint32_t to = dst + (32 * warp + own) * 128 + ((chunk ^ own) << 4);
+    uint32_t near = (uint32_t)(offset >> 3);
+#pragma unroll
+    for (int i = 0; i < 8; i++, to += 512) {
+        const uint16_t *from = column + (uint64_t)__shfl_sync(0xffffffff, near, own + 4 * i) * 8;
+#pragma unroll
+        for (int panel = 0; panel < side.MOST; panel++) /* ^ 64: odd half of a swizzle */
+            if (panel < side.panels())
+                cp_async_16((i % 2 ? to ^ 64 : to) + panel * N * 128, from + panel * 64);
+    }
+    cp_async_mbarrier_arrive(bar);
+}
+
 /* All k or v tiles of this block, by warp `warp` of the side's two. */
 template <int DQK, int DV>
 ATTN_DEVICE void load(const attn_decode_params &p, const key_side<DQK, DV> &side, decode_walk &walk,
@@ -187,7 +210,11 @@ ATTN_DEVICE void load(const attn_decode_params &p, const key_side<DQK, DV> &side
             mbarrier_wait_parity(side.empty + 8 * r.stage, r.parity);
             if (call.gather) {
                 int64_t next = gathered_row(p, side.rows, piece, n - 1, row);
-                load_rows(side, dst, bar, piece.h_kv, warp, offset);
+                if (call.gather == ATTN_GATHER_NEAR && side.rows.width == 64 * side.panels() &&
+                    (n + 1) * N <= piece.seq.s_k)
+                    load_whole_rows(side, dst, bar, piece.h_kv, warp, offset);
+                else
+                    load_rows(side, dst, bar, piece.h_kv, warp, offset);
                 offset = next;
             } else {
                 load_boxes(p, side, dst, bar, piece, n, pages, warp);
@@ -197,52 +224,44 @@ ATTN_DEVICE void load(const attn_decode_params &p, const key_side<DQK, DV> &side
     } while (decode_next(p, walk, piece));
 }
 
-/* ---- the consumer warpgroup ------------------------------------------------------------------ */
+/* ---- the consumer warpgroups ----------------------------------------------------------------- */
 
 template <int FP16, int DQK, int DV>
-ATTN_DEVICE void consume(const attn_decode_params &p, decode_smem<DQK, DV> &sm, decode_walk walk,
-                         decode_piece next)
+ATTN_DEVICE void consume(const attn_decode_params &p, decode_smem<DQK, DV> &sm, int group,
+                         int groups, decode_walk walk, decode_piece next)
 {
-    constexpr int STAGES = decode_smem<DQK, DV>::STAGES;
+    typedef decode_smem<DQK, DV> smem;
+    constexpr int STAGES = smem::STAGES;
     const attn_mha_fwd_params &call = p.call;
-    int t = (int)threadIdx.x % 128, lane = t % 32, first = (int)blockIdx.x % p.tiles * M;
+    int t = (int)threadIdx.x % 128, lane = t % 32, first = decode_tile(p) * M;
     int warp_row = first + t / 32 * 16, row = warp_row + lane / 4;
-    uint32_t q = shared_address(sm.q);
-    decode_ring<STAGES> ks = {0, 0}, vs = {0, 0};
+    uint32_t q = shared_address(sm.q), walked = 0; /* steps of this block, so far */
     float o[DV / 2], s[N / 2];
     uint32_t packed[N / 4];
     softmax_rows rows;
     const decode_piece &piece = sm.piece; /* and the walk in shared memory: registers are few */
 
     do {
-        load_query<ATTN_MHA_FWD_PANELS(DQK)>(p, q_rows(p), next, first, 0, q);
+        load_query<smem::QK_PANELS>(p, q_rows(p), next, first, 0, q, 128 * groups);
         int last = min(first + (int)M, next.rows) - 1; /* and what this thread's rows see */
         bool live = warp_row <= last;
-        if (lane < 16)
+        if (group == 0 && lane < 16)
             sm.bounds[warp_row - first + lane] =
                 visible_keys(call, divide(min(warp_row + lane, last), p.by_group), next.seq.s_q,
                              next.seq.s_k, next.cp_tot);
-        if (t == 0) sm.piece = next;
+        if (threadIdx.x == 0) sm.piece = next;
         wait_q();
-        named_barrier_sync<CONSUMER_BARRIER, 128>();
-        if (t == 0) sm.walk = walk;
+        named_barrier_sync<CONSUMER_BARRIER>(128 * groups);
+        if (threadIdx.x == 0) sm.walk = walk;
+
         int whole_begin = (sm.bounds[M - 1].lo + N - 1) / N, whole_end = sm.bounds[0].hi / N;
 
-        auto wait_k = [&]() {
-            mbarrier_wait_parity(shared_address(&sm.k_full[ks.stage]), ks.parity);
+        auto wait = [&](const uint64_t *full, uint32_t step) {
+            mbarrier_wait_parity(shared_address(&full[step % STAGES]), step / STAGES % 2);
             if (call.gather) fence_proxy_async_shared();
         };
-        auto wait_v = [&]() {
-            mbarrier_wait_parity(shared_address(&sm.v_full[vs.stage]), vs.parity);
-            if (call.gather) fence_proxy_async_shared();
-        };
-        auto release_k = [&]() {
-            if (lane == 0) mbarrier_arrive(shared_address(&sm.k_empty[ks.stage]));
-            ks.next();
-        };
-        auto release_v = [&]() {
-            if (lane == 0) mbarrier_arrive(shared_address(&sm.v_empty[vs.stage]));
-            vs.next();
+        auto release = [&](const uint64_t *empty, uint32_t step) {
+            if (lane == 0) mbarrier_arrive(shared_address(&empty[step % STAGES]));
         };
         auto scores_to_probabilities = [&](int n) {
             if (!live) {
@@ -263,39 +282,46 @@ ATTN_DEVICE void consume(const attn_decode_params &p, decode_smem<DQK, DV> &sm, 
 #pragma unroll
         for (int i = 0; i < DV / 2; i++)
             o[i] = 0.0f;
-        int begin = piece.begin, end = piece.end;
-        for (int n = end - 1; n >= begin; n--) {
-            wait_k();
+        int begin = piece.begin, top = piece.end - 1 - group; /* this group's first step */
+        uint32_t step = walked + group;
+        walked += piece.end - begin;
+        for (int n = top; n >= begin; n -= groups, step += groups) {
+            wait(sm.k_full, step);
             wgmma_pin(s);
             wgmma_pin(o);
             wgmma_pin(packed);
             wgmma_fence();
-            issue_qk<FP16, DQK, M, N>(s, q, shared_address(sm.k[ks.stage]));
-            if (n < end - 1) {
-                wait_v();
-                issue_pv<FP16, DV, N>(o, packed, shared_address(sm.v[vs.stage]), 1);
+            issue_qk<FP16, DQK, M, N>(s, q, shared_address(sm.k[step % STAGES]));
+            if (n < top) {
+                wait(sm.v_full, step - groups);
+                issue_pv<FP16, DV, N>(o, packed, shared_address(sm.v[(step - groups) % STAGES]), 1);
             } else {
                 wgmma_commit_group();
             }
             wgmma_wait_group<1>();
             wgmma_pin(s);
-            release_k();
+            release(sm.k_empty, step);
             scores_to_probabilities(n);
             wgmma_wait_group<0>();
             wgmma_pin(o);
-            if (n < end - 1) release_v();
+            if (n < top) release(sm.v_empty, step - groups);
             softmax_pack<FP16, N>(packed, s);
             softmax_rescale<DV>(rows, o);
         }
-        if (begin < end) {
-            wait_v();
+        if (begin <= top) {
+            wait(sm.v_full, step - groups);
             wgmma_pin(o);
             wgmma_pin(packed);
             wgmma_fence();
-            issue_pv<FP16, DV, N>(o, packed, shared_address(sm.v[vs.stage]), 1);
+            issue_pv<FP16, DV, N>(o, packed, shared_address(sm.v[(step - groups) % STAGES]), 1);
             wgmma_wait_group<0>();
             wgmma_pin(o);
-            release_v();
+            release(sm.v_empty, step - groups);
+        }
+        if (p.cluster > 1) { /* one piece a block */
+            named_barrier_sync<CONSUMER_BARRIER>(128 * groups); /* all products are over */
+            float *near = (float *)sm.k + group * near_rows<DV>::FLOATS;
+            return store_near<DV>(near, row, piece.rows, rows, o);
         }
 
         float normalise[2], lse[2];
@@ -309,7 +335,7 @@ ATTN_DEVICE void consume(const attn_decode_params &p, decode_smem<DQK, DV> &sm, 
         }
         store_lse(p, piece, row, lse);
         store_out<FP16, DV>(p, piece, row, 0, normalise, o);
-        named_barrier_sync<CONSUMER_BARRIER, 128>(); /* all products with q are over */
+        named_barrier_sync<CONSUMER_BARRIER>(128 * groups); /* all products with q are over */
         walk = sm.walk;
     } while (decode_next(p, walk, next));
 }
@@ -321,17 +347,19 @@ ATTN_DEVICE void mha_decode_body(const attn_decode_params &p, const attn_mha_fwd
 {
     typedef decode_smem<DQK, DV> smem;
     static_assert(sizeof(smem) <= ATTN_MHA_DECODE_SMEM(DQK, DV), "the host asks for less");
+    static_assert(smem::GROUPS * near_rows<DV>::FLOATS * 4 <= sizeof(smem::k) + sizeof(smem::v),
+                  "results lie there");
     extern __shared__ __align__(1024) uint8_t raw[];
     smem &sm = *(smem *)raw;
 
     int t = (int)threadIdx.x, warp = __shfl_sync(0xffffffff, t / 32, 0);
     if (t % 32 == 0) {
-        if (warp == 7) {
+        if (warp == 4) {
             prefetch_tensormap(&maps.k);
             prefetch_tensormap(&maps.v);
         }
 #pragma unroll 1
-        for (int i = warp; i < 4 * smem::STAGES; i += THREADS / 32) /* in the order of `smem` */
+        for (int i = warp; i < 4 * smem::STAGES; i += (int)blockDim.x / 32) /* in the order of `smem` */
             mbarrier_init(shared_address(&sm.k_full[i]),
                           i >= 2 * smem::STAGES ? 4 : p.call.gather ? 64 : 2);
         fence_mbarrier_init();
@@ -344,19 +372,35 @@ ATTN_DEVICE void mha_decode_body(const attn_decode_params &p, const attn_mha_fwd
     launch_dependents();
     if (!any) return;
 
-    if (warp >= 4) {
-        key_side<DQK, DV> side = choose_side<DQK, DV>(p.call, maps, sm, warp >= 6);
-        return load<DQK, DV>(p, side, walk, piece, warp % 2);
+    int group = warp / 4;
+    int groups = (int)blockDim.x / 128 - 1; /* consumers */
+    bool loads = group == groups;
+    bool few = DQK == 64 && DV == 64 && p.slot_rows <= FEW_ROWS; /* where a step's bytes are fewest */
+    if (loads) {
+        if (smem::GROUPS == 2) setmaxnreg_dec<smem::LOADER_REGISTERS>();
+        key_side<DQK, DV> side = choose_side<DQK, DV>(p.call, maps, sm, warp % 4 >= 2);
+        load<DQK, DV>(p, side, walk, piece, warp % 2);
+    } else {
+        if (smem::GROUPS == 2) setmaxnreg_inc<smem::CONSUMER_REGISTERS>();
+        if (few) groups = 1;
+        if (group >= groups) return;
+        if constexpr (DQK == 64 && DV == 64) {
+            if (few) consume_few<FP16, DQK, DV>(p, sm, walk, piece);
+        }
+        if (!few) consume<FP16, DQK, DV>(p, sm, group, groups, walk, piece);
     }
-    if constexpr (DQK == 64 && DV == 64) { /* where a step's bytes are fewest */
-        if (p.slot_rows <= FEW_ROWS) return consume_few<FP16, DQK, DV>(p, sm, walk, piece);
+    if (p.cluster > 1) {
+        decode_piece merged = loads ? piece : sm.piece;
+        merge_cluster<DV>(p, merged, shared_address(sm.k), (float4 *)sm.q, groups, loads);
     }
-    consume<FP16, DQK, DV>(p, sm, walk, piece);
 }
+
+/* Of a thread: beside two consumers there is room left for a block of decode_combine. */
+#define ATTN_MHA_DECODE_REGISTERS(d_v) (ATTN_MHA_DECODE_CONSUMERS(d_v) == 2 ? 144 : 248)
 
 /* The build compiles this file once a line of mha_decode.def, with the line's fields as macros. */
 #define ATTN_KERNEL(op, arch, dtype, dqk, dv, rows, keys)                                          \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1)                                       \
+    extern "C" __global__ void __maxnreg__(ATTN_MHA_DECODE_REGISTERS(dv))                                       \
         attn_##op##_##arch##_##dtype##_d##dqk##x##dv##_m##rows##n##keys(                           \
             const __grid_constant__ attn_decode_params p,                                          \
             const __grid_constant__ attn_mha_fwd_maps maps)                                        \

@@ -318,7 +318,7 @@ ATTN_DEVICE void store_rows(const attn_mha_fwd_params &p, const row_tile &tile, 
         softmax_finish(rows.max[h], quad_sum(rows.sum[h]), p.exp_scale, p.sink != ATTN_SINK_NONE,
                        sink, p.lse_empty, &normalise, &lse);
         int64_t at = (int64_t)tile.seq.q_offset + top + i;
-        if (live && c == 0) p.lse[b * p.lse_stride_b + h_q * p.lse_stride_h + at] = lse;
+        if (live && c == 0 && p.lse) p.lse[b * p.lse_stride_b + h_q * p.lse_stride_h + at] = lse;
         uint16_t *out = (uint16_t *)p.out + b * p.out_stride_b + at * p.out_stride_s +
                         h_q * p.out_stride_h;
 #pragma unroll

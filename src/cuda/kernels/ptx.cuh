@@ -53,10 +53,22 @@ template <int ID, int THREADS> ATTN_DEVICE void named_barrier_sync()
     asm volatile("bar.sync %0, %1;" ::"n"(ID), "n"(THREADS) : "memory");
 }
 
+template <int ID> ATTN_DEVICE void named_barrier_sync(int threads)
+{
+    asm volatile("bar.sync %0, %1;" ::"n"(ID), "r"(threads) : "memory");
+}
+
 /* All threads of the cluster.  PTX ISA: barrier.cluster */
 ATTN_DEVICE void cluster_sync()
 {
     asm volatile("barrier.cluster.arrive.aligned;\n"
+                 "barrier.cluster.wait.aligned;" ::: "memory");
+}
+
+/* The same, without an order of what the threads wrote.  PTX ISA: barrier.cluster */
+ATTN_DEVICE void cluster_sync_relaxed()
+{
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\n"
                  "barrier.cluster.wait.aligned;" ::: "memory");
 }
 
@@ -210,6 +222,32 @@ ATTN_DEVICE void store_async_cluster(uint32_t dst, int value, uint32_t bar, uint
                  " }" ::"r"(dst),
                  "r"(value), "r"(bar), "r"(rank)
                  : "memory");
+}
+
+/* Two floats at the same offset in block `rank` of the cluster.  PTX ISA: mapa, ld.shared::cluster */
+ATTN_DEVICE float2 load_cluster_2(uint32_t src, uint32_t rank)
+{
+    float2 x;
+    asm volatile("{ .reg .b32 there;\n"
+                 "mapa.shared::cluster.u32 there, %2, %3;\n"
+                 "ld.shared::cluster.v2.f32 {%0, %1}, [there]; }"
+                 : "=f"(x.x), "=f"(x.y)
+                 : "r"(src), "r"(rank)
+                 : "memory");
+    return x;
+}
+
+/* Four floats at the same offset in block `rank` of the cluster.  PTX ISA: mapa, ld.shared::cluster */
+ATTN_DEVICE float4 load_cluster_4(uint32_t src, uint32_t rank)
+{
+    float4 x;
+    asm volatile("{ .reg .b32 there;\n"
+                 "mapa.shared::cluster.u32 there, %4, %5;\n"
+                 "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there]; }"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                 : "r"(src), "r"(rank)
+                 : "memory");
+    return x;
 }
 
 /* ---- ordinary asynchronous copies ------------------------------------------------------------ */
