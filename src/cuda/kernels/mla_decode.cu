@@ -38,7 +38,6 @@
  */
 #include "decode_rows.cuh"
 #include "mla_tiles.cuh"
-#include "softmax.cuh"
 
 enum { THREADS = 384, D = 576, PIECES = 16 };
 
@@ -93,7 +92,8 @@ ATTN_DEVICE void loader_settle(const attn_decode_params &p, const mla_smem &sm, 
     }
     int row = (int)threadIdx.x % 32 * call.box_rows, key = l.step * N + row;
     if (row < N && key < seq.s_k)
-        l.page = __ldg(call.page_table + seq.k_row * call.page_table_stride + key / call.page);
+        l.page = __ldg(call.page_table + seq.k_row * call.page_table_stride +
+                       divide(key, p.by_page));
 }
 
 /* What the tile of columns 64 * panel .. + 63 is a part of. */
@@ -152,7 +152,7 @@ ATTN_DEVICE void load_tile(const attn_decode_params &p, const attn_mha_fwd_maps 
             int n = min(live - row, rows), position = key + row, source = l.page;
             if (SOURCE == APART) position += piece.seq.k_offset;
             if (SOURCE == LATENT || call.page_table) {
-                position %= call.page;
+                position -= divide(position, p.by_page) * call.page;
                 source = within(source, call.num_pages - 1);
             }
             tma_load_5d(dst + row * 128, columns.map, bar, columns.first, rows - n, position + n,
@@ -290,14 +290,12 @@ ATTN_DEVICE void score(const attn_decode_params &p, mla_smem &sm, step_ring &r)
                 if (n >= sm.whole.hi || n < sm.whole.lo)
                     mask_scores<N>(s, n * N + 2 * (lane % 4), sm.bounds[own],
                                    sm.bounds[own + 8]);
-                softmax_update_max<N>(rows, s, call.exp_scale);
-                softmax_exponentiate<N>(rows, s, call.exp_scale);
+                softmax_guessed<FP16>(rows, packed, s, call.exp_scale);
             } else {
 #pragma unroll
-                for (int e = 0; e < N / 2; e++)
-                    s[e] = 0.0f;
+                for (int e = 0; e < N / 4; e++)
+                    packed[e] = 0;
             }
-            softmax_pack<FP16, N>(packed, s);
 
             mbarrier_wait_parity(shared_address(&sm.p_free), r.step % 2 ^ 1);
 #pragma unroll

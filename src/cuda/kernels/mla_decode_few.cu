@@ -36,7 +36,6 @@
 
 #include "decode_sched.cuh"
 #include "mla_tiles.cuh"
-#include "softmax.cuh"
 
 enum { THREADS = ATTN_MLA_FEW_THREADS, WARPS = THREADS / 32, STRIPS = DV / 8, Q_TILES = 9 };
 enum { SEQUENCES = ATTN_MLA_FEW_SEQUENCES, BATCH = 8 }; /* pieces merged at once */
@@ -327,14 +326,12 @@ ATTN_DEVICE void score(const attn_decode_params &p, const attn_mha_fwd_maps &map
                 if (rarely(!live || n >= sm.whole))
                     mask_scores<N>(s, n * N + 2 * (lane % 4), {0, sm.visible[own]},
                                    {0, sm.visible[own + 8]});
-                softmax_update_max<N>(rows, s, call.exp_scale);
-                softmax_exponentiate<N>(rows, s, call.exp_scale);
+                softmax_guessed<FP16>(rows, packed, s, call.exp_scale);
             } else {
 #pragma unroll
-                for (int e = 0; e < N / 2; e++)
-                    s[e] = 0.0f;
+                for (int e = 0; e < N / 4; e++)
+                    packed[e] = 0;
             }
-            softmax_pack<FP16, N>(packed, s);
 
             if (live) mbarrier_wait_parity(shared_address(&sm.p_free), r.step % 2 ^ 1);
 #pragma unroll

@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: MIT
  *
- * What both kernels of MLA decode do with a step's tiles: S = Q K^T.
+ * What both kernels of MLA decode do in a step: S = Q K^T, and P.
  */
 #pragma once
 #include "attend.cuh"
 #include "decode_params.h"
+#include "softmax.cuh"
 
 enum { N = ATTN_DECODE_KEYS, M = ATTN_DECODE_ROWS, DV = 512 };
 enum { HALVES = ATTN_MLA_DECODE_HALVES, ROPES = ATTN_MLA_DECODE_ROPES };
@@ -33,4 +34,34 @@ ATTN_DEVICE void issue_more_scores(float (&s)[N / 2], const uint32_t (&q)[64], u
 #pragma unroll
     for (int step = 0; step < 16; step++)
         wgmma_rs_k64<FP16>(s, q + 4 * step, b + (step / 4 * (TILE / 16) + step % 4 * 2));
+}
+
+/* P of scores S, packed, and its sums: softmax_update_max, softmax_exponentiate and softmax_pack at
+ * once.  The old maxima are tried first, so that the exponents need not wait for new ones; where some
+ * exponent of the warp passes 8, that was for nothing. */
+template <int FP16>
+ATTN_DEVICE void softmax_guessed(softmax_rows &r, uint32_t (&packed)[N / 4], float (&s)[N / 2],
+                                 float exp_scale)
+{
+    float shift[2] = {r.max[0] * exp_scale, r.max[1] * exp_scale};
+    float top = -INFINITY, sum[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (int i = 0; i < N / 2; i += 2) {
+        int h = i / 2 % 2;
+        float x = fmaf(s[i], exp_scale, -shift[h]), y = fmaf(s[i + 1], exp_scale, -shift[h]);
+        top = fmaxf(top, fmaxf(x, y));
+        x = ex2_approx(x);
+        y = ex2_approx(y);
+        sum[h] += x + y;
+        packed[i / 2] = pack_16x2<FP16>(x, y);
+    }
+    r.shrink[0] = r.shrink[1] = 1.0f;
+    if (rarely(__any_sync(0xffffffff, top > 8.0f))) {
+        softmax_update_max<N>(r, s, exp_scale);
+        softmax_exponentiate<N>(r, s, exp_scale);
+        softmax_pack<FP16, N>(packed, s);
+    } else {
+        r.sum[0] += sum[0];
+        r.sum[1] += sum[1];
+    }
 }
