@@ -126,7 +126,7 @@ ATTN_DEVICE void consume_few(const attn_decode_params &p, SMEM &sm, decode_walk 
         named_barrier_sync<1, 128>();
         int whole_begin = (sm.bounds[FEW_ROWS - 1].lo + STEP - 1) / STEP;
         int whole_end = sm.bounds[0].hi / STEP;
-        softmax_init(rows, false);
+        softmax_init(rows);
 #pragma unroll
         for (int i = 0; i < DV / 2; i++)
             o[i] = 0.0f;

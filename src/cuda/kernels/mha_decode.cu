@@ -278,7 +278,7 @@ ATTN_DEVICE void consume(const attn_decode_params &p, decode_smem<DQK, DV> &sm, 
             softmax_exponentiate<N>(rows, s, call.exp_scale);
         };
 
-        softmax_init(rows, false);
+        softmax_init(rows);
 #pragma unroll
         for (int i = 0; i < DV / 2; i++)
             o[i] = 0.0f;

@@ -30,7 +30,7 @@
 
 ATTN_DEVICE void wait_full(const uint64_t *full, const ring &r)
 {
-    mbarrier_wait_parity(shared_address(&full[r.stage]), r.parity);
+    mbarrier_wait_parity(shared_address(&full[r.stage()]), r.parity());
 }
 
 /* ---- the producer warpgroup ------------------------------------------------------------------ */
@@ -138,9 +138,9 @@ ATTN_DEVICE void load_gathered(const attn_mha_fwd_params &p, const key_rows &row
     int lane = (int)threadIdx.x % 32;
     int entry = FEW ? 0 : look_up_page(p, tile.seq, (tile.end - 1) * N + lane);
     for (int n = tile.end - 1; n >= tile.begin; n--) {
-        uint32_t dst = stages + r.stage * (ATTN_MHA_FWD_PANELS(D) * N * 128);
+        uint32_t dst = stages + r.stage() * (ATTN_MHA_FWD_PANELS(D) * N * 128);
         bool whole = D % 64 == 0 && rows.width == D && (n + 1) * N <= tile.seq.s_k;
-        mbarrier_wait_parity(empty + 8 * r.stage, r.parity);
+        mbarrier_wait_parity(empty + 8 * r.stage(), r.parity());
 #pragma unroll 1
         for (int row = 0; row < N; row += 32, dst += 4096) {
             int key = n * N + row + lane, source = tile.seq.k_row;
@@ -160,7 +160,7 @@ ATTN_DEVICE void load_gathered(const attn_mha_fwd_params &p, const key_rows &row
                 copy_rows<D, N>(head, place, min(N - row, 32), rows.width, dst);
             }
         }
-        cp_async_mbarrier_arrive(full + 8 * r.stage);
+        cp_async_mbarrier_arrive(full + 8 * r.stage());
         ring_next(r);
     }
 }
@@ -177,9 +177,9 @@ ATTN_DEVICE void load_keys(const attn_mha_fwd_params &p, const attn_tensor_map *
         return;
     }
     for (int n = tile.end - 1; n >= tile.begin; n--) {
-        uint32_t bar = full + 8 * r.stage;
-        uint32_t dst = stages + r.stage * (ATTN_MHA_FWD_PANELS(D) * N * 128);
-        mbarrier_wait_parity(empty + 8 * r.stage, r.parity);
+        uint32_t bar = full + 8 * r.stage();
+        uint32_t dst = stages + r.stage() * (ATTN_MHA_FWD_PANELS(D) * N * 128);
+        mbarrier_wait_parity(empty + 8 * r.stage(), r.parity());
         if (p.page_table)
             load_paged_tile<D, N, IS_V>(p, map, dst, bar, tile.seq, tile.h_kv, n * N);
         else
@@ -194,20 +194,20 @@ template <int DQK, int DV, int M, int N, int IS_V>
 ATTN_DEVICE void load(const attn_mha_fwd_params &p, const attn_mha_fwd_maps &maps,
                       mha_fwd_smem<DQK, DV, M, N> &sm)
 {
-    ring tiles = {0, 0}, stages = {0, 1}, qs = {0, 1};
+    ring tiles = {0}, stages = {2}, qs = {2};
     for (;;) {
         wait_full(sm.tile_full, tiles);
-        const row_tile &tile = sm.tile[tiles.stage]; /* read in place: registers are few here */
+        const row_tile &tile = sm.tile[tiles.stage()]; /* read in place: registers are few here */
         if (tile.b < 0) break;
         if (IS_V) {
-            uint32_t bar = shared_address(&sm.q_full[qs.stage]);
-            mbarrier_wait_parity(shared_address(&sm.q_empty[qs.stage]), qs.parity);
+            uint32_t bar = shared_address(&sm.q_full[qs.stage()]);
+            mbarrier_wait_parity(shared_address(&sm.q_empty[qs.stage()]), qs.parity());
             if (elect_one()) {
                 mbarrier_arrive_expect_tx(bar, sm.QK_PANELS * sm.CONSUMERS * p.queries * p.pack * 128);
 #pragma unroll
                 for (int box = 0; box < sm.QK_PANELS * sm.CONSUMERS; box++) {
                     int panel = box / sm.CONSUMERS, group = box % sm.CONSUMERS;
-                    tma_load_5d(shared_address(sm.q[qs.stage]) + (panel * M + group * 64) * 128, &maps.q, bar,
+                    tma_load_5d(shared_address(sm.q[qs.stage()]) + (panel * M + group * 64) * 128, &maps.q, bar,
                                 panel * 64, tile.h_q - tile.h_kv * p.group,
                                 tile.seq.q_offset + tile.query + group * p.pitch, tile.h_kv,
                                 p.cu_seqlens_q ? 0 : tile.b);
@@ -226,7 +226,7 @@ ATTN_DEVICE void load(const attn_mha_fwd_params &p, const attn_mha_fwd_maps &map
                                  shared_address(sm.k_full), shared_address(sm.k_empty), stages);
         }
         __syncwarp();
-        if (elect_one()) mbarrier_arrive(shared_address(&sm.tile_empty[tiles.stage]));
+        if (elect_one()) mbarrier_arrive(shared_address(&sm.tile_empty[tiles.stage()]));
         ring_next(tiles);
     }
 }
@@ -242,20 +242,20 @@ ATTN_DEVICE int next_number(const attn_mha_fwd_params &p, SMEM &sm, const ring &
         if (elect_one()) k = (int)gridDim.x + atomicAdd(p.ticket, 1);
         return __reduce_max_sync(0xffffffff, k); /* numbers only grow */
     }
-    uint32_t full = shared_address(&sm.drawn_full[r.stage]);
-    uint32_t empty = shared_address(&sm.drawn_empty[r.stage]);
+    uint32_t full = shared_address(&sm.drawn_full[r.stage()]);
+    uint32_t empty = shared_address(&sm.drawn_empty[r.stage()]);
     if (elect_one()) {
         mbarrier_arrive_expect_tx(full, 4);
         if (cluster_rank() == 0) {
-            mbarrier_wait_parity(empty, r.parity);
+            mbarrier_wait_parity(empty, r.parity());
             int number = (int)gridDim.x / 2 + atomicAdd(p.ticket, 1);
             for (int block = 0; block < 2; block++)
-                store_async_cluster(shared_address(&sm.drawn[r.stage]), number, full, block);
+                store_async_cluster(shared_address(&sm.drawn[r.stage()]), number, full, block);
         }
     }
     __syncwarp();
-    mbarrier_wait_parity(full, r.parity ^ 1);
-    k = *(volatile int *)&sm.drawn[r.stage];
+    mbarrier_wait_parity(full, r.parity() ^ 1);
+    k = *(volatile int *)&sm.drawn[r.stage()];
     __syncwarp();
     if (elect_one()) mbarrier_arrive_cluster(empty, 0);
     return k;
@@ -266,19 +266,19 @@ template <int DQK, int DV, int M, int N>
 ATTN_DEVICE void schedule(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, N> &sm)
 {
     sequence_group group = {-32, 0, 0, 0};
-    ring tiles = {0, 1};
+    ring tiles = {2};
     int number = (int)blockIdx.x / p.cluster;
     for (bool more = true; more; ring_next(tiles)) {
         int b, h_kv, item;
         more = find_item(group, p, sm.FEW ? 1 : p.fold, number, &b, &h_kv, &item);
-        mbarrier_wait_parity(shared_address(&sm.tile_empty[tiles.stage]), tiles.parity);
+        mbarrier_wait_parity(shared_address(&sm.tile_empty[tiles.stage()]), tiles.parity());
         if (elect_one()) {
-            row_tile &tile = sm.tile[tiles.stage];
+            row_tile &tile = sm.tile[tiles.stage()];
             if (more)
                 tile = locate_tile<N>(p, b, h_kv, item, (int)cluster_rank());
             else
                 tile = {-1};
-            mbarrier_arrive(shared_address(&sm.tile_full[tiles.stage]));
+            mbarrier_arrive(shared_address(&sm.tile_full[tiles.stage()]));
         }
         __syncwarp();
         if (more) number = next_number(p, sm, tiles, number);
@@ -291,7 +291,7 @@ ATTN_DEVICE void schedule(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M,
 ATTN_DEVICE void release(const attn_mha_fwd_params &p, const uint64_t *empty, ring &r)
 {
     if (threadIdx.x % 128 == 0) {
-        uint32_t bar = shared_address(&empty[r.stage]);
+        uint32_t bar = shared_address(&empty[r.stage()]);
         if (p.cluster == 2) {
             mbarrier_arrive_cluster(bar, 0);
             mbarrier_arrive_cluster(bar, 1);
@@ -341,7 +341,7 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, 
 {
     int t = (int)threadIdx.x % 128, warp = t / 32, lane = t % 32;
     int slot = group * 64 + warp * 16; /* of this warp's rows in q and bounds */
-    ring tiles = {0, 0}, qs = {0, 0}, ks = {0, 0}, vs = {0, 0};
+    ring tiles = {0}, qs = {0}, ks = {0}, vs = {0};
 
     /* Where STORES_LATE, a tile's rows are stored under the first product of the next tile: o, rows
      * and `last`, the tile they are of (b < 0: nothing to store), live on until then. */
@@ -354,7 +354,7 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, 
 
     for (;;) {
         wait_full(sm.tile_full, tiles);
-        row_tile tile = sm.tile[tiles.stage]; /* the end of the work is a tile without rows */
+        row_tile tile = sm.tile[tiles.stage()]; /* the end of the work is a tile without rows */
         if (!STORES_LATE && tile.b < 0) break;
 
         /* Bounds of the rows this warp owns; key steps that the warpgroup sees at all, and those
@@ -372,7 +372,7 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, 
         int whole_begin = (low.lo + N - 1) / N, whole_end = high.hi / N;
         if (top >= tile.seq.s_q || end <= begin) begin = end = tile.begin; /* sees none */
         __syncwarp();
-        if (lane == 0) mbarrier_arrive(shared_address(&sm.tile_empty[tiles.stage]));
+        if (lane == 0) mbarrier_arrive(shared_address(&sm.tile_empty[tiles.stage()]));
         ring_next(tiles);
 
         auto skip = [&]() {
@@ -383,7 +383,7 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, 
         };
         auto scores_to_probabilities = [&](int n) {
             if (p.score == ATTN_SCORE_BOUNDED && n < whole_end && n >= whole_begin &&
-                small_scores<N>(p, s)) {
+                softmax_settled(rows) && small_scores<N>(p, s)) {
                 softmax_exponentiate_small<N>(rows, s, p.score_scale, p.exp_scale);
                 return;
             }
@@ -391,12 +391,13 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, 
             if (n >= whole_end || n < whole_begin)
                 mask_scores<N>(s, n * N + 2 * (lane % 4), sm.bounds[slot + lane / 4],
                                sm.bounds[slot + lane / 4 + 8]);
-            if (p.score != ATTN_SCORE_BOUNDED) softmax_update_max<N>(rows, s, p.exp_scale);
+            if (p.score == ATTN_SCORE_BOUNDED) softmax_settle_max<N>(rows, s, p.exp_scale);
+            else softmax_update_max<N>(rows, s, p.exp_scale);
             softmax_exponentiate<N>(rows, s, p.exp_scale);
         };
         auto release_k = [&](int n) { /* and q behind the last product that reads it */
             release(p, sm.k_empty, ks);
-            if (n == begin && t == 0) mbarrier_arrive(shared_address(&sm.q_empty[qs.stage]));
+            if (n == begin && t == 0) mbarrier_arrive(shared_address(&sm.q_empty[qs.stage()]));
         };
         auto wait_k = [&]() {
             wait_full(sm.k_full, ks);
@@ -422,20 +423,20 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, 
             for (int i = 0; i < DV / 2; i++)
                 o[i] = 0.0f;
         }
-        if (!STORES_LATE || begin == end) softmax_init(rows, p.score == ATTN_SCORE_BOUNDED);
+        if (!STORES_LATE || begin == end) softmax_init(rows);
         int n = tile.end - 1;
         for (; n >= end; n--)
             skip();
         wait_full(sm.q_full, qs);
-        uint32_t q = shared_address(sm.q[qs.stage]) + group * 8192;
+        uint32_t q = shared_address(sm.q[qs.stage()]) + group * 8192;
         if (n >= begin) {
             wait_k();
             wgmma_pin(s);
             wgmma_fence();
-            issue_qk<FP16, DQK, M, N>(s, q, shared_address(sm.k[ks.stage]));
+            issue_qk<FP16, DQK, M, N>(s, q, shared_address(sm.k[ks.stage()]));
             if (STORES_LATE) {
                 store_last();
-                softmax_init(rows, p.score == ATTN_SCORE_BOUNDED);
+                softmax_init(rows);
             }
             wgmma_wait_group<0>();
             wgmma_pin(s);
@@ -449,9 +450,9 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, 
                 wgmma_pin(o);
                 wgmma_pin(packed);
                 wgmma_fence();
-                issue_qk<FP16, DQK, M, N>(s, q, shared_address(sm.k[ks.stage]));
+                issue_qk<FP16, DQK, M, N>(s, q, shared_address(sm.k[ks.stage()]));
                 wait_v();
-                issue_pv<FP16, DV, N>(o, packed, shared_address(sm.v[vs.stage]), accumulate);
+                issue_pv<FP16, DV, N>(o, packed, shared_address(sm.v[vs.stage()]), accumulate);
                 accumulate = 1;
                 wgmma_wait_group<1>();
                 wgmma_pin(s);
@@ -467,12 +468,12 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, 
             wgmma_pin(o);
             wgmma_pin(packed);
             wgmma_fence();
-            issue_pv<FP16, DV, N>(o, packed, shared_address(sm.v[vs.stage]), accumulate);
+            issue_pv<FP16, DV, N>(o, packed, shared_address(sm.v[vs.stage()]), accumulate);
             wgmma_wait_group<0>();
             wgmma_pin(o);
             release(p, sm.v_empty, vs);
         } else if (t == 0) {
-            mbarrier_arrive(shared_address(&sm.q_empty[qs.stage]));
+            mbarrier_arrive(shared_address(&sm.q_empty[qs.stage()]));
         }
         ring_next<sm.Q_STAGES>(qs);
         for (; n >= tile.begin; n--)

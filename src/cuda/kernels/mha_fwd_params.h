@@ -31,7 +31,7 @@ enum attn_mha_fwd_score {
     ATTN_SCORE_PLAIN,   /* exponent = score * exp_scale */
     ATTN_SCORE_SCALED,  /* exponent = score * score_scale * exp_scale: a scale <= 0 */
     ATTN_SCORE_CAPPED,  /* exponent = tanh(score * score_scale) * exp_scale: softcap */
-    ATTN_SCORE_BOUNDED, /* the same with exp_scale <= 80 and bf16: no running maximum */
+    ATTN_SCORE_BOUNDED, /* the same with exp_scale <= 80 and bf16: m is set once */
 };
 
 /* k and v rows copied one by one, where no box fits. */

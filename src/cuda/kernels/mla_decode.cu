@@ -258,7 +258,7 @@ ATTN_DEVICE void score(const attn_decode_params &p, mla_smem &sm, step_ring &r)
         if (t == 0) sm.whole = {(sees(last).lo + N - 1) / N, sees(first).hi / N};
         named_barrier_sync<BARRIER_S, 128>();
         softmax_rows rows;
-        softmax_init(rows, false);
+        softmax_init(rows);
 
         for (int n = piece.end - 1; n >= piece.begin; n--) {
             decode_ring<HALVES> left = r.half;

@@ -176,9 +176,8 @@ template <int N>
 ATTN_DEVICE row_tile locate_tile(const attn_mha_fwd_params &p, int b, int h_kv, int item, int rank)
 {
     sequence seq = locate_sequence(p, b);
-    int first = item * p.cluster, more = min(p.cluster, head_tiles(p, seq.s_q) - first) - 1;
-    int queries = p.tile_queries, block = first / p.tile_heads;
-    int head = first - block * p.tile_heads, ends = head + more >= p.tile_heads;
+    int first = item * p.cluster, queries = p.tile_queries, block = first / p.tile_heads;
+    int head = first - block * p.tile_heads, ends = head + p.cluster > p.tile_heads;
     int top = block * queries, bottom = min(top + (1 + ends) * queries, seq.s_q) - 1;
     bool wraps = head + rank >= p.tile_heads;
     row_tile t;

@@ -17,10 +17,11 @@ struct softmax_rows {
     float shrink[2];      /* by what O must be multiplied before the next P . V */
 };
 
-/* `bounded`: exponents are so small that none overflows, and m stays 0. */
-ATTN_DEVICE void softmax_init(softmax_rows &r, bool bounded)
+#define ATTN_MAX_NONE (-1e30f) /* m of a row that has seen no key */
+
+ATTN_DEVICE void softmax_init(softmax_rows &r)
 {
-    r.max[0] = r.max[1] = bounded ? 0.0f : -1e30f;
+    r.max[0] = r.max[1] = ATTN_MAX_NONE;
     r.sum[0] = r.sum[1] = 0.0f;
     r.shrink[0] = r.shrink[1] = 1.0f;
 }
@@ -56,6 +57,33 @@ ATTN_DEVICE void softmax_update_max(softmax_rows &r, const float (&s)[N / 2], fl
     }
 }
 
+/* True where every row of the warp has seen a key. */
+ATTN_DEVICE bool softmax_settled(const softmax_rows &r)
+{
+    return __all_sync(0xffffffff, r.max[0] != ATTN_MAX_NONE && r.max[1] != ATTN_MAX_NONE);
+}
+
+/* Where no exponent S k can overflow, m is set but once, by the largest S of a row's first keys: to
+ * what brings that one's exponent to the nearest integer.  Its p is then a power of two, so that a row
+ * of one key gives that key's v exactly. */
+template <int N>
+ATTN_DEVICE void softmax_settle_max(softmax_rows &r, const float (&s)[N / 2], float exp_scale)
+{
+    if (softmax_settled(r)) return;
+    float top[2] = {s[0], s[2]};
+#pragma unroll
+    for (int i = 0; i < N / 2; i += 4) {
+        top[0] = fmaxf(top[0], fmaxf(s[i], s[i + 1]));
+        top[1] = fmaxf(top[1], fmaxf(s[i + 2], s[i + 3]));
+    }
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        float exponent = quad_max(top[h]) * exp_scale;
+        if (r.max[h] == ATTN_MAX_NONE && exponent > -INFINITY)
+            r.max[h] = __fdividef(exponent - rintf(exponent), exp_scale);
+    }
+}
+
 /* S becomes P, and P is added to the sums. */
 template <int N>
 ATTN_DEVICE void softmax_exponentiate(softmax_rows &r, float (&s)[N / 2], float exp_scale)
@@ -77,18 +105,19 @@ ATTN_DEVICE void softmax_exponentiate(softmax_rows &r, float (&s)[N / 2], float 
 
 /* Scores S of which tanh(S c) is wanted, all of them small: |S c| <= 0.4.  There
  *     tanh y = y (0.9999937 - 0.3326241 y^2 + 0.121267 y^4), relative error 6.5e-6,
- * and of such exponents none overflows with m = 0. */
+ * and of such exponents none overflows. */
 template <int N>
 ATTN_DEVICE void softmax_exponentiate_small(softmax_rows &r, float (&s)[N / 2], float c,
                                             float exp_scale)
 {
     float a = 0.9999937f * c * exp_scale, b = -0.3326241f * c * c * c * exp_scale;
     float d = 0.121267f * c * c * c * c * c * exp_scale;
+    float shift0 = r.max[0] * exp_scale, shift1 = r.max[1] * exp_scale;
     float sum0 = 0.0f, sum1 = 0.0f;
 #pragma unroll
     for (int i = 0; i < N / 2; i++) {
-        float square = s[i] * s[i];
-        s[i] = ex2_approx(s[i] * fmaf(square, fmaf(square, d, b), a));
+        float square = s[i] * s[i], shift = i % 4 < 2 ? shift0 : shift1;
+        s[i] = ex2_approx(fmaf(s[i], fmaf(square, fmaf(square, d, b), a), -shift));
     }
 #pragma unroll
     for (int i = 0; i < N / 2; i += 4) {

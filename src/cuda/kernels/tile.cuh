@@ -44,14 +44,13 @@ template <int DQK, int DV, int M, int N> struct mha_fwd_smem {
     uint64_t drawn_full[2], drawn_empty[2];
 };
 
-/* A place in a ring of one or two stages: which one, and the parity of its current phase.  A consumer
- * starts at parity 0; a producer, whose stages start empty, at parity 1. */
+/* A place in a ring of one or two stages, by the turn that comes next: two stages take turns, and every
+ * other time a stage is met its phase has the other parity.  A consumer starts at turn 0; a producer,
+ * whose stages start empty, at turn 2.  A ring of one stage has the even turns only. */
 struct ring {
-    uint32_t stage, parity;
+    uint32_t turn;
+    __device__ uint32_t stage() const { return turn % 2; }
+    __device__ uint32_t parity() const { return turn / 2 % 2; }
 };
 
-template <int STAGES = 2> ATTN_DEVICE void ring_next(ring &r)
-{
-    if (STAGES == 2) r.stage ^= 1;
-    r.parity ^= r.stage == 0;
-}
+template <int STAGES = 2> ATTN_DEVICE void ring_next(ring &r) { r.turn += STAGES == 2 ? 1 : 2; }
