@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
 #
 # The front door: every target calls CMake, pip or a script in tools/.  What they need is installed
-# into .venv on first use.  `make help` lists the targets.
+# into .venv on first use (VENV=system: must be there already).  `make help` lists the targets.
 
 PYTHON ?= python3
+VENV ?=
 TORCH_VERSION ?= 2.13.0
 JOBS ?= $(shell nproc)
 PREFIX ?= /usr/local
@@ -14,8 +15,8 @@ ARGS ?=
 
 # Scripts find the tools of .venv first.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
-export PYTHON TORCH_VERSION JOBS
-VENV := tools/venv.sh
+export PYTHON VENV TORCH_VERSION JOBS
+PACKAGES := tools/venv.sh
 BUILD := tools/build.sh
 
 .PHONY: help demo demo-mla test test-gpu build check asan tsan bench bench-gpu wheel install dev lint fmt abi clean
@@ -24,43 +25,43 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: dev ## search Python's documentation; make demo Q="how do I copy a file"
-	@$(VENV) demo
+	@$(PACKAGES) demo
 	@.venv/bin/python demo/search.py $(if $(Q),"$(Q)")
 
 demo-mla: dev ## a small model of DeepSeek's shape over a paged latent cache (ARGS="--tokens 99")
-	@$(VENV) demo
+	@$(PACKAGES) demo
 	@.venv/bin/python demo/mla.py $(ARGS)
 
 test: ## everything: C checks, sanitizers, Python, clients, demo, wheels, lint (STAGES="lint python")
-	@$(VENV) test
+	@$(PACKAGES) test
 	@tools/test.sh
 
 test-gpu: dev ## on a Hopper GPU: C checks, kernels' helpers, Python tests and clients
-	@$(VENV) test
+	@$(PACKAGES) test
 	@$(BUILD) release attn_check
 	@tools/test_gpu.sh
 
 build: ## libattn.so and the binding, into build/release (CUDA=pip: nvcc's work by Python packages)
-	@$(VENV) build
+	@$(PACKAGES) build
 	@$(BUILD) release
 
 check: ## the C program: every kernel against the oracle (CHECK="--op mha_fwd --bench")
-	@$(VENV) build
+	@$(PACKAGES) build
 	@$(BUILD) release attn_check
 	build/release/attn_check $(CHECK)
 
 asan: ## the C program under the address and undefined-behaviour sanitizers
-	@$(VENV) build
+	@$(PACKAGES) build
 	@$(BUILD) asan attn_check
 	build/asan/attn_check $(CHECK)
 
 tsan: ## the C program under the thread sanitizer: one OpenMP thread, many callers
-	@$(VENV) build
+	@$(PACKAGES) build
 	@$(BUILD) tsan attn_check
 	OMP_NUM_THREADS=1 OMP_THREAD_LIMIT=1 build/tsan/attn_check $(CHECK)
 
 bench: dev ## the figures, a row a shape (ARGS="--rows decode", MLA="sparse", KDA="--tokens 2048")
-	@$(VENV) demo
+	@$(PACKAGES) demo
 	@.venv/bin/python bench/cpu_mha_fwd.py $(ARGS)
 	@.venv/bin/python bench/cpu_mla.py $(MLA)
 	@.venv/bin/python bench/cpu_kda.py $(KDA)
@@ -71,25 +72,25 @@ bench-gpu: dev ## a Hopper GPU's figures (ARGS="--rows d128 --peer fa3=PATH", DE
 	@ATTN_LIB=build/release/libattn.so .venv/bin/python bench/gpu_kda.py $(KDA)
 
 wheel: ## the wheels, into dist/ (CUDA=pip: for drivers of CUDA 12)
-	@$(VENV) build
+	@$(PACKAGES) build
 	@$(BUILD) release
 	@tools/wheels.sh $(DIST)
 
 install: ## library, headers, CMake and pkg-config files, into PREFIX
-	@$(VENV) build
+	@$(PACKAGES) build
 	@$(BUILD) release
 	@.venv/bin/cmake --install build/release --prefix $(PREFIX)
 
 dev: ## the Python packages, editable, into .venv
-	@$(VENV) build
+	@$(PACKAGES) build
 	@tools/dev.sh
 
 lint: ## formatting, ruff, warnings as errors (gcc, and clang where it is), SPDX lines
-	@$(VENV) test
+	@$(PACKAGES) test
 	@tools/lint.sh
 
 fmt: ## format C and Python in place
-	@$(VENV) test
+	@$(PACKAGES) test
 	@git ls-files '*.c' '*.h' | xargs .venv/bin/clang-format -i
 	@.venv/bin/ruff check -q --fix . ; .venv/bin/ruff format .
 

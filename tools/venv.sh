@@ -6,6 +6,8 @@
 # what the demo reads its model with, `test` adds the test and lint tools, `cuda` the CUDA compiler
 # that CUDA=pip builds with.
 #   PYTHON         the interpreter to make it from (python3)
+#   VENV=system    install nothing: .venv is a view of the packages PYTHON has, which must do.  For a
+#                  machine without a network, such as one with a GPU often is
 #   TORCH_VERSION  the torch to install when that interpreter has none (2.13.0)
 set -eu
 
@@ -21,16 +23,35 @@ if [ ! -x $bin/python ]; then
     command -v "$python" >/dev/null || fail "no $python here; name one with PYTHON=/path/to/python3"
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
         fail "needs Python 3.10 or later; $python is $("$python" -V 2>&1).  Name another with PYTHON=..."
-    "$python" -c 'import venv, ensurepip' 2>/dev/null ||
+    needs=venv,ensurepip
+    [ "${VENV:-}" != system ] || needs=venv
+    "$python" -c "import $needs" 2>/dev/null ||
         fail "$python has no venv module (Debian: apt-get install python3-venv)"
     # A torch that this Python has serves here too.  A path file names its folder, because the shared
     # site-packages of a virtual environment are not those of the environment it was made from.
     shared=$("$python" -c 'import importlib.util as u; s = u.find_spec("torch"); print(s.submodule_search_locations[0] if s else "")')
-    "$python" -m venv ${shared:+--system-site-packages} $venv
+    [ "$shared" ] || [ "${VENV:-}" != system ] || fail "$python has no torch, and VENV=system installs none"
+    pip=
+    [ "${VENV:-}" != system ] || pip=--without-pip
+    "$python" -m venv ${shared:+--system-site-packages} $pip $venv
     if [ -n "$shared" ]; then
         echo "libattn: using the torch that $python has"
         dirname "$shared" >"$($bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth"
     fi
+fi
+
+if [ "${VENV:-}" = system ]; then
+    for tool in cmake ninja; do # they may lie beside the packages
+        command -v $tool >/dev/null || ln -sf "$(cat $venv/lib/python3*/site-packages/shared.pth)/../../../bin/$tool" $bin/
+        command -v $tool >/dev/null || fail "VENV=system installs nothing, and there is no $tool here"
+    done
+    needed="pip scikit_build_core setuptools wheel tvm_ffi"
+    [ "$part" != test ] || needed="$needed pytest hypothesis"
+    # shellcheck disable=SC2086
+    missing=$($bin/python -c 'import importlib.util as u, sys
+print(*[name for name in sys.argv[1:] if not u.find_spec(name)])' $needed)
+    [ -z "$missing" ] || fail "VENV=system installs nothing, and $($bin/python -V) lacks $missing"
+    exit 0
 fi
 
 # Python compiles what is imported, and much of what is installed never is.

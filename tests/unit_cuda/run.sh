@@ -7,7 +7,8 @@
 set -e
 cd "$(dirname "$0")/../.."
 out=${1:-build}
-cuda=${CUDA_HOME:-/usr/local/cuda}
+nvcc=$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)
+cuda=${CUDA_HOME:-$(dirname "$(dirname "$(readlink -f "$nvcc")")")}
 
 tests/unit_cuda/plans.sh "$out"
 python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || exit 0
