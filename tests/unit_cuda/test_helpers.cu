@@ -378,14 +378,14 @@ static __global__ void run_ring(int *out, int n)
     }
     __syncthreads();
     if (threadIdx.x == 0) {
-        ring r = {2};
+        ring r = {0, 1};
         for (int i = 0; i < n; i++, ring_next(r)) {
             mbarrier_wait_parity(shared_address(&empty[r.stage()]), r.parity());
             value[r.stage()] = 3 * i;
             mbarrier_arrive(shared_address(&full[r.stage()]));
         }
     } else if (threadIdx.x == 32) {
-        ring r = {0};
+        ring r = {0, 0};
         for (int i = 0; i < n; i++, ring_next(r)) {
             wait_full(full, r);
             out[i] = value[r.stage()];

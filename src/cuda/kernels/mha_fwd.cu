@@ -28,7 +28,7 @@
 #include "softmax.cuh"
 #include "tile.cuh"
 
-ATTN_DEVICE void wait_full(const uint64_t *full, const ring &r)
+template <class RING> ATTN_DEVICE void wait_full(const uint64_t *full, const RING &r)
 {
     mbarrier_wait_parity(shared_address(&full[r.stage()]), r.parity());
 }
@@ -132,7 +132,7 @@ ATTN_DEVICE int look_up_page(const attn_mha_fwd_params &p, const sequence &seq, 
 template <int D, int N, int FEW>
 ATTN_DEVICE void load_gathered(const attn_mha_fwd_params &p, const key_rows &rows,
                                const row_tile &tile, uint32_t stages, uint32_t full,
-                               uint32_t empty, ring &r)
+                               uint32_t empty, lean_ring &r)
 {
     const uint16_t *head = rows.data + tile.h_kv * rows.stride_h;
     int lane = (int)threadIdx.x % 32;
@@ -169,7 +169,7 @@ ATTN_DEVICE void load_gathered(const attn_mha_fwd_params &p, const key_rows &row
 template <int D, int N, int IS_V, int FEW>
 ATTN_DEVICE void load_keys(const attn_mha_fwd_params &p, const attn_tensor_map *map,
                            const key_rows &rows, const row_tile &tile, uint32_t stages,
-                           uint32_t full, uint32_t empty, ring &r)
+                           uint32_t full, uint32_t empty, lean_ring &r)
 {
     if (p.gather) {
         if (tile.begin < tile.end)
@@ -194,7 +194,7 @@ template <int DQK, int DV, int M, int N, int IS_V>
 ATTN_DEVICE void load(const attn_mha_fwd_params &p, const attn_mha_fwd_maps &maps,
                       mha_fwd_smem<DQK, DV, M, N> &sm)
 {
-    ring tiles = {0}, stages = {2}, qs = {2};
+    lean_ring tiles = {0}, stages = {2}, qs = {2};
     for (;;) {
         wait_full(sm.tile_full, tiles);
         const row_tile &tile = sm.tile[tiles.stage()]; /* read in place: registers are few here */
@@ -235,7 +235,7 @@ ATTN_DEVICE void load(const attn_mha_fwd_params &p, const attn_mha_fwd_maps &map
  * two the first block draws and stores the number into both; that form must not be used in a cluster of
  * one, where it is no legal access. */
 template <class SMEM>
-ATTN_DEVICE int next_number(const attn_mha_fwd_params &p, SMEM &sm, const ring &r, int k)
+ATTN_DEVICE int next_number(const attn_mha_fwd_params &p, SMEM &sm, const lean_ring &r, int k)
 {
     if (!p.ticket) return k + (int)gridDim.x / p.cluster;
     if (p.cluster == 1) {
@@ -266,7 +266,7 @@ template <int DQK, int DV, int M, int N>
 ATTN_DEVICE void schedule(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, N> &sm)
 {
     sequence_group group = {-32, 0, 0, 0};
-    ring tiles = {2};
+    lean_ring tiles = {2};
     int number = (int)blockIdx.x / p.cluster;
     for (bool more = true; more; ring_next(tiles)) {
         int b, h_kv, item;
@@ -341,7 +341,7 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, 
 {
     int t = (int)threadIdx.x % 128, warp = t / 32, lane = t % 32;
     int slot = group * 64 + warp * 16; /* of this warp's rows in q and bounds */
-    ring tiles = {0}, qs = {0}, ks = {0}, vs = {0};
+    ring tiles = {0, 0}, qs = {0, 0}, ks = {0, 0}, vs = {0, 0};
 
     /* Where STORES_LATE, a tile's rows are stored under the first product of the next tile: o, rows
      * and `last`, the tile they are of (b < 0: nothing to store), live on until then. */

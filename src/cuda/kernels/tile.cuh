@@ -44,13 +44,26 @@ template <int DQK, int DV, int M, int N> struct mha_fwd_smem {
     uint64_t drawn_full[2], drawn_empty[2];
 };
 
-/* A place in a ring of one or two stages, by the turn that comes next: two stages take turns, and every
- * other time a stage is met its phase has the other parity.  A consumer starts at turn 0; a producer,
- * whose stages start empty, at turn 2.  A ring of one stage has the even turns only. */
+/* A place in a ring of one or two stages: which one, and the parity of its current phase.  A consumer
+ * starts at parity 0; a producer, whose stages start empty, at parity 1. */
 struct ring {
+    uint32_t at, phase;
+    __device__ uint32_t stage() const { return at; }
+    __device__ uint32_t parity() const { return phase; }
+};
+
+template <int STAGES = 2> ATTN_DEVICE void ring_next(ring &r)
+{
+    if (STAGES == 2) r.at ^= 1;
+    r.phase ^= r.at == 0;
+}
+
+/* The same in one register, for warps that have few, by the turn that comes next: 0 is {0, 0}, 2 is
+ * {0, 1}.  A ring of one stage has the even turns only. */
+struct lean_ring {
     uint32_t turn;
     __device__ uint32_t stage() const { return turn % 2; }
     __device__ uint32_t parity() const { return turn / 2 % 2; }
 };
 
-template <int STAGES = 2> ATTN_DEVICE void ring_next(ring &r) { r.turn += STAGES == 2 ? 1 : 2; }
+template <int STAGES = 2> ATTN_DEVICE void ring_next(lean_ring &r) { r.turn += STAGES == 2 ? 1 : 2; }
