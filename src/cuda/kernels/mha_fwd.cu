@@ -14,12 +14,13 @@
  * engine lands it in both.  Shared memory holds q and two stages each of k and v (tile.cuh), O
  * stays in registers and P goes from accumulator to A operand without leaving them (wgmma.cuh).
  *
- * Pipeline: S = Q K^T of one step runs on the tensor cores beside the softmax of the step before.
+ * Pipeline: S = Q K^T of one step is computed beside O += P V of the step before.  A warp has to stay
+ * until its last product has started, so the tensor cores work beside the softmax of other warpgroups.
  *
  *  turn     | 0         | 1                      | 2                      | last
  *  producer | Q K0 V0   | K1 V1                  | K2 V2                  | next tile: Q K0 V0
  *  wgmma    | S0        | S1        O += P0 V0   | S2        O += P1 V1   | O += Pn Vn
- *  consumer |        P0 |        P1   rescale O  |        P2   rescale O  |        out, lse
+ *  consumer |        P0 |                     P1 |                     P2 |        out, lse
  *
  * Key steps run from the last to the first, so that causal's masked steps come first.  A warpgroup
  * that sees none of a step's keys waits for the tile and releases it, to keep the rings in step.
@@ -302,36 +303,57 @@ ATTN_DEVICE void release(const attn_mha_fwd_params &p, const uint64_t *empty, ri
     ring_next(r);
 }
 
+/* The query of a warpgroup's row, from its first one on. */
+ATTN_DEVICE int query_of(const attn_mha_fwd_params &p, int row)
+{
+    return p.pack == 1 ? row : row / p.pack;
+}
+
 /* Writes out and lse of a warpgroup's live rows, whose first query is `top`. */
 template <int FP16, int DV>
 ATTN_DEVICE void store_rows(const attn_mha_fwd_params &p, const row_tile &tile, int top,
                             softmax_rows &rows, float (&o)[DV / 2])
 {
     int c = (int)threadIdx.x % 4, b = p.cu_seqlens_q ? 0 : tile.b;
+    float normalise[2];
+    uint16_t *out[2];
+    bool live[2];
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         int row = (int)threadIdx.x % 128 / 32 * 16 + (int)threadIdx.x % 32 / 4 + 8 * h;
-        int i = row / p.pack, h_q = tile.h_q + row - i * p.pack;
-        bool live = i < p.queries && top + i < tile.seq.s_q;
-        float sink = p.sink != ATTN_SINK_NONE ? load_sink(p, live ? h_q : 0) : 0.0f;
-        float normalise, lse;
+        int i = query_of(p, row), h_q = tile.h_q + row - i * p.pack;
+        live[h] = i < p.queries && top + i < tile.seq.s_q;
+        float sink = p.sink != ATTN_SINK_NONE ? load_sink(p, live[h] ? h_q : 0) : 0.0f, lse;
         softmax_finish(rows.max[h], quad_sum(rows.sum[h]), p.exp_scale, p.sink != ATTN_SINK_NONE,
-                       sink, p.lse_empty, &normalise, &lse);
+                       sink, p.lse_empty, &normalise[h], &lse);
         int64_t at = (int64_t)tile.seq.q_offset + top + i;
-        if (live && c == 0 && p.lse) p.lse[b * p.lse_stride_b + h_q * p.lse_stride_h + at] = lse;
-        uint16_t *out = (uint16_t *)p.out + b * p.out_stride_b + at * p.out_stride_s +
-                        h_q * p.out_stride_h;
+        if (live[h] && c == 0 && p.lse)
+            p.lse[b * p.lse_stride_b + h_q * p.lse_stride_h + at] = lse;
+        out[h] = (uint16_t *)p.out + b * p.out_stride_b + at * p.out_stride_s +
+                 h_q * p.out_stride_h + 8 * c;
+    }
+    /* 128 columns of both rows at a time, so that their shuffles overlap. */
 #pragma unroll
-        for (int j = 0; j < DV / 32; j++) {
-            uint32_t x[4];
+    for (int first = 0; first < DV; first += 128) {
+        constexpr int MOST = DV < 128 ? DV / 32 : 4;
+        uint32_t x[2 * MOST][4];
+#pragma unroll
+        for (int j = 0; j < 2 * MOST; j++) {
+            if (first + j / 2 * 32 >= DV) continue;
+            const float *row = o + first / 2 + j / 2 * 16 + j % 2 * 2;
 #pragma unroll
             for (int e = 0; e < 4; e++)
-                x[e] = pack_16x2<FP16>(o[16 * j + 4 * e + 2 * h] * normalise,
-                                       o[16 * j + 4 * e + 2 * h + 1] * normalise);
-            quad_transpose(x);
-            int column = 32 * j + 8 * c;
-            if (live && column < p.d_v)
-                *(uint4 *)(out + column) = make_uint4(x[0], x[1], x[2], x[3]);
+                x[j][e] = pack_16x2<FP16>(row[4 * e] * normalise[j % 2],
+                                          row[4 * e + 1] * normalise[j % 2]);
+        }
+#pragma unroll
+        for (int j = 0; j < 2 * MOST; j++)
+            if (first + j / 2 * 32 < DV) quad_transpose(x[j]);
+#pragma unroll
+        for (int j = 0; j < 2 * MOST; j++) {
+            int column = first + j / 2 * 32;
+            if (column < DV && live[j % 2] && column + 8 * c < p.d_v)
+                *(uint4 *)(out[j % 2] + column) = make_uint4(x[j][0], x[j][1], x[j][2], x[j][3]);
         }
     }
 }
@@ -361,7 +383,7 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, 
          * that all its rows see whole. */
         __syncwarp(); /* other lanes have read the last tile's */
         if (lane < 16) {
-            int query = tile.query + group * p.pitch + (warp * 16 + lane) / p.pack;
+            int query = tile.query + group * p.pitch + query_of(p, warp * 16 + lane);
             sm.bounds[slot + lane] =
                 visible_keys(p, query, tile.seq.s_q, tile.seq.s_k, tile.cp_tot);
         }
@@ -457,6 +479,15 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, 
                 wgmma_wait_group<1>();
                 wgmma_pin(s);
                 release_k(n);
+                if (p.score == ATTN_SCORE_PLAIN && n < whole_end && n >= whole_begin) {
+                    wgmma_wait_group<0>(); /* not for long: it has started, or we would not be here */
+                    wgmma_pin(o);
+                    wgmma_pin(packed);
+                    if (softmax_keep_max<FP16, N>(rows, packed, s, p.exp_scale)) {
+                        release(p, sm.v_empty, vs);
+                        continue;
+                    }
+                }
                 scores_to_probabilities(n);
                 wgmma_wait_group<0>();
                 wgmma_pin(o);

@@ -296,7 +296,7 @@ ATTN_DEVICE void score(const attn_decode_params &p, const attn_mha_fwd_maps &map
             n = sm.piece[i].end - 1;
         }
         softmax_rows rows;
-        softmax_init(rows, false);
+        softmax_init(rows);
         bool fresh = true;
 #pragma unroll 1
         for (; n >= begin; n--) {

@@ -6,7 +6,8 @@
  *
  * with k = exp_scale.  The rescale is lazy: while m' - m is at most 8 in units of the exponent the
  * old m stays, so that p <= 2^8 (exact after normalising, in range for bf16 and fp16) and O keeps
- * its scale.  m starts at a large negative finite number, not at -inf, so that a row with no
+ * its scale.  Most steps need not even look for the maximum (softmax_keep_max): the sums of p show
+ * that none grew beyond 2^8.  m starts at a large negative finite number, not at -inf, so that a row with no
  * visible key yet needs no special case: its scores are -inf and its p are 0.
  */
 #pragma once
@@ -39,6 +40,7 @@ ATTN_DEVICE float quad_sum(float x)
     return x + __shfl_xor_sync(0xffffffff, x, 2);
 }
 
+/* Moves the maxima of rows that grew by more than 8 since. */
 template <int N>
 ATTN_DEVICE void softmax_update_max(softmax_rows &r, const float (&s)[N / 2], float exp_scale)
 {
@@ -48,6 +50,9 @@ ATTN_DEVICE void softmax_update_max(softmax_rows &r, const float (&s)[N / 2], fl
         top[0] = fmaxf(top[0], fmaxf(s[i], s[i + 1]));
         top[1] = fmaxf(top[1], fmaxf(s[i + 2], s[i + 3]));
     }
+    bool kept = (top[0] - r.max[0]) * exp_scale <= 8.0f && (top[1] - r.max[1]) * exp_scale <= 8.0f;
+    r.shrink[0] = r.shrink[1] = 1.0f;
+    if (__all_sync(0xffffffff, kept)) return;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         float grown = fmaxf(r.max[h], quad_max(top[h]));
@@ -101,6 +106,31 @@ ATTN_DEVICE void softmax_exponentiate(softmax_rows &r, float (&s)[N / 2], float 
     }
     r.sum[0] = fmaf(r.sum[0], r.shrink[0], sum0);
     r.sum[1] = fmaf(r.sum[1], r.shrink[1], sum1);
+}
+
+/* A step in which no maximum moves: P packed as the A operand, and added to the sums.  False, and all
+ * but `packed` as it was, where a thread's sum shows that some p may be above 2^8. */
+template <int FP16, int N>
+ATTN_DEVICE bool softmax_keep_max(softmax_rows &r, uint32_t (&packed)[N / 4],
+                                  const float (&s)[N / 2], float exp_scale)
+{
+    float shift0 = r.max[0] * exp_scale, shift1 = r.max[1] * exp_scale;
+    float sum0 = 0.0f, sum1 = 0.0f;
+#pragma unroll
+    for (int i = 0; i < N / 2; i += 4) {
+        float p0 = ex2_approx(fmaf(s[i], exp_scale, -shift0));
+        float p1 = ex2_approx(fmaf(s[i + 1], exp_scale, -shift0));
+        float p2 = ex2_approx(fmaf(s[i + 2], exp_scale, -shift1));
+        float p3 = ex2_approx(fmaf(s[i + 3], exp_scale, -shift1));
+        sum0 += p0 + p1;
+        sum1 += p2 + p3;
+        packed[i / 2] = pack_16x2<FP16>(p0, p1);
+        packed[i / 2 + 1] = pack_16x2<FP16>(p2, p3);
+    }
+    if (!__all_sync(0xffffffff, sum0 <= 256.0f && sum1 <= 256.0f)) return false;
+    r.sum[0] += sum0;
+    r.sum[1] += sum1;
+    return true;
 }
 
 /* Scores S of which tanh(S c) is wanted, all of them small: |S c| <= 0.4.  There
