@@ -83,10 +83,18 @@ ATTN_DEVICE void issue_pv(float (&o)[DV / 2], uint32_t (&packed)[N / 4], uint32_
     wgmma_commit_group();
 }
 
-/* Softcap, and a scale that is not positive. */
-template <int N> ATTN_DEVICE void transform_scores(const attn_mha_fwd_params &p, float (&s)[N / 2])
+/* Softcap, and a scale that is not positive.  SMALL: bounded scores beside softmax_exponentiate_small, a
+ * small one to the same bits, so that no row depends on the others of its warp. */
+template <int N, int SMALL = 0>
+ATTN_DEVICE void transform_scores(const attn_mha_fwd_params &p, float (&s)[N / 2])
 {
-    if (p.score == ATTN_SCORE_CAPPED || p.score == ATTN_SCORE_BOUNDED) {
+    if (SMALL && p.score == ATTN_SCORE_BOUNDED) {
+#pragma unroll
+        for (int i = 0; i < N / 2; i++) {
+            float y = s[i] * p.score_scale;
+            s[i] = fabsf(y) <= 0.4f ? tanh_small(y) : tanh_approx(y);
+        }
+    } else if (p.score == ATTN_SCORE_CAPPED || p.score == ATTN_SCORE_BOUNDED) {
 #pragma unroll
         for (int i = 0; i < N / 2; i++)
             s[i] = tanh_approx(s[i] * p.score_scale);

@@ -368,6 +368,7 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, 
     /* Where STORES_LATE, a tile's rows are stored under the first product of the next tile: o, rows
      * and `last`, the tile they are of (b < 0: nothing to store), live on until then. */
     constexpr bool STORES_LATE = mha_fwd_smem<DQK, DV, M, N>::STORES_LATE;
+    constexpr bool SMALL = M < 192 || N < 128; /* softcap without its tanh; 160 registers are too few */
     float o[DV / 2], s[N / 2];
     uint32_t packed[N / 4];
     softmax_rows rows;
@@ -404,12 +405,12 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, 
             release(p, sm.v_empty, vs);
         };
         auto scores_to_probabilities = [&](int n) {
-            if (p.score == ATTN_SCORE_BOUNDED && n < whole_end && n >= whole_begin &&
+            if (SMALL && p.score == ATTN_SCORE_BOUNDED && n < whole_end && n >= whole_begin &&
                 softmax_settled(rows) && small_scores<N>(p, s)) {
                 softmax_exponentiate_small<N>(rows, s, p.score_scale, p.exp_scale);
                 return;
             }
-            if (p.score != ATTN_SCORE_PLAIN) transform_scores<N>(p, s);
+            if (p.score != ATTN_SCORE_PLAIN) transform_scores<N, SMALL>(p, s);
             if (n >= whole_end || n < whole_begin)
                 mask_scores<N>(s, n * N + 2 * (lane % 4), sm.bounds[slot + lane / 4],
                                sm.bounds[slot + lane / 4 + 8]);

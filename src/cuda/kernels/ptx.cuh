@@ -321,6 +321,13 @@ ATTN_DEVICE float tanh_approx(float x)
     return y;
 }
 
+/* tanh y for |y| <= 0.4, relative error 6.5e-6. */
+ATTN_DEVICE float tanh_small(float y)
+{
+    float square = y * y;
+    return y * fmaf(square, __fadd_rn(__fmul_rn(square, 0.121267f), -0.3326241f), 0.9999937f);
+}
+
 /* The fp16 number in the low half of `bits`.  PTX ISA: cvt.f32.f16 */
 ATTN_DEVICE float half_to_float(uint32_t bits)
 {

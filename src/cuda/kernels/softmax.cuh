@@ -133,29 +133,15 @@ ATTN_DEVICE bool softmax_keep_max(softmax_rows &r, uint32_t (&packed)[N / 4],
     return true;
 }
 
-/* Scores S of which tanh(S c) is wanted, all of them small: |S c| <= 0.4.  There
- *     tanh y = y (0.9999937 - 0.3326241 y^2 + 0.121267 y^4), relative error 6.5e-6,
- * and of such exponents none overflows. */
+/* softmax_exponentiate of tanh(S c), for small S c alone.  Bounded exponents: no maximum moves. */
 template <int N>
 ATTN_DEVICE void softmax_exponentiate_small(softmax_rows &r, float (&s)[N / 2], float c,
                                             float exp_scale)
 {
-    float a = 0.9999937f * c * exp_scale, b = -0.3326241f * c * c * c * exp_scale;
-    float d = 0.121267f * c * c * c * c * c * exp_scale;
-    float shift0 = r.max[0] * exp_scale, shift1 = r.max[1] * exp_scale;
-    float sum0 = 0.0f, sum1 = 0.0f;
 #pragma unroll
-    for (int i = 0; i < N / 2; i++) {
-        float square = s[i] * s[i], shift = i % 4 < 2 ? shift0 : shift1;
-        s[i] = ex2_approx(fmaf(s[i], fmaf(square, fmaf(square, d, b), a), -shift));
-    }
-#pragma unroll
-    for (int i = 0; i < N / 2; i += 4) {
-        sum0 += s[i] + s[i + 1];
-        sum1 += s[i + 2] + s[i + 3];
-    }
-    r.sum[0] += sum0;
-    r.sum[1] += sum1;
+    for (int i = 0; i < N / 2; i++)
+        s[i] = tanh_small(s[i] * c);
+    softmax_exponentiate<N>(r, s, exp_scale);
 }
 
 /* The accumulator of P in the layout of an A operand. */
