@@ -57,6 +57,7 @@ struct kda_prepare_scratch {
     char q[8 * KDA_TILE] __attribute__((aligned(64)));  /* A: q_i D_i / D_m */
     char ki[8 * KDA_TILE] __attribute__((aligned(64))); /* B: k_j D_m / D_j */
     kda_block n, m, t;
+    vec diagonal[KDA_CHUNK]; /* of M, to be summed over the lanes */
     float k_apart[KDA_CHUNK][KDA_WIDTH] __attribute__((aligned(64))); /* k and q, when apart */
     float q_apart[KDA_CHUNK][KDA_WIDTH] __attribute__((aligned(64)));
 };
@@ -210,6 +211,25 @@ static void kda_pair_factors(const struct attn_kda_tokens *tokens, const struct 
     kda_put_transposed(s->ki + (c / 16 + 1) * KDA_TILE, ki);
 }
 
+/* M_ii = q_i . k_i holds no decay.  In fp32, as a lone token's output is M_ii U: where q and k are nearly at
+ * right angles, their rounding to bf16 would be most of it. */
+static void kda_diagonal_add(const struct kda_columns *x, bool first, vec diagonal[KDA_CHUNK])
+{
+    for (int32_t i = 0; i < KDA_CHUNK; ++i) {
+        vec sum = first ? vec_zero() : diagonal[i];
+        sum = vec_fma(x->q[i][0], x->k[i][0], sum);
+        diagonal[i] = vec_fma(x->q[i][1], x->k[i][1], sum);
+    }
+}
+
+static void kda_diagonal_put(const vec diagonal[KDA_CHUNK], float (*m)[32])
+{
+    float sums[KDA_CHUNK];
+    vec_store(sums, vec_sums(diagonal));
+    vec_store(sums + 16, vec_sums(diagonal + 16));
+    for (int32_t i = 0; i < KDA_CHUNK; ++i) m[i][i] = sums[i];
+}
+
 /* The triangle up to the diagonal, as two A tiles; what lies above it becomes 0. */
 static void kda_put_rows(char *tiles, float (*x)[32])
 {
@@ -235,6 +255,7 @@ static void kda_prepare(const struct attn_kda_tokens *x, char *record, char *scr
         kda_state_factors(x, &columns, &s->g, c, &to);
         if (!s->g.apart) {
             kda_pair_factors(x, &columns, c, s);
+            kda_diagonal_add(&columns, c == 0, s->diagonal);
             continue;
         }
         for (int32_t i = 0; i < KDA_CHUNK; ++i) {
@@ -251,6 +272,7 @@ static void kda_prepare(const struct attn_kda_tokens *x, char *record, char *scr
         kda_product(s->n, false, s->k, x->d / 32 * KDA_TILE, s->ki, x->d / 32);
         kda_product(s->m, false, s->q, x->d / 32 * KDA_TILE, s->ki, x->d / 32);
         kda_end();
+        kda_diagonal_put(s->diagonal, s->m);
     }
     kda_inverse(s->n[0], s->g.b, x->rows, s->t[0]);
     kda_put_rows(to.t, s->t);
