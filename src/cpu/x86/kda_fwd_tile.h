@@ -211,8 +211,8 @@ static void kda_pair_factors(const struct attn_kda_tokens *tokens, const struct 
     kda_put_transposed(s->ki + (c / 16 + 1) * KDA_TILE, ki);
 }
 
-/* M_ii = q_i . k_i holds no decay.  In fp32, as a lone token's output is M_ii U: where q and k are nearly at
- * right angles, their rounding to bf16 would be most of it. */
+/* M_ii = q_i . k_i holds no decay.  In fp32, as a lone token's output is M_ii U: where q and k are
+ * nearly at right angles, their rounding to bf16 would be most of it. */
 static void kda_diagonal_add(const struct kda_columns *x, bool first, vec diagonal[KDA_CHUNK])
 {
     for (int32_t i = 0; i < KDA_CHUNK; ++i) {
@@ -224,7 +224,7 @@ static void kda_diagonal_add(const struct kda_columns *x, bool first, vec diagon
 
 static void kda_diagonal_put(const vec diagonal[KDA_CHUNK], float (*m)[32])
 {
-    float sums[KDA_CHUNK];
+    float sums[KDA_CHUNK] __attribute__((aligned(64)));
     vec_store(sums, vec_sums(diagonal));
     vec_store(sums + 16, vec_sums(diagonal + 16));
     for (int32_t i = 0; i < KDA_CHUNK; ++i) m[i][i] = sums[i];
