@@ -10,8 +10,10 @@
 #define kda_end() tile_end()
 
 /* Tiles 0 to 3 are C, 4 and 5 A, 6 and 7 B. */
-static inline __attribute__((always_inline)) void
-kda_product(float (*c)[32], bool add, const char *a, int64_t a_next, const char *b, int64_t steps)
+static inline __attribute__((always_inline)) void kda_product(float (*c)[32], bool add,
+                                                              const char *a, int64_t a_next,
+                                                              const char *b, int64_t b_next,
+                                                              int64_t steps)
 {
     const int64_t row = 32 * sizeof(float);
     tile_fence();
@@ -27,8 +29,8 @@ kda_product(float (*c)[32], bool add, const char *a, int64_t a_next, const char 
         tile_zero(3);
     }
     for (int64_t i = 0; i < steps; ++i) {
-        tile_load(6, b + 2 * i * TILE_BYTES);
-        tile_load(7, b + (2 * i + 1) * TILE_BYTES);
+        tile_load(6, b + i * b_next);
+        tile_load(7, b + i * b_next + TILE_BYTES);
         tile_load_once(4, a + i * TILE_BYTES);
         tile_load_once(5, a + a_next + i * TILE_BYTES);
         tile_dpbf16(0, 4, 6);

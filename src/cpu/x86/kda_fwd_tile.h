@@ -3,18 +3,22 @@
  * kda_fwd for bf16 inputs with bf16 operands and fp32 sums: the body of the AVX-512-BF16 and AMX
  * rungs, which differ in one function, the product of operands in tiles:
  *
- *   kda_product(c, add, a, a_next, b, steps):   C[32][32] = (add ? C : 0) + A[32][32 steps] B[32 steps][32]
+ *   kda_product(c, add, a, a_next, b, b_next, steps):
+ *     C[32][32] = (add ? C : 0) + A[32][32 steps] B[32 steps][32]
  *     A: tiles of 16 rows x 32 bf16; row tile m, step p at a + m a_next + p KB
- *     B: tiles of 16 pairs of rows x 16 columns x 2 bf16; step p, column tile n at b + (2 p + n) KB
+ *     B: tiles of 16 pairs of rows x 16 columns x 2 bf16; step p, column tile n at b + p b_next + n KB
  *     C: fp32, row after row of 32
  *
- * The math is kda_fwd_vec.h's.  What is rounded to bf16: kd, qd, kr, the factors of N and M, T, M, X,
- * U, and S as an operand; S itself stays fp32.
+ * The math is kda_fwd_vec.h's.  What is rounded to bf16: kd, qd, kr, the factors of N and M, M, X, U,
+ * and S as an operand; S itself stays fp32.  Two remedies keep errors from piling up:
+ *   - T is a sum of two bf16, T' + T'': terms of T X cancel, and T's rounding would be most of U's error;
+ *   - 1 / |k| is r 2^e, 1 <= r < 2: kr holds 2^e, U holds r (by T's rows), M's columns 1 / r.  So kr has
+ *     k's own bits where nothing decays, which is where S keeps its rounding errors.
  *
  *   operand          rows x columns          made by
  *   kd qd    A       token x place of K      packing 32 places of a token
  *   kr       A       place of K x token      16 x 16 transposes of token pairs
- *   T M      A       token x token           packing rows
+ *   T' T'' M A       token x token           packing rows
  *   k D_m/D  B       place of K x token      16 x 16 transposes of pairs of places
  *   S        B       place of K x value      packing the rows of two places
  *   X U      B       token x value           packing the rows of two tokens
@@ -26,13 +30,19 @@
 #ifndef ATTN_CPU_X86_KDA_FWD_TILE_H
 #define ATTN_CPU_X86_KDA_FWD_TILE_H
 
+#include <string.h>
+
 #include "cpu/x86/kda_chunk_vec.h"
 
 enum { KDA_TILE = 1024, KDA_LINE = 64, KDA_STEP_CHANNELS = 32 };
 
+/* N and M of fewer tokens are made in fp32: where the only q and k are nearly at right angles, their
+ * rounding to bf16 would be most of the output. */
+enum { KDA_FEW = 16 };
+
 typedef float kda_block[32][32] __attribute__((aligned(64)));
 
-/* A record: kd (negated) and qd [2][d / 32] tiles, kr [d / 16], T and M [2], D [d] floats. */
+/* A record: tiles of kd (negated) and qd [2][d / 32], kr [d / 16], T [2][T', T''], M [2]; D [d] floats. */
 struct kda_record {
     char *kd, *qd, *kr, *t, *m;
     float *decay;
@@ -44,12 +54,12 @@ static struct kda_record kda_record(const char *at, int32_t d)
     r.qd = r.kd + d / 16 * KDA_TILE;
     r.kr = r.qd + d / 16 * KDA_TILE;
     r.t = r.kr + d / 16 * KDA_TILE;
-    r.m = r.t + 2 * KDA_TILE;
+    r.m = r.t + 4 * KDA_TILE;
     r.decay = (float *)(void *)(r.m + 2 * KDA_TILE);
     return r;
 }
 
-static int64_t kda_record_bytes(int64_t d) { return (3 * d / 16 + 4) * KDA_TILE + 4 * d; }
+static int64_t kda_record_bytes(int64_t d) { return (3 * d / 16 + 6) * KDA_TILE + 4 * d; }
 
 struct kda_prepare_scratch {
     struct kda_gates g;
@@ -57,7 +67,7 @@ struct kda_prepare_scratch {
     char q[8 * KDA_TILE] __attribute__((aligned(64)));  /* A: q_i D_i / D_m */
     char ki[8 * KDA_TILE] __attribute__((aligned(64))); /* B: k_j D_m / D_j */
     kda_block n, m, t;
-    vec diagonal[KDA_CHUNK]; /* of M, to be summed over the lanes */
+    float r[KDA_CHUNK], r_inverse[KDA_CHUNK]; /* of 1 / |k| = r 2^e; 1 past the last token */
     float k_apart[KDA_CHUNK][KDA_WIDTH] __attribute__((aligned(64))); /* k and q, when apart */
     float q_apart[KDA_CHUNK][KDA_WIDTH] __attribute__((aligned(64)));
 };
@@ -131,10 +141,23 @@ VEC_INLINE void kda_put_transposed(char *tile, const __m512i x[16])
     for (int i = 0; i < 16; ++i) _mm512_store_ps(tile + i * KDA_LINE, r[i]);
 }
 
+static void kda_mantissas(int32_t rows, struct kda_prepare_scratch *s)
+{
+    for (int32_t i = 0; i < KDA_CHUNK; i += 16) {
+        __mmask16 tokens = (__mmask16)(((1ull << rows) - 1) >> i);
+        vec norm = _mm512_mask_loadu_ps(vec_set1(1.0f), tokens, s->g.k + i);
+        vec r = _mm512_getmant_ps(norm, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src);
+        vec_store(s->r + i, r);
+        vec_store(s->r_inverse + i, vec_div(vec_set1(1.0f), r));
+    }
+}
+
 /* kd, qd, kr and D of 32 channels. */
 static void kda_state_factors(const struct attn_kda_tokens *tokens, const struct kda_columns *x,
-                              const struct kda_gates *g, int32_t c, const struct kda_record *to)
+                              const struct kda_prepare_scratch *s, int32_t c,
+                              const struct kda_record *to)
 {
+    const struct kda_gates *g = &s->g;
     int32_t d = tokens->d;
     vec f0 = vec_set1(1.0f), f1 = f0;
     for (int32_t i = 0; i < KDA_CHUNK; ++i) {
@@ -154,11 +177,13 @@ static void kda_state_factors(const struct attn_kda_tokens *tokens, const struct
     __m512i even[16], odd[16];
     f0 = f1 = vec_set1(1.0f);
     for (int32_t i = KDA_CHUNK - 2; i >= 0; i -= 2) {
-        vec late0 = vec_mul(x->k[i + 1][0], f0), late1 = vec_mul(x->k[i + 1][1], f1);
+        vec r = vec_set1(s->r_inverse[i]), late = vec_set1(s->r_inverse[i + 1]);
+        vec late0 = vec_mul(x->k[i + 1][0], vec_mul(late, f0));
+        vec late1 = vec_mul(x->k[i + 1][1], vec_mul(late, f1));
         f0 = vec_mul(f0, vec_load(&g->decay[i + 1][c]));
         f1 = vec_mul(f1, vec_load(&g->decay[i + 1][c + 16]));
-        even[i / 2] = kda_pack(vec_mul(x->k[i][0], f0), late0);
-        odd[i / 2] = kda_pack(vec_mul(x->k[i][1], f1), late1);
+        even[i / 2] = kda_pack(vec_mul(x->k[i][0], vec_mul(r, f0)), late0);
+        odd[i / 2] = kda_pack(vec_mul(x->k[i][1], vec_mul(r, f1)), late1);
         f0 = vec_mul(f0, vec_load(&g->decay[i][c]));
         f1 = vec_mul(f1, vec_load(&g->decay[i][c + 16]));
     }
@@ -211,34 +236,42 @@ static void kda_pair_factors(const struct attn_kda_tokens *tokens, const struct 
     kda_put_transposed(s->ki + (c / 16 + 1) * KDA_TILE, ki);
 }
 
-/* M_ii = q_i . k_i holds no decay.  In fp32, as a lone token's output is M_ii U: where q and k are
- * nearly at right angles, their rounding to bf16 would be most of it. */
-static void kda_diagonal_add(const struct kda_columns *x, bool first, vec diagonal[KDA_CHUNK])
+/* Row i of a triangle up to the diagonal; what lies above it becomes 0. */
+VEC_INLINE void kda_load_row(const float (*x)[32], int i, vec row[2])
 {
-    for (int32_t i = 0; i < KDA_CHUNK; ++i) {
-        vec sum = first ? vec_zero() : diagonal[i];
-        sum = vec_fma(x->q[i][0], x->k[i][0], sum);
-        diagonal[i] = vec_fma(x->q[i][1], x->k[i][1], sum);
+    uint32_t lower = ~0u >> (31 - i);
+    row[0] = _mm512_maskz_load_ps((__mmask16)lower, x[i]);
+    row[1] = _mm512_maskz_load_ps((__mmask16)(lower >> 16), x[i] + 16);
+}
+
+/* M with its columns over r. */
+static void kda_put_m(const struct kda_prepare_scratch *s, char *tiles)
+{
+    vec r[2] = {vec_load(s->r_inverse), vec_load(s->r_inverse + 16)};
+    for (int i = 0; i < KDA_CHUNK; ++i) {
+        vec row[2];
+        kda_load_row(s->m, i, row);
+        _mm512_store_si512(tiles + i * KDA_LINE,
+                           kda_join(vec_mul(row[0], r[0]), vec_mul(row[1], r[1])));
     }
 }
 
-static void kda_diagonal_put(const vec diagonal[KDA_CHUNK], float (*m)[32])
+/* T with its rows times r: T' holds the upper halves of the bits, T'' the rest. */
+static void kda_put_t(const struct kda_prepare_scratch *s, char *tiles)
 {
-    float sums[KDA_CHUNK] __attribute__((aligned(64)));
-    vec_store(sums, vec_sums(diagonal));
-    vec_store(sums + 16, vec_sums(diagonal + 16));
-    for (int32_t i = 0; i < KDA_CHUNK; ++i) m[i][i] = sums[i];
-}
-
-/* The triangle up to the diagonal, as two A tiles; what lies above it becomes 0. */
-static void kda_put_rows(char *tiles, float (*x)[32])
-{
+    const __m512i upper = _mm512_set1_epi32((int)0xffff0000u);
     for (int i = 0; i < KDA_CHUNK; ++i) {
-        uint32_t lower = ~0u >> (31 - i);
-        vec a = _mm512_maskz_load_ps((__mmask16)lower, x[i]);
-        vec b = _mm512_maskz_load_ps((__mmask16)(lower >> 16), x[i] + 16);
-        __m512i line = (__m512i)_mm512_cvtne2ps_pbh(b, a);
-        _mm512_store_si512(tiles + i * KDA_LINE, line);
+        vec row[2], high[2];
+        kda_load_row(s->t, i, row);
+        VEC_UNROLL
+        for (int j = 0; j < 2; ++j) {
+            row[j] = vec_mul(row[j], vec_set1(s->r[i]));
+            high[j] = (vec)_mm512_and_si512((__m512i)row[j], upper);
+            row[j] = vec_sub(row[j], high[j]);
+        }
+        char *line = tiles + i / 16 * 2 * KDA_TILE + i % 16 * KDA_LINE;
+        _mm512_store_si512(line, kda_join(high[0], high[1]));
+        _mm512_store_si512(line + KDA_TILE, kda_join(row[0], row[1]));
     }
 }
 
@@ -248,14 +281,15 @@ static void kda_prepare(const struct attn_kda_tokens *x, char *record, char *scr
     const struct kda_record to = kda_record(record, x->d);
     struct kda_columns columns;
     kda_gates(ATTN_BF16, x, &s->g);
+    kda_mantissas(x->rows, s);
+    bool apart = s->g.apart || x->rows < KDA_FEW;
     for (int32_t i = x->rows; i < KDA_CHUNK; ++i)
         for (int32_t c = 0; c < x->d; c += 16) vec_store(&s->g.decay[i][c], vec_set1(1.0f));
     for (int32_t c = 0; c < x->d; c += KDA_STEP_CHANNELS) {
         kda_load_columns(x, &s->g, c, &columns);
-        kda_state_factors(x, &columns, &s->g, c, &to);
-        if (!s->g.apart) {
+        kda_state_factors(x, &columns, s, c, &to);
+        if (!apart) {
             kda_pair_factors(x, &columns, c, s);
-            kda_diagonal_add(&columns, c == 0, s->diagonal);
             continue;
         }
         for (int32_t i = 0; i < KDA_CHUNK; ++i) {
@@ -265,18 +299,18 @@ static void kda_prepare(const struct attn_kda_tokens *x, char *record, char *scr
             }
         }
     }
-    if (s->g.apart) {
-        kda_apart(&s->g, s->k_apart[0], s->q_apart[0], KDA_CHUNK, x->d, s->n[0], s->m[0]);
+    if (apart) {
+        memset(s->m, 0, sizeof s->m);
+        kda_apart(&s->g, s->k_apart[0], s->q_apart[0], x->rows, x->d, s->n[0], s->m[0]);
     } else {
         kda_begin();
-        kda_product(s->n, false, s->k, x->d / 32 * KDA_TILE, s->ki, x->d / 32);
-        kda_product(s->m, false, s->q, x->d / 32 * KDA_TILE, s->ki, x->d / 32);
+        kda_product(s->n, false, s->k, x->d / 32 * KDA_TILE, s->ki, 2 * KDA_TILE, x->d / 32);
+        kda_product(s->m, false, s->q, x->d / 32 * KDA_TILE, s->ki, 2 * KDA_TILE, x->d / 32);
         kda_end();
-        kda_diagonal_put(s->diagonal, s->m);
     }
     kda_inverse(s->n[0], s->g.b, x->rows, s->t[0]);
-    kda_put_rows(to.t, s->t);
-    kda_put_rows(to.m, s->m);
+    kda_put_t(s, to.t);
+    kda_put_m(s, to.m);
 }
 
 /* ---- scan ------------------------------------------------------------------------------------ */
@@ -352,12 +386,12 @@ static void kda_scan_part(const struct attn_kda_scan *s, int32_t i, struct kda_s
     int64_t rows = s->d / 32 * KDA_TILE, steps = s->d / 32;
     for (int32_t c = 0; c < s->d; c += 32)
         kda_pack_state(s->state, r.decay, c, w->s + c / 16 * KDA_TILE);
-    kda_product(w->c, false, r.kd, rows, w->s, steps);
-    kda_product(w->out, false, r.qd, rows, w->s, steps);
+    kda_product(w->c, false, r.kd, rows, w->s, 2 * KDA_TILE, steps);
+    kda_product(w->out, false, r.qd, rows, w->s, 2 * KDA_TILE, steps);
     kda_pack_x(s, p, w->c, w->x);
-    kda_product(w->c, false, r.t, KDA_TILE, w->x, 1);
+    kda_product(w->c, false, r.t, 2 * KDA_TILE, w->x, 0, 2); /* (T' + T'') X */
     kda_pack_u(w->c, w->u);
-    kda_product(w->out, true, r.m, KDA_TILE, w->u, 1);
+    kda_product(w->out, true, r.m, KDA_TILE, w->u, 0, 1);
     for (int64_t j = 0; j < next->rows; ++j)
         _mm_prefetch(next->v + j * s->v_row + 2 * next_v0, _MM_HINT_T0);
     kda_product_rows((float (*)[32])s->state, r.kr, w->u, 2 * steps);
