@@ -67,7 +67,8 @@ struct kda_prepare_scratch {
     char q[8 * KDA_TILE] __attribute__((aligned(64)));  /* A: q_i D_i / D_m */
     char ki[8 * KDA_TILE] __attribute__((aligned(64))); /* B: k_j D_m / D_j */
     kda_block n, m, t;
-    float r[KDA_CHUNK], r_inverse[KDA_CHUNK]; /* of 1 / |k| = r 2^e; 1 past the last token */
+    float r[KDA_CHUNK] __attribute__((aligned(64))); /* of 1 / |k| = r 2^e; 1 past the last token */
+    float r_inverse[KDA_CHUNK] __attribute__((aligned(64)));
     float k_apart[KDA_CHUNK][KDA_WIDTH] __attribute__((aligned(64))); /* k and q, when apart */
     float q_apart[KDA_CHUNK][KDA_WIDTH] __attribute__((aligned(64)));
 };
