@@ -331,6 +331,15 @@ def test_errors_have_the_names_that_the_cache_function_has(name, call, device):
         assert other not in str(caught.value).replace("cu_seqlens_k_new", "")
 
 
+def test_the_plain_cache_call_has_its_names_too(device):
+    """What goes straight to libattn, with an error that is not about a shape."""
+    a = Args(device)
+    with pytest.raises(RuntimeError, match="^cache_seqlens: expected dtype int32"):
+        a.cache(cache_seqlens=a.i(5, 5).long())
+    with pytest.raises(RuntimeError, match="^k_cache: expected dtype"):
+        a.cache(cache_seqlens=a.i(5, 5), k_cache=a.t(2, 20, 2, 64).double())
+
+
 @pytest.mark.parametrize("window", [5, (1, 2, 3), "ab", ()])
 def test_a_window_that_is_no_pair(window, device):
     with pytest.raises((ValueError, RuntimeError), match="window_size|invalid literal"):

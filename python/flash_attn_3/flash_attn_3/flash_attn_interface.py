@@ -548,6 +548,8 @@ def flash_attn_with_kvcache(
             )
         except ShapeError:
             pass  # strides that are copied below, or what is said better there
+        except (RuntimeError, TypeError) as error:
+            raise in_cache_names(error) from None
     try:
         assert k_cache.is_contiguous() or k_cache.stride(-1) == 1, "k_cache: expected last stride 1"
         assert v_cache.is_contiguous() or v_cache.stride(-1) == 1, "v_cache: expected last stride 1"
