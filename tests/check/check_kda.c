@@ -521,10 +521,9 @@ static void compare(struct check_test *test, const struct kda_case *c, const str
     for (int64_t i = 0; i < c->n; ++i)
         for (int64_t t = 0; t < c->len[i]; t += WINDOW) {
             int64_t end = t + WINDOW < c->len[i] ? t + WINDOW : c->len[i];
-            int64_t begin = end < WINDOW ? 0 : end - WINDOW; /* the last one overlaps */
             struct error window = {0};
-            add_tokens(&window, c, got, want, i, begin, end);
-            snprintf(text, sizeof text, "out of sequence %d from token %d", (int)i, (int)begin);
+            add_tokens(&window, c, got, want, i, t, end);
+            snprintf(text, sizeof text, "out of sequence %d from token %d", (int)i, (int)t);
             check_error(test, c, text, &window, 2 * limit);
         }
     check_outside(test, c, got->out);
