@@ -442,7 +442,7 @@ static void make_pathology(struct check_random *r, struct mha_case *c)
             if (!c->shared && x % 2 == 0)
                 check_fill_normal(r, c->dtype, mha_cache_at(c, ARG_v, b, x, 0), c->d_v,
                                   tiny[c->dtype]);
-        if (!c->shared) mha_case_hide(c, NAN); /* as good as absent: poison, too */
+        c->hidden = true;
     }
     float bad = (float[]){INFINITY, -INFINITY, NAN}[random_range(r, 0, 2)];
     if (c->pathology == 4) attn_store(c->dtype, mha_q_at(c, ARG_q, b, i, h), at, bad);
@@ -504,8 +504,9 @@ void mha_case_make(struct check_random *r, enum attn_dtype dtype, unsigned featu
     mha_tensor_make(r, c, ARG_lse, value_type(ATTN_F32), packed_q ? 2 : 3, lse + packed_q,
                     with(c, WITH_strided));
     for (int64_t b = 0; b < c->b; ++b) fill_sequence(r, c, b);
-    if (random_percent(r, 50)) mha_case_hide(c, NAN); /* as good as absent: poison, too */
+    bool hide = random_percent(r, 50);
     make_pathology(r, c);
+    if (hide || c->hidden) mha_case_hide(c, NAN); /* as good as absent: poison, too */
 
     const struct check_buffer *k = &c->tensor[ARG_k].buffer, *v = &c->tensor[ARG_v].buffer;
     c->k_before = memcpy(check_scratch(k->bytes), k->data, k->bytes);

@@ -176,6 +176,34 @@ void check_mha_fwd(void)
     }
 }
 
+/* A case on a GPU hides keys behind large numbers, then behind NaN again (check_gpu.c): its caches are
+ * then as they were made. */
+static void check_hidden(enum attn_dtype dtype)
+{
+    static const unsigned masks[] = {WITH_causal, WITH_window, WITH_chunk, WITH_chunk | WITH_paged};
+    struct check_test test;
+    if (!check_open(&test, "control", "", attn_dtype_name(dtype), "hidden keys are NaN again"))
+        return;
+    for (int64_t i = 0; i < check_rounds(400); ++i) {
+        struct check_random r = check_case_random(&test, i);
+        struct mha_case c;
+        char text[512];
+        check_pool_reset();
+        mha_case_make(&r, dtype, masks[i % 4] | WITH_pathological, &c);
+        if (!c.hidden) continue;
+        const struct check_buffer *k = &c.tensor[ARG_k].buffer, *v = &c.tensor[ARG_v].buffer;
+        check_buffer_protect(k, false);
+        check_buffer_protect(v, false);
+        mha_case_hide(&c, 3e4f);
+        mha_case_hide(&c, check_options.broken ? 0 : NAN);
+        test.cases += 1;
+        if (memcmp(k->data, c.k_before, k->bytes) != 0 ||
+            memcmp(v->data, c.v_before, v->bytes) != 0)
+            check_fail(&test, "%s", mha_case_text(&c, text));
+    }
+    check_close(&test);
+}
+
 /* The comparison itself: each way of spoiling a result must be noticed. */
 void check_control(void)
 {
@@ -187,6 +215,7 @@ void check_control(void)
                                         WITH_splits};
     for (int t = 0; t < ATTN_DTYPES; ++t) {
         struct check_test test;
+        check_hidden((enum attn_dtype)t);
         if (!check_open(&test, "control", "", attn_dtype_name((enum attn_dtype)t),
                         "spoiled results are caught"))
             continue;
