@@ -351,3 +351,16 @@ def test_what_is_no_tensor_is_named(device):
         Args(device).cache(cache_seqlens="five")
     with pytest.raises(TypeError, match="cache_seqlens: expected a tensor, got str"):
         fa.get_scheduler_metadata(1, 1, 1, 1, 1, 64, "five")
+    with pytest.raises(TypeError, match="qkv: expected a tensor, got NoneType"):
+        fa.flash_attn_qkvpacked_func(None)
+    partial, lse = torch.ones(3, 2, 5, 4, 32, device=device), torch.ones(3, 2, 5, 4, device=device)
+    with pytest.raises(TypeError, match="lse_partial: expected a tensor, got list"):
+        fa.flash_attn_combine(partial, [lse])
+    with pytest.raises(TypeError, match="out: expected a tensor, got int"):
+        fa.flash_attn_combine(partial, lse, 3)
+
+
+@pytest.mark.parametrize("longest", [float("inf"), float("nan"), "five", [5]])
+def test_a_longest_length_that_is_no_integer_is_named(longest, device):
+    with pytest.raises(TypeError, match="max_seqlen_q: expected an integer, got"):
+        Args(device).varlen(m_q=longest)

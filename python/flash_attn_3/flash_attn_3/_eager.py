@@ -73,9 +73,14 @@ def written(*tensors):
             increment_version(x)
 
 
-def length(value):
+def length(name, value):
     """max_seqlen as an int: an int, a 0-dim integer tensor, or -1 for None."""
-    return -1 if value is None else int(value)
+    if value is None:
+        return -1
+    try:
+        return int(value)
+    except (TypeError, ValueError, OverflowError):
+        raise DtypeError(f"{name}: expected an integer, got {value!r}") from None
 
 
 def window_sides(window_size):
@@ -174,8 +179,8 @@ def raw_forward(
         (
             cu_seqlens_q,
             cu_seqlens_k,
-            length(max_seqlen_q),
-            length(max_seqlen_k),
+            length("max_seqlen_q", max_seqlen_q),
+            length("max_seqlen_k", max_seqlen_k),
             seqused_q,
             seqused_k,
             page_table,
@@ -326,6 +331,8 @@ def gradients(backward, dout, saved, without, options):
 
 def check_given(out, out_dtype):
     """Refuses an output for flash_attn_combine that is not of out_dtype, by default fp32."""
+    if not isinstance(out, torch.Tensor):
+        raise DtypeError(f"out: expected a tensor, got {type(out).__name__}")
     if out.dtype != (out_dtype or torch.float32):
         raise DtypeError(f"out: expected dtype {out_dtype or torch.float32} (out_dtype), got {out.dtype}")
     if out.is_neg():

@@ -300,8 +300,8 @@ def flash_attn_varlen_func(
         features = (
             unit_stride(cu_seqlens_q),
             unit_stride(cu_seqlens_k),
-            max_seqlen_q if type(max_seqlen_q) is int else length(max_seqlen_q),
-            max_seqlen_k if type(max_seqlen_k) is int else length(max_seqlen_k),
+            max_seqlen_q if type(max_seqlen_q) is int else length("max_seqlen_q", max_seqlen_q),
+            max_seqlen_k if type(max_seqlen_k) is int else length("max_seqlen_k", max_seqlen_k),
         )
         if tail or seqused_q is not None or seqused_k is not None or page_table is not None:
             features = (
@@ -629,7 +629,7 @@ def flash_attn_with_kvcache(
         features = (
             None if cu_seqlens_q is None else unit_stride(cu_seqlens_q),
             None,
-            -1 if max_seqlen_q is None else int(max_seqlen_q),
+            length("max_seqlen_q", max_seqlen_q),
             -1,
             None,
             None if cache_seqlens is None else unit_stride(cache_seqlens),
@@ -732,7 +732,7 @@ def flash_attn_combine(out_partial, lse_partial, out=None, out_dtype=None):
 
     Returns (out, lse), lse fp32 (b, s, h), a transposed view.  There is no gradient.
     """
-    if on_musa(out_partial, "out_partial"):
+    if on_musa(out_partial, "out_partial") or on_musa(lse_partial, "lse_partial"):
         raise NotBuiltError("flash_attn_combine: MATE has no such function for tensors on MUSA")
     if is_traced() or type(out_partial) is not torch.Tensor or modes():
         if out is not None:

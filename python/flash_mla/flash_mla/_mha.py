@@ -13,7 +13,7 @@ def number(name, value):
     """A longest length: an int or a 0-dim integer tensor."""
     try:
         return int(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise DtypeError(f"{name}: expected an integer, got {value!r}") from None
 
 
