@@ -193,9 +193,9 @@ attn_status attn_decode_launch(struct attn_decode_params *params,
         .attribute_count = count,
     };
     const struct attn_mha_fwd_params *call = &params->call;
-    params->by_group = attn_divisor_of(call->group);
-    params->by_page = attn_divisor_of(call->page);
-    params->by_parts = attn_divisor_of(params->parts);
+    params->by_group = attn_division_by(call->group);
+    params->by_page = attn_division_by(call->page);
+    params->by_parts = attn_division_by(params->parts);
     int64_t steps = (call->cu_seqlens_k ? call->t_k : call->s_k) / ATTN_DECODE_KEYS + 1;
     params->narrow = !params->splits && params->parts > 1 && call->b <= NARROW_SEQUENCES &&
                      call->b * call->h_k * (steps + params->item_cost) < NARROW_COST;

@@ -28,16 +28,6 @@ static attn_status choose(const problem_t *p, const struct attn_cuda_device *dev
                                     plan);
 }
 
-/* For a division by n; unused with n = 0. */
-static struct attn_division division(int32_t n)
-{
-    struct attn_division d = {0, 0};
-    if (n <= 0) return d;
-    while ((int64_t)1 << d.shift < n) d.shift++;
-    d.magic = (uint32_t)((((int64_t)1 << (31 + d.shift)) + n - 1) / n);
-    return d;
-}
-
 static int32_t window(int64_t edge)
 {
     return edge < 0 || edge > ATTN_WINDOW_OFF ? ATTN_WINDOW_OFF : (int32_t)edge;
@@ -129,7 +119,7 @@ void attn_mha_fwd_fill_params(const problem_t *p, const plan_t *plan,
     out->d_qk = (int32_t)p->d_qk;
     out->d_v = (int32_t)p->d_v;
     out->page = (int32_t)p->page;
-    out->page_division = division(out->page);
+    out->page_division = attn_division_by(out->page);
     out->box_rows = plan->box_rows;
     out->gather = plan->gather ? gather(p) : ATTN_GATHER_NONE;
     out->cluster = plan->cluster;
@@ -144,7 +134,7 @@ void attn_mha_fwd_fill_params(const problem_t *p, const plan_t *plan,
     out->window_left = cp ? ATTN_WINDOW_OFF : window(p->window_left);
     out->window_right = cp ? ATTN_WINDOW_OFF : p->causal ? 0 : window(p->window_right);
     out->chunk = cp ? 0 : (int32_t)(p->chunk > ATTN_WINDOW_OFF ? ATTN_WINDOW_OFF : p->chunk);
-    out->chunk_division = division(out->chunk);
+    out->chunk_division = attn_division_by(out->chunk);
     out->cp_world = cp ? (int32_t)p->cp_world : 1;
     out->cp_rank = cp ? (int32_t)p->cp_rank : 0;
     out->cp_causal = cp && p->causal;

@@ -226,9 +226,9 @@ static attn_status launch_few(const problem_t *p, const plan_t *few, char *works
     fill_params(p, few, workspace, &params);
     params.item_cost = p->b > 1 ? ITEM_COST : 0;
     params.combine_groups = merge_turns(p, few);
-    params.by_group = attn_divisor_of(params.call.group);
-    params.by_page = attn_divisor_of(params.call.page);
-    params.by_parts = attn_divisor_of(params.parts);
+    params.by_group = attn_division_by(params.call.group);
+    params.by_page = attn_division_by(params.call.page);
+    params.by_parts = attn_division_by(params.parts);
     memset(&maps, 0, sizeof maps);
     ATTN_TRY(encode_q(p, &maps.q));
     ATTN_TRY(encode_cache(p, few->box_rows, &maps.k));

@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: MIT
 #
 # What needs no GPU: the numbers of src/cuda/driver.h beside the toolkit's, where there is one; drivers that
-# are not as they should be; plans of GPU calls by the thousand.  dlpack.h is in DLPACK_INCLUDE, or where BUILD_DIR was configured to find it.
+# are not as they should be; plans of GPU calls by the thousand.  dlpack.h is in DLPACK_INCLUDE, or where
+# BUILD_DIR was configured to find it.
 #     tests/unit_cuda/plans.sh [BUILD_DIR]
 set -eu
 cd "$(dirname "$0")/../.."

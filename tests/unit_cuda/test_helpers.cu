@@ -203,18 +203,9 @@ static void test_transpose()
     report("quad_transpose", bad);
 }
 
-/* As mha_fwd_launch.c makes it. */
-static __host__ __device__ attn_division division(int n)
-{
-    attn_division d = {0, 0};
-    if (n <= 0) return d;
-    while (1ll << d.shift < n) d.shift++;
-    d.magic = (uint32_t)(((1ll << (31 + d.shift)) + n - 1) / n);
-    return d;
-}
-
 struct mask_case {
     int left, right, chunk, world, rank, causal, s_q, s_k, total;
+    attn_division by_chunk;
 };
 
 static __global__ void run_mask(const mask_case *cases, int n, int *bad)
@@ -225,7 +216,7 @@ static __global__ void run_mask(const mask_case *cases, int n, int *bad)
         p.window_left = m.left < 0 || m.world > 1 ? ATTN_WINDOW_OFF : m.left;
         p.window_right = m.right < 0 || m.world > 1 ? ATTN_WINDOW_OFF : m.right;
         p.chunk = m.world > 1 ? 0 : m.chunk;
-        p.chunk_division = division(p.chunk);
+        p.chunk_division = m.by_chunk;
         p.cp_world = m.world;
         p.cp_rank = m.rank;
         p.cp_causal = m.causal;
@@ -260,10 +251,11 @@ static void test_mask()
     for (int i = 0; i < 4000; i++) {
         mask_case m = {rand() % 3 ? -1 : rand() % 40, rand() % 3 ? -1 : rand() % 40,
                        rand() % 3 ? 0 : 1 + rand() % 30, rand() % 4 ? 1 : 2 + rand() % 3, 0,
-                       rand() % 2, 1 + rand() % 60, rand() % 90, 0};
+                       rand() % 2, 1 + rand() % 60, rand() % 90, 0, {}};
         m.rank = rand() % m.world;
         m.total = m.s_k * m.world - rand() % m.world;
         if (m.total < 0) m.total = 0;
+        m.by_chunk = attn_division_by(m.chunk);
         cases.push_back(m);
     }
     int *bad = on_device(std::vector<int>(1, 0));
@@ -455,7 +447,7 @@ template <int D, int N> static void test_boxes(int cluster, int page)
     p.cluster = cluster;
     p.box_rows = page ? 16 : N / cluster;
     p.page = page;
-    p.page_division = division(page);
+    p.page_division = attn_division_by(page);
     p.page_table = page ? on_device(table) : NULL;
     p.page_table_stride = 40;
     p.num_pages = batches;

@@ -5,7 +5,7 @@
  * What must hold of every plan: a kernel wide enough; boxes that divide the key step and never
  * straddle a page; a grid of whole clusters that fits the machine; a ticket wherever row tiles can
  * differ in length and are more than the grid.  Of a decode plan: a grid that fits the machine, rows
- * covered by tiles, slots for two pieces a block.
+ * covered by tiles, slots for two pieces a block.  And of attn_division: it divides exactly.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -125,6 +125,21 @@ static void check_decode(int n, struct attn_mha_fwd_problem *p)
     }
 }
 
+/* attn_division_by, by what the kernels do with it, beside the processor's own division. */
+static void check_division(int n)
+{
+    static const int64_t edges[] = {0, 1, 2, 3, 64, 1000, INT32_MAX - 1, INT32_MAX};
+    int64_t by = below(2) ? PICK(1, 2, 3, 7, 64, 1 << 30, INT32_MAX) : 1 + below(INT32_MAX);
+    if (below(2)) by = 1 + by % 4096;
+    struct attn_division d = attn_division_by((int32_t)by);
+    for (int i = 0; i < 8; i++) {
+        int64_t x = below(2) ? pick(edges, 8) : below((int64_t)INT32_MAX + 1);
+        if (below(2)) x = x / by * by - below(2); /* where the quotient jumps */
+        if (x < 0) continue;
+        EXPECT((int64_t)((uint64_t)(2 * (uint32_t)x) * d.magic >> 32 >> d.shift) == x / by);
+    }
+}
+
 int main(int argc, char **argv)
 {
     state = argc > 1 ? strtoull(argv[1], NULL, 10) : 1;
@@ -134,6 +149,7 @@ int main(int argc, char **argv)
         struct attn_mha_fwd_cuda_plan plan;
         random_problem(&p);
         check_decode(n, &p);
+        check_division(n);
         if (p.qv.data) continue; /* always decode */
         attn_status status = attn_mha_fwd_cuda_choose(&p, tiles, TILES, 132, &plan);
         if (p.d_v > 256) {

@@ -7,8 +7,8 @@
  *     consumer n of a block     [row][DV columns of O, m, l, 2 unused]
  *     M = max_n m_n     w_n = 2^((m_n - M) k)     l = sum_n w_n l_n     out = sum_n w_n O_n / l
  *
- * A lane takes one consumer's part of four columns of a row, its neighbours the others', and sums go
- * over them in a fixed order; the blocks take such fours of columns in turns.
+ * A lane takes one consumer's part of four columns of a row, its neighbours the others', and sums
+ * go over them in a fixed order; the blocks take such fours of columns in turns.
  */
 #pragma once
 #include "decode_rows.cuh"
@@ -42,8 +42,8 @@ ATTN_DEVICE void store_near(float *near, int row, int rows, const softmax_rows &
  * warps that have nothing else to do: they read their own block's memory, whatever is there, and
  * leave the instructions in the cache. */
 template <int DV>
-ATTN_DEVICE void merge_cluster(const attn_decode_params &p, const decode_piece &piece, uint32_t near,
-                               float4 *scratch, int groups, bool early)
+ATTN_DEVICE void merge_cluster(const attn_decode_params &p, const decode_piece &piece,
+                               uint32_t near, float4 *scratch, int groups, bool early)
 {
     constexpr int FOURS = DV / 4, PITCH = near_rows<DV>::PITCH;
     const attn_mha_fwd_params &call = p.call;
@@ -52,7 +52,7 @@ ATTN_DEVICE void merge_cluster(const attn_decode_params &p, const decode_piece &
     int part = t / each, block = early ? rank : part >> (groups - 1);
     float2 *states = (float2 *)(scratch + threads + parts); /* both [part][each + 1] */
     near += (part & (groups - 1)) * near_rows<DV>::FLOATS * 4;
-    if (!early) { /* shared memory has one copy: no fence is needed beyond the block's own barrier */
+    if (!early) { /* shared memory has one copy: no fence beyond the block's own barrier */
         named_barrier_sync<CLUSTER_BARRIER>(threads);
         cluster_sync_relaxed();
     }

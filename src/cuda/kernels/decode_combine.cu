@@ -64,7 +64,7 @@ ATTN_DEVICE combined_row find_combined(const attn_decode_params &p, int b, int h
                                        int tile_row, int n, int pieces)
 {
     sequence seq = locate_sequence(p.call, b);
-    int row = tile * ATTN_DECODE_ROWS + tile_row, token = divide(row, p.by_group);
+    int row = tile * ATTN_DECODE_ROWS + tile_row, token = divide_anew(p.by_group, row);
     return {p.call.cu_seqlens_q ? 0 : b,
             h_kv * p.call.group + row - token * p.call.group,
             tile_row,

@@ -116,7 +116,7 @@ ATTN_DEVICE void consume_few(const attn_decode_params &p, SMEM &sm, decode_walk 
         load_query<ATTN_MHA_FWD_PANELS(DQK), FEW_ROWS>(p, q_rows(p), next, 0, 0,
                                                        shared_address(sm.q));
         if (t < FEW_ROWS)
-            sm.bounds[t] = visible_keys(call, divide(min(t, next.rows - 1), p.by_group),
+            sm.bounds[t] = visible_keys(call, divide_anew(p.by_group, min(t, next.rows - 1)),
                                         next.seq.s_q, next.seq.s_k, next.cp_tot);
         if (t == 0) {
             sm.piece = next;

@@ -19,21 +19,6 @@
 
 #define ATTN_DECODE_MERGED_BYTES 32 /* of a thread of decode_combine: what its pieces amount to */
 
-/* Divides 0 <= n < 2^31 by d >= 1 as umulhi(2 n, magic) >> shift. */
-struct attn_divisor {
-    uint32_t magic, shift;
-};
-
-static inline struct attn_divisor attn_divisor_of(int32_t d)
-{
-    uint32_t shift = 0;
-    d = d > 1 ? d : 1;
-    while ((uint64_t)1 << shift < (uint64_t)d) shift++;
-    struct attn_divisor divisor = {(uint32_t)(((uint64_t)1 << (31 + shift)) / (uint64_t)d + 1),
-                                   shift};
-    return divisor;
-}
-
 struct attn_decode_params {
     struct attn_mha_fwd_params call; /* the ticket, section and cluster of mha_fwd are unused */
     const void *q;                   /* [b, s_q, h_q, d_qk] or [t_q, h_q, d_qk] */
@@ -57,7 +42,7 @@ struct attn_decode_params {
     int32_t combine_groups; /* of threads that share a row's pieces in decode_combine: 2^n */
     int32_t after_append;   /* 1: kv_append comes first and may be running still */
     int32_t narrow;         /* 1: equal shares, at most 32 sequences, less than 2^30 cost in all */
-    struct attn_divisor by_group, by_page, by_parts;
+    struct attn_division by_group, by_page, by_parts;
     int32_t cluster; /* 2^n > 1: blocks that share an item; one sequence, one tile */
 };
 

@@ -27,7 +27,7 @@ struct query_row {
 
 ATTN_DEVICE query_row find_row(const attn_decode_params &p, const decode_piece &piece, int row)
 {
-    int token = divide(row, p.by_group);
+    int token = divide_anew(p.by_group, row);
     return {piece.h_kv * p.call.group + row - token * p.call.group,
             p.call.cu_seqlens_q ? 0 : piece.b, (int64_t)piece.seq.q_offset + token};
 }

@@ -23,13 +23,13 @@
 #include "decode_params.h"
 #include "sched.cuh"
 
-/* Opaque, or the compiler keeps quotients in registers over whole loops. */
-ATTN_DEVICE int divide(int n, attn_divisor d)
+/* divide, hidden from the compiler, which else keeps quotients in registers over whole loops. */
+ATTN_DEVICE int divide_anew(attn_division d, int x)
 {
     int quotient;
     asm volatile("{ .reg .u32 x; shl.b32 x, %1, 1; mul.hi.u32 x, x, %2; shr.u32 %0, x, %3; }"
                  : "=r"(quotient)
-                 : "r"(n), "r"(d.magic), "r"(d.shift));
+                 : "r"(x), "r"(d.magic), "r"(d.shift));
     return quotient;
 }
 
@@ -62,7 +62,7 @@ ATTN_DEVICE bool decode_steps(const attn_decode_params &p, const sequence &seq, 
     int rows = seq.s_q * p.call.group, first = tile * ATTN_DECODE_ROWS, lo = 0;
     if (first >= rows) return false;
     int last = min(first + ATTN_DECODE_ROWS, rows) - 1;
-    int top = divide(first, p.by_group), bottom = divide(last, p.by_group);
+    int top = divide_anew(p.by_group, first), bottom = divide_anew(p.by_group, last);
 #pragma unroll 1
     for (int query = top;; query = bottom) {
         key_interval sees = visible_keys(p.call, query, seq.s_q, seq.s_k, cp_tot);
@@ -211,7 +211,8 @@ ATTN_DEVICE decode_walk decode_start_narrow(const attn_decode_params &p, decode_
         if (lane >= d) through += below;
     }
     int total = __shfl_sync(0xffffffff, through, 31);
-    int share = whole_share(p, divide(total + p.parts - 1, p.by_parts), low == high ? high : 0);
+    int even = divide_anew(p.by_parts, total + p.parts - 1);
+    int share = whole_share(p, even, low == high ? high : 0);
     int place = share * decode_part(p);
     if (place >= total) return {p.call.b, 0, 0, 0};
     int b = __ffs((int)__ballot_sync(0xffffffff, place < through)) - 1;

@@ -74,8 +74,8 @@ ATTN_DEVICE int describe(const attn_kda_fwd_params &p, int number, int rank, kda
 
 #define SHORT_ITEM 128 /* tokens */
 
-/* The next number from the counter, after an item of `length` tokens.  Block 0 of a cluster draws and
- * tells block 1. */
+/* The next number from the counter, after an item of `length` tokens.  Block 0 of a cluster draws
+ * and tells block 1. */
 template <int D, int VB>
 ATTN_DEVICE int draw(const attn_kda_fwd_params &p, kda_fwd_smem<D, VB> &sm, int rank, uint32_t turn,
                      int length)
@@ -289,7 +289,8 @@ ATTN_DEVICE void kda_fwd_body(const attn_kda_fwd_params &p, const attn_kda_fwd_m
 /* The build compiles this file once a line of kda_fwd.def, with the line's fields as macros. */
 #define ATTN_KERNEL(op, arch, dtype, dk, dv, rows, tokens)                                         \
     extern "C" __global__ void __launch_bounds__((kda_fwd_smem<dk, rows>::THREADS), 1)             \
-        CLUSTER attn_##op##_##arch##_##dtype##_d##dk##x##dv##_m##rows##n##tokens(                          \
+        CLUSTER                                                                                    \
+        attn_##op##_##arch##_##dtype##_d##dk##x##dv##_m##rows##n##tokens(                          \
             const __grid_constant__ attn_kda_fwd_params p,                                         \
             const __grid_constant__ attn_kda_fwd_maps maps)                                        \
     {                                                                                              \

@@ -48,12 +48,13 @@ ATTN_DEVICE void products(float (&l)[8], float (&m)[8], uint32_t kd_qd, uint32_t
     }
 }
 
-/* scale / |row| of the 16 rows of a raw tile, 0 from row `rows` on: the diagonal of X X^T.  The rows
- * from there on are not read: other warps are clearing them. */
+/* scale / |row| of the 16 rows of a raw tile, 0 from row `rows` on: the diagonal of X X^T.  The
+ * rows from there on are not read: other warps are clearing them. */
 template <int D> ATTN_DEVICE void inverse_norms(uint32_t tile, uint32_t to, float scale, int rows)
 {
     float d[8];
-    uint32_t lane_offset = fragment_offset(rows), lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
+    uint32_t lane_offset = fragment_offset(rows);
+    uint32_t lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
 #pragma unroll
     for (int i = 0; i < 8; i++) d[i] = 0;
 #pragma unroll
@@ -301,8 +302,8 @@ ATTN_DEVICE float write_strength(const attn_kda_fwd_params &p, uint32_t logit, i
     return (int)(threadIdx.x % 32) < rows ? b : 0.0f;
 }
 
-/* Finisher `which` adds A and M to every FINISHERS-th chunk that the producers made, and hands it on:
- * to the consumers here and, of a cluster of two, to the other block.  One warp. */
+/* Finisher `which` adds A and M to every FINISHERS-th chunk that the producers made, and hands it
+ * on: to the consumers here and, of a cluster of two, to the other block.  One warp. */
 template <int D, int VB>
 ATTN_DEVICE void finish(const attn_kda_fwd_params &p, kda_fwd_smem<D, VB> &sm, int which, int rank)
 {

@@ -91,7 +91,7 @@ template <uint32_t STAGES> ATTN_DEVICE void wait_empty(const uint64_t *bars, uin
     mbarrier_wait_parity(shared_address(bars + n % STAGES), ~(n / STAGES) & 1);
 }
 
-/* All lanes of a warp arrive: as fast as one of them after a __syncwarp, and racecheck follows it. */
+/* All lanes of a warp arrive: as fast as one of them after a __syncwarp, and plain to racecheck. */
 template <uint32_t STAGES> ATTN_DEVICE void arrive(const uint64_t *bars, uint32_t n)
 {
     mbarrier_arrive(shared_address(bars + n % STAGES));

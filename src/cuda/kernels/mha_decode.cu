@@ -12,10 +12,10 @@
  * counts here is bytes under way.  S, P and O are in registers as in mha_fwd.
  *
  * Pipeline: a consumer warpgroup runs S of a step beside the softmax of the step before; warps
- * without a live row only take part in the products.  In a cluster (decode_cluster.cuh) two consumers
- * take the steps in turns; elsewhere there is one.  Two warps load k and two load v, each
- * half of a tile, as far ahead as there are stages, also into the next item.  At d 64 and 16 rows or
- * fewer decode_few.cuh consumes.
+ * without a live row only take part in the products.  In a cluster (decode_cluster.cuh) two
+ * consumers take the steps in turns; elsewhere there is one.  Two warps load k and two load v, each
+ * half of a tile, as far ahead as there are stages, also into the next item.  At d 64 and 16 rows
+ * or fewer decode_few.cuh consumes.
  *
  * A short call is bound by its way to the first box: instructions come cold, eight in some 100
  * clocks, so the roles share the code of the first piece, k and v that of their loader.
@@ -108,11 +108,11 @@ ATTN_DEVICE void load_boxes(const attn_decode_params &p, const key_side<DQK, DV>
             int at = (n - ahead) * N + lane * rows - ahead * N;
             bool there = at >= piece.begin * N && at < piece.seq.s_k;
             pages.entry =
-                there ? within(__ldg(table + divide(at, p.by_page)), call.num_pages - 1) : 0;
+                there ? within(__ldg(table + divide_anew(p.by_page, at)), call.num_pages - 1) : 0;
             pages.step = n;
         }
         source = __shfl_sync(0xffffffff, pages.entry, (pages.step - n) * boxes + box);
-        position -= divide(position, p.by_page) * call.page;
+        position -= divide_anew(p.by_page, position) * call.page;
     }
     if (warp == 1) { /* arrives too, or it could fall behind the ring */
         if (lane == 0) mbarrier_arrive(bar);
@@ -139,7 +139,7 @@ ATTN_DEVICE int64_t gathered_row(const attn_decode_params &p, const key_rows &ro
     int key = n * N + row, position = piece.seq.k_offset + key, source = piece.seq.k_row;
     if (n < piece.begin || key >= piece.seq.s_k) return -1;
     if (call.page_table) {
-        int page = divide(position, p.by_page);
+        int page = divide_anew(p.by_page, position);
         position -= page * call.page;
         source = within(__ldg(call.page_table + source * call.page_table_stride + page),
                         call.num_pages - 1);
@@ -247,8 +247,8 @@ ATTN_DEVICE void consume(const attn_decode_params &p, decode_smem<DQK, DV> &sm, 
         bool live = warp_row <= last;
         if (group == 0 && lane < 16)
             sm.bounds[warp_row - first + lane] =
-                visible_keys(call, divide(min(warp_row + lane, last), p.by_group), next.seq.s_q,
-                             next.seq.s_k, next.cp_tot);
+                visible_keys(call, divide_anew(p.by_group, min(warp_row + lane, last)),
+                             next.seq.s_q, next.seq.s_k, next.cp_tot);
         if (threadIdx.x == 0) sm.piece = next;
         wait_q();
         named_barrier_sync<CONSUMER_BARRIER>(128 * groups);
@@ -359,7 +359,7 @@ ATTN_DEVICE void mha_decode_body(const attn_decode_params &p, const attn_mha_fwd
             prefetch_tensormap(&maps.v);
         }
 #pragma unroll 1
-        for (int i = warp; i < 4 * smem::STAGES; i += (int)blockDim.x / 32) /* in the order of `smem` */
+        for (int i = warp; i < 4 * smem::STAGES; i += (int)blockDim.x / 32) /* in smem's order */
             mbarrier_init(shared_address(&sm.k_full[i]),
                           i >= 2 * smem::STAGES ? 4 : p.call.gather ? 64 : 2);
         fence_mbarrier_init();
@@ -375,7 +375,7 @@ ATTN_DEVICE void mha_decode_body(const attn_decode_params &p, const attn_mha_fwd
     int group = warp / 4;
     int groups = (int)blockDim.x / 128 - 1; /* consumers */
     bool loads = group == groups;
-    bool few = DQK == 64 && DV == 64 && p.slot_rows <= FEW_ROWS; /* where a step's bytes are fewest */
+    bool few = DQK == 64 && DV == 64 && p.slot_rows <= FEW_ROWS; /* a step has fewest bytes */
     if (loads) {
         if (smem::GROUPS == 2) setmaxnreg_dec<smem::LOADER_REGISTERS>();
         key_side<DQK, DV> side = choose_side<DQK, DV>(p.call, maps, sm, warp % 4 >= 2);
@@ -400,7 +400,7 @@ ATTN_DEVICE void mha_decode_body(const attn_decode_params &p, const attn_mha_fwd
 
 /* The build compiles this file once a line of mha_decode.def, with the line's fields as macros. */
 #define ATTN_KERNEL(op, arch, dtype, dqk, dv, rows, keys)                                          \
-    extern "C" __global__ void __maxnreg__(ATTN_MHA_DECODE_REGISTERS(dv))                                       \
+    extern "C" __global__ void __maxnreg__(ATTN_MHA_DECODE_REGISTERS(dv))                          \
         attn_##op##_##arch##_##dtype##_d##dqk##x##dv##_m##rows##n##keys(                           \
             const __grid_constant__ attn_decode_params p,                                          \
             const __grid_constant__ attn_mha_fwd_maps maps)                                        \

@@ -14,18 +14,28 @@ struct __attribute__((aligned(128))) attn_tensor_map {
 };
 
 /* q is (d_qk, group, s_q or t_q, h_k, b), a box the rows of a warpgroup.
- * k and v are (d, box rows, rows + 1, h_k, batch or page): the
- * second and the third extent have the same stride and the base lies `box_rows` rows early, so
- * that the box at (0, box_rows - n, first + n, ..) holds n rows from `first` on, and zeros below. */
+ * k and v are (d, box rows, rows + 1, h_k, batch or page): the second and the third extent have the
+ * same stride and the base lies `box_rows` rows early, so that the box at
+ * (0, box_rows - n, first + n, ..) holds n rows from `first` on, and zeros below. */
 struct attn_mha_fwd_maps {
     struct attn_tensor_map q, k, v;
 };
 
-/* Division by a constant n > 0: shift = ceil(log2 n), magic = ceil(2^(31 + shift) / n). */
+/* Division by a number n that the host knows, n <= 0 counting as 1: shift = ceil(log2 n),
+ * magic = ceil(2^(31 + shift) / n).  For 0 <= x < 2^31, x / n = (2 x magic >> 32) >> shift. */
 struct attn_division {
     uint32_t magic;
     int32_t shift;
 };
+
+static inline struct attn_division attn_division_by(int32_t n)
+{
+    struct attn_division d = {0, 0};
+    n = n > 1 ? n : 1;
+    while ((int64_t)1 << d.shift < n) d.shift++;
+    d.magic = (uint32_t)((((int64_t)1 << (31 + d.shift)) + n - 1) / n);
+    return d;
+}
 
 enum attn_mha_fwd_score {
     ATTN_SCORE_PLAIN,   /* exponent = score * exp_scale */

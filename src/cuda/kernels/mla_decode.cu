@@ -9,15 +9,15 @@
  *
  * Layout.  q [b, s_q, h_q, 576], out [b, s_q, h_q, 512], cache [pages, page, h_k, 576].  A block
  * computes 64 packed rows and walks its keys 64 a step.  The 576 columns of a step's keys are nine
- * tiles of [64 keys][64 columns]: a left and a right half of four tiles each, which are K and V, and
- * the rope tile, which is K only.  A tile is read once: as the K-major operand of S = Q K^T and as
- * the MN-major one of O += P V.  SOURCE says where tiles come from:
+ * tiles of [64 keys][64 columns]: a left and a right half of four tiles each, which are K and V,
+ * and the rope tile, which is K only.  A tile is read once: as the K-major operand of S = Q K^T and
+ * as the MN-major one of O += P V.  SOURCE says where tiles come from:
  *
  *     LATENT  pages of 576 columns
  *     APART   halves: v [b, s_k, h_k, d_v <= 512] with qv for q; rope tile: k [.., d_qk <= 64]
  *             with q; both contiguous, packed or in pages.  Columns past the widths are zeros.
  *
- *     shared memory   | q: 5 tiles | ring of 5 halves: 20 tiles | ring of 2 rope tiles | P: 1 tile |
+ *     shared memory  | q: 5 tiles | ring of 5 halves: 20 tiles | ring of 2 rope tiles | P: 1 tile |
  *
  * The other four tiles of q, of the right half, are in S's registers: the shared memory they leave
  * holds half a step's keys more, and those arrive while the tensor cores are busy.
@@ -93,7 +93,7 @@ ATTN_DEVICE void loader_settle(const attn_decode_params &p, const mla_smem &sm, 
     int row = (int)threadIdx.x % 32 * call.box_rows, key = l.step * N + row;
     if (row < N && key < seq.s_k)
         l.page = __ldg(call.page_table + seq.k_row * call.page_table_stride +
-                       divide(key, p.by_page));
+                       divide_anew(p.by_page, key));
 }
 
 /* What the tile of columns 64 * panel .. + 63 is a part of. */
@@ -104,8 +104,8 @@ struct tile_columns {
 };
 
 template <int SOURCE>
-ATTN_DEVICE tile_columns find_columns(const attn_mha_fwd_params &call, const attn_mha_fwd_maps &maps,
-                                      int panel)
+ATTN_DEVICE tile_columns find_columns(const attn_mha_fwd_params &call,
+                                      const attn_mha_fwd_maps &maps, int panel)
 {
     const key_rows k = {(const uint16_t *)call.k, call.k_stride_b, call.k_stride_s, call.k_stride_h,
                         call.d_qk};
@@ -152,7 +152,7 @@ ATTN_DEVICE void load_tile(const attn_decode_params &p, const attn_mha_fwd_maps 
             int n = min(live - row, rows), position = key + row, source = l.page;
             if (SOURCE == APART) position += piece.seq.k_offset;
             if (SOURCE == LATENT || call.page_table) {
-                position -= divide(position, p.by_page) * call.page;
+                position -= divide_anew(p.by_page, position) * call.page;
                 source = within(source, call.num_pages - 1);
             }
             tma_load_5d(dst + row * 128, columns.map, bar, columns.first, rows - n, position + n,
@@ -298,12 +298,7 @@ ATTN_DEVICE void score(const attn_decode_params &p, mla_smem &sm, step_ring &r)
             }
 
             mbarrier_wait_parity(shared_address(&sm.p_free), r.step % 2 ^ 1);
-#pragma unroll
-            for (int step = 0; step < N / 16; step++) {
-                int to = 16 * warp + lane % 16, chunk = 2 * step + lane / 16;
-                stmatrix_x4(probability + to * 128 + ((chunk ^ (to & 7)) << 4), packed[4 * step],
-                            packed[4 * step + 1], packed[4 * step + 2], packed[4 * step + 3]);
-            }
+            store_probability(probability, packed, warp, lane);
             if (lane % 4 == 0) {
                 sm.shrink[own] = rows.shrink[0];
                 sm.shrink[own + 8] = rows.shrink[1];
@@ -317,9 +312,11 @@ ATTN_DEVICE void score(const attn_decode_params &p, mla_smem &sm, step_ring &r)
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             bool sink = call.sink != ATTN_SINK_NONE && piece.first;
+            auto head = [&] {
+                return find_row(p, piece, min(first + own + 8 * h, piece.rows - 1)).h_q;
+            };
             softmax_finish(rows.max[h], quad_sum(rows.sum[h]), call.exp_scale, sink,
-                           sink ? load_sink(call, find_row(p, piece, min(first + own + 8 * h, piece.rows - 1)).h_q)
-                                : 0.0f,
+                           sink ? load_sink(call, head()) : 0.0f,
                            piece.slot < 0 ? call.lse_empty : -INFINITY, &normalise[h], &lse[h]);
         }
         store_lse(p, piece, first + own, lse);
@@ -337,8 +334,8 @@ ATTN_DEVICE void score(const attn_decode_params &p, mla_smem &sm, step_ring &r)
 
 /* The left (SIDE 0) or right 256 columns of O. */
 template <int FP16, int SOURCE, int SIDE>
-ATTN_DEVICE void accumulate(const attn_decode_params &p, const attn_mha_fwd_maps &maps, mla_smem &sm,
-                            step_ring &r)
+ATTN_DEVICE void accumulate(const attn_decode_params &p, const attn_mha_fwd_maps &maps,
+                            mla_smem &sm, step_ring &r)
 {
     int t = (int)threadIdx.x % 128, lane = t % 32;
     int warp = __shfl_sync(0xffffffff, t / 32, 0);
@@ -360,16 +357,7 @@ ATTN_DEVICE void accumulate(const attn_decode_params &p, const attn_mha_fwd_maps
             mbarrier_wait_parity(shared_address(&sm.s_issued), r.step % 2);
         for (int n = piece.end - 1; n >= piece.begin; n--) {
             mbarrier_wait_parity(shared_address(&sm.p_full), r.step % 2);
-            float shrink0 = sm.shrink[own], shrink1 = sm.shrink[own + 8];
-            if (__any_sync(0xffffffff, shrink0 != 1.0f || shrink1 != 1.0f)) {
-#pragma unroll
-                for (int e = 0; e < DV / 4; e += 4) {
-                    o[e] *= shrink0;
-                    o[e + 1] *= shrink0;
-                    o[e + 2] *= shrink1;
-                    o[e + 3] *= shrink1;
-                }
-            }
+            softmax_rescale<DV / 2>({{}, {}, {sm.shrink[own], sm.shrink[own + 8]}}, o);
             if (SIDE == 1 && n > piece.begin) /* the scores of the next step come first */
                 mbarrier_wait_parity(shared_address(&sm.s_issued), (r.step + 1) % 2);
             if (SIDE == 1) r.half.next();
@@ -378,14 +366,7 @@ ATTN_DEVICE void accumulate(const attn_decode_params &p, const attn_mha_fwd_maps
             if (p.call.gather) fence_proxy_async_shared();
             uint64_t a = wgmma_descriptor(shared_address(sm.probability), 16);
             uint64_t b = wgmma_descriptor(shared_address(sm.half[half]), TILE);
-            wgmma_pin(o);
-            wgmma_fence();
-#pragma unroll
-            for (int step = 0; step < N / 16; step++)
-                wgmma_ss_mn256<FP16>(o, a + step * 2, b + step * 128);
-            wgmma_commit_group();
-            wgmma_wait_group<0>();
-            wgmma_pin(o);
+            add_values<FP16>(o, a, b);
             mbarrier_arrive(shared_address(&sm.p_free));
             named_barrier_sync<SIDE ? BARRIER_R : BARRIER_L, 128>();
             load_half<SOURCE>(p, maps, sm, loader, 1 - SIDE, half, r.rope(), warp);
@@ -403,8 +384,8 @@ ATTN_DEVICE void accumulate(const attn_decode_params &p, const attn_mha_fwd_maps
 
 /* ---- the kernel ------------------------------------------------------------------------------ */
 
-/* The block's next pieces into sm.piece[]; false: there are none.  All threads call it, each role in a
- * loop of its own; thread 0, of those that SEARCH, finds them. */
+/* The block's next pieces into sm.piece[]; false: there are none.  All threads call it, each role in
+ * a loop of its own; thread 0, of those that SEARCH, finds them. */
 template <bool SEARCH>
 ATTN_DEVICE bool find_pieces(const attn_decode_params &p, mla_smem &sm)
 {

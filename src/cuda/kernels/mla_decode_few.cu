@@ -21,7 +21,7 @@
  *     rows: [slot][64][m, l]      columns: [slot][warp of rows][strip of 8 columns][lane][4]
  *
  * A unit of merging is a strip of a warp's rows; some warps of a block share its pieces.  Merging
- * waits for all blocks of the launch, which is cooperative; that saves the start of a second kernel.
+ * waits for all blocks of the launch, which is cooperative: that saves a second kernel's start.
  *
  * Cold code.  Instructions that run for the first time cost some 300 clocks every eight: more than
  * what they do in so short a call.  So code is short (loops, the copy engine for q, results as they
@@ -85,12 +85,12 @@ static_assert(sizeof(few_merged) * THREADS <= HALVES * HALF, "they lie where the
 /* Keys that packed row `row` sees of s_k. */
 ATTN_DEVICE int visible_to(const attn_decode_params &p, int row, int s_k)
 {
-    int query = divide(min(row, p.call.s_q * p.call.group - 1), p.by_group);
+    int query = divide_anew(p.by_group, min(row, p.call.s_q * p.call.group - 1));
     return within(query + s_k - p.call.s_q + p.call.window_right + 1, s_k);
 }
 
-/* Lays out the line of row tile `tile` and finds this block's pieces.  One warp calls it, a sequence
- * a lane. */
+/* Lays out the line of row tile `tile` and finds this block's pieces.  One warp calls it, a
+ * sequence a lane. */
 ATTN_DEVICE void find_pieces(const attn_decode_params &p, few_smem &sm, int tile, int part)
 {
     int lane = (int)threadIdx.x % 32, steps = 0, s_k = 0;
@@ -105,7 +105,7 @@ ATTN_DEVICE void find_pieces(const attn_decode_params &p, few_smem &sm, int tile
         if (lane >= d) end += below;
     }
     int total = __shfl_sync(0xffffffff, end, SEQUENCES - 1), begin = end - steps;
-    int share = max(divide(total + p.parts - 1, p.by_parts), 1);
+    int share = max(divide_anew(p.by_parts, total + p.parts - 1), 1);
     int from = max(begin, share * part), to = min(end, share * (part + 1));
     uint32_t lanes = __ballot_sync(0xffffffff, from < to);
     if (from < to)
@@ -124,8 +124,8 @@ ATTN_DEVICE void find_pieces(const attn_decode_params &p, few_smem &sm, int tile
 
 /* ---- loads ----------------------------------------------------------------------------------- */
 
-/* Tiles [tile, end) of q's rows from `first` on, to dst; zeros below the last row.  One thread calls
- * it. */
+/* Tiles [tile, end) of q's rows from `first` on, to dst; zeros below the last row.  One thread
+ * calls it. */
 ATTN_DEVICE void load_q(const attn_mha_fwd_maps &maps, few_smem &sm, int b, int first, int tile,
                         int end, uint32_t dst)
 {
@@ -136,7 +136,7 @@ ATTN_DEVICE void load_q(const attn_mha_fwd_maps &maps, few_smem &sm, int b, int 
         tma_load_4d(dst, &maps.q, bar, tile * 64, first, b, 0);
 }
 
-/* All of the first piece's q at once: the right half to the ring's last place, which is free as yet. */
+/* All of the first piece's q at once, the right half to the ring's last place, free as yet. */
 ATTN_DEVICE void load_first_q(const attn_mha_fwd_maps &maps, few_smem &sm, int first)
 {
     uint32_t bar = shared_address(&sm.q_full);
@@ -160,7 +160,7 @@ ATTN_DEVICE void loader_settle(const attn_decode_params &p, const few_smem &sm, 
     int row = (int)threadIdx.x % 32 * p.call.box_rows, key = l.step * N + row;
     if (row < N && key < piece.s_k)
         l.page = __ldg(p.call.page_table + piece.b * p.call.page_table_stride +
-                       divide(key, p.by_page));
+                       divide_anew(p.by_page, key));
 }
 
 /* Loads the tile of columns 64 * panel .. + 63 of the loader's step.  A whole warp calls it. */
@@ -173,7 +173,7 @@ ATTN_DEVICE void load_tile(const attn_decode_params &p, const attn_mha_fwd_maps 
     open_tile<1, N, 1>(p.call, dst, bar, live);
     if (row < live) {
         int n = min(live - row, rows), position = key + row;
-        position -= divide(position, p.by_page) * p.call.page;
+        position -= divide_anew(p.by_page, position) * p.call.page;
         tma_load_5d(dst + row * 128, &maps.k, bar, panel * 64, rows - n, position + n, 0,
                     within(l.page, p.call.num_pages - 1));
     }
@@ -232,8 +232,8 @@ struct step_ring {
     __device__ __forceinline__ uint32_t rope_parity() const { return step / ROPES % 2; }
 };
 
-/* A piece's q: columns 256 .. 511 through shared memory to registers, as A operands (wgmma.cuh), the
- * others to sm.q.  Only the first piece's come at once. */
+/* A piece's q: columns 256 .. 511 through shared memory to registers, as A operands (wgmma.cuh),
+ * the others to sm.q.  Only the first piece's come at once. */
 ATTN_DEVICE void take_q(const attn_mha_fwd_maps &maps, few_smem &sm, int piece, int first,
                         uint32_t (&q)[64])
 {
@@ -334,12 +334,7 @@ ATTN_DEVICE void score(const attn_decode_params &p, const attn_mha_fwd_maps &map
             }
 
             if (live) mbarrier_wait_parity(shared_address(&sm.p_free), r.step % 2 ^ 1);
-#pragma unroll
-            for (int step = 0; step < N / 16; step++) {
-                int to = 16 * warp + lane % 16, chunk = 2 * step + lane / 16;
-                stmatrix_x4(probability + to * 128 + ((chunk ^ (to & 7)) << 4), packed[4 * step],
-                            packed[4 * step + 1], packed[4 * step + 2], packed[4 * step + 3]);
-            }
+            store_probability(probability, packed, warp, lane);
             if (lane % 4 == 0) { /* a piece's first step finds zeros: no need to shrink them */
                 sm.shrink[own] = fresh ? 1.0f : rows.shrink[0];
                 sm.shrink[own + 8] = fresh ? 1.0f : rows.shrink[1];
@@ -392,16 +387,7 @@ ATTN_DEVICE void accumulate(const attn_decode_params &p, const attn_mha_fwd_maps
 #pragma unroll 1
         for (int n = piece.end - 1; n >= piece.begin; n--) {
             mbarrier_wait_parity(shared_address(&sm.p_full), r.step % 2);
-            float shrink0 = sm.shrink[own], shrink1 = sm.shrink[own + 8];
-            if (__any_sync(0xffffffff, shrink0 != 1.0f || shrink1 != 1.0f)) {
-#pragma unroll
-                for (int e = 0; e < DV / 4; e += 4) {
-                    o[e] *= shrink0;
-                    o[e + 1] *= shrink0;
-                    o[e + 2] *= shrink1;
-                    o[e + 3] *= shrink1;
-                }
-            }
+            softmax_rescale<DV / 2>({{}, {}, {sm.shrink[own], sm.shrink[own + 8]}}, o);
             if (SIDE == 1 && n > piece.begin) /* the scores of the next step come first */
                 mbarrier_wait_parity(shared_address(&sm.s_issued), (r.step + 1) % 2);
             if (SIDE == 1) r.next();
@@ -409,14 +395,7 @@ ATTN_DEVICE void accumulate(const attn_decode_params &p, const attn_mha_fwd_maps
             mbarrier_wait_parity(shared_address(&sm.half_full[place]), r.parity);
             uint64_t a = wgmma_descriptor(shared_address(sm.probability), 16);
             uint64_t b = wgmma_descriptor(shared_address(sm.half[place]), TILE);
-            wgmma_pin(o);
-            wgmma_fence();
-#pragma unroll
-            for (int step = 0; step < N / 16; step++)
-                wgmma_ss_mn256<FP16>(o, a + step * 2, b + step * 128);
-            wgmma_commit_group();
-            wgmma_wait_group<0>();
-            wgmma_pin(o);
+            add_values<FP16>(o, a, b);
             mbarrier_arrive(shared_address(&sm.p_free));
             named_barrier_sync<SIDE ? BARRIER_R : BARRIER_L, 128>();
             load_half(p, maps, sm, loader, 1 - SIDE, place, r.rope(), warp);
@@ -436,8 +415,8 @@ ATTN_DEVICE void accumulate(const attn_decode_params &p, const attn_mha_fwd_maps
 
 /* ---- merging --------------------------------------------------------------------------------- */
 
-/* Adds COUNT pieces: (m, l) of either row, and their columns.  A NaN stays; a row that saw no key of
- * a piece (l 0) takes nothing from it, whatever its columns hold. */
+/* Adds COUNT pieces: (m, l) of either row, and their columns.  A NaN stays; a row that saw no key
+ * of a piece (l 0) takes nothing from it, whatever its columns hold. */
 template <int COUNT>
 ATTN_DEVICE void merge(few_merged &to, const float2 (&row0)[COUNT], const float2 (&row1)[COUNT],
                        const float4 (&x)[COUNT], float exp_scale)
@@ -470,8 +449,8 @@ ATTN_DEVICE void merge(few_merged &to, const float2 (&row0)[COUNT], const float2
     }
 }
 
-/* Pieces turn, turn + turns, .. of `pieces`, whose slots are p.tiles apart; `rows` and `columns` are
- * this thread's of piece 0. */
+/* Pieces turn, turn + turns, .. of `pieces`, whose slots are p.tiles apart; `rows` and `columns`
+ * are this thread's of piece 0. */
 ATTN_DEVICE few_merged merge_pieces(const attn_decode_params &p, const float2 *rows,
                                     const float4 *columns, int pieces, int turn, int turns)
 {
@@ -498,7 +477,7 @@ ATTN_DEVICE few_merged merge_pieces(const attn_decode_params &p, const float2 *r
     return merged;
 }
 
-/* Two columns, from `column` on, of packed rows `row` and row + 8 of sequence b; with column 0 lse. */
+/* Two columns, from `column` on, of packed rows `row` and row + 8 of sequence b; column 0: lse. */
 template <int FP16>
 ATTN_DEVICE void store_merged(const attn_decode_params &p, const few_merged &m, int b, int row,
                               int column)
@@ -507,7 +486,7 @@ ATTN_DEVICE void store_merged(const attn_decode_params &p, const few_merged &m, 
     const float ln2 = 0.6931471805599453f;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        int token = divide(row + 8 * h, p.by_group), head = row + 8 * h - token * call.group;
+        int token = divide_anew(p.by_group, row + 8 * h), head = row + 8 * h - token * call.group;
         if (token >= call.s_q) continue;
         float sum = m.sum[h], scale = sum == 0.0f ? 0.0f : __fdividef(1.0f, sum);
         uint16_t *to = (uint16_t *)call.out + b * call.out_stride_b + token * call.out_stride_s +
@@ -520,8 +499,8 @@ ATTN_DEVICE void store_merged(const attn_decode_params &p, const few_merged &m, 
     }
 }
 
-/* Merges and stores the rows of tile `tile`, with the other blocks that have it: units part * at_once
- * + own, .. of them.  Not live: the first unit without pieces, by one warpgroup. */
+/* Merges and stores the rows of tile `tile`, with the other blocks that have it: units
+ * part * at_once + own, .. of them.  Not live: the first unit without pieces, by one warpgroup. */
 template <int FP16>
 ATTN_DEVICE void merge_tile(const attn_decode_params &p, few_smem &sm, int tile, int part, int warp,
                             bool live)
@@ -608,7 +587,7 @@ ATTN_DEVICE void mla_decode_few_body(const attn_decode_params &p, const attn_mha
     }
 }
 
-/* The build compiles this file once a line of mla_decode_few.def, with the line's fields as macros. */
+/* The build compiles this file once a line of mla_decode_few.def, its fields as macros. */
 #define ATTN_KERNEL(op, arch, dtype, dqk, dv, rows, keys)                                          \
     extern "C" __global__ void __launch_bounds__(THREADS, 1)                                       \
         attn_##op##_##arch##_##dtype##_d##dqk##x##dv##_m##rows##n##keys(                           \
@@ -620,4 +599,5 @@ ATTN_DEVICE void mla_decode_few_body(const attn_decode_params &p, const attn_mha
         op##_body<DTYPE_##dtype>(p, maps);                                                         \
     }
 #define ATTN_EXPAND(...) ATTN_KERNEL(__VA_ARGS__)
-ATTN_EXPAND(mla_decode_few, sm90, VARIANT_DTYPE, VARIANT_DQK, VARIANT_DV, VARIANT_ROWS, VARIANT_KEYS)
+ATTN_EXPAND(mla_decode_few, sm90, VARIANT_DTYPE, VARIANT_DQK, VARIANT_DV, VARIANT_ROWS,
+            VARIANT_KEYS)

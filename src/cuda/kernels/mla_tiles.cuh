@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT
  *
- * What both kernels of MLA decode do in a step: S = Q K^T, and P.
+ * What both kernels of MLA decode do in a step: S = Q K^T, P, and O += P V.
  */
 #pragma once
 #include "attend.cuh"
@@ -36,9 +36,35 @@ ATTN_DEVICE void issue_more_scores(float (&s)[N / 2], const uint32_t (&q)[64], u
         wgmma_rs_k64<FP16>(s, q + 4 * step, b + (step / 4 * (TILE / 16) + step % 4 * 2));
 }
 
+/* The 16 rows of P that warp `warp` has, packed, to the tile that add_values reads. */
+ATTN_DEVICE void store_probability(uint32_t probability, const uint32_t (&packed)[N / 4], int warp,
+                                   int lane)
+{
+#pragma unroll
+    for (int step = 0; step < N / 16; step++) {
+        int to = 16 * warp + lane % 16, chunk = 2 * step + lane / 16;
+        stmatrix_x4(probability + to * 128 + ((chunk ^ (to & 7)) << 4), packed[4 * step],
+                    packed[4 * step + 1], packed[4 * step + 2], packed[4 * step + 3]);
+    }
+}
+
+/* O += P V of a step, for 256 columns of V, `p` and `v` their descriptors; on return the products
+ * are over. */
+template <int FP16> ATTN_DEVICE void add_values(float (&o)[DV / 4], uint64_t p, uint64_t v)
+{
+    wgmma_pin(o);
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < N / 16; step++)
+        wgmma_ss_mn256<FP16>(o, p + step * 2, v + step * 128);
+    wgmma_commit_group();
+    wgmma_wait_group<0>();
+    wgmma_pin(o);
+}
+
 /* P of scores S, packed, and its sums: softmax_update_max, softmax_exponentiate and softmax_pack at
- * once.  The old maxima are tried first, so that the exponents need not wait for new ones; where some
- * exponent of the warp passes 8, that was for nothing. */
+ * once.  The old maxima are tried first, so that the exponents need not wait for new ones; where
+ * some exponent of the warp passes 8, that was for nothing. */
 template <int FP16>
 ATTN_DEVICE void softmax_guessed(softmax_rows &r, uint32_t (&packed)[N / 4], float (&s)[N / 2],
                                  float exp_scale)

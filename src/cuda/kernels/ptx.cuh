@@ -224,7 +224,8 @@ ATTN_DEVICE void store_async_cluster(uint32_t dst, int value, uint32_t bar, uint
                  : "memory");
 }
 
-/* Two floats at the same offset in block `rank` of the cluster.  PTX ISA: mapa, ld.shared::cluster */
+/* Two floats at the same offset in block `rank` of the cluster.
+ * PTX ISA: mapa, ld.shared::cluster */
 ATTN_DEVICE float2 load_cluster_2(uint32_t src, uint32_t rank)
 {
     float2 x;
@@ -237,7 +238,8 @@ ATTN_DEVICE float2 load_cluster_2(uint32_t src, uint32_t rank)
     return x;
 }
 
-/* Four floats at the same offset in block `rank` of the cluster.  PTX ISA: mapa, ld.shared::cluster */
+/* Four floats at the same offset in block `rank` of the cluster.
+ * PTX ISA: mapa, ld.shared::cluster */
 ATTN_DEVICE float4 load_cluster_4(uint32_t src, uint32_t rank)
 {
     float4 x;
@@ -276,7 +278,7 @@ ATTN_DEVICE void cp_async_mbarrier_arrive(uint32_t bar)
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
 }
 
-/* ---- the tensor cores, a warp an instruction -------------------------------------------------- */
+/* ---- the tensor cores, a warp an instruction ------------------------------------------------- */
 
 /* D[16][8] += A[16][16] . B[8][16]^T.  Accumulator and A operand: those of wgmma.cuh for one warp;
  * b[j] of lane l holds row l / 4 of B, k = 2 (l % 4) + {0, 1} + 8 j.  PTX ISA: mma */

@@ -186,7 +186,8 @@ ATTN_DEVICE void wgmma_rs(float (&d)[N / 2], const uint32_t *a, uint64_t b_desc,
 }
 
 /* D[64][256] += A . B, A K-major and B MN-major in shared memory.  PTX ISA: wgmma.mma_async */
-template <int FP16> ATTN_DEVICE void wgmma_ss_mn256(float (&d)[128], uint64_t a_desc, uint64_t b_desc)
+template <int FP16>
+ATTN_DEVICE void wgmma_ss_mn256(float (&d)[128], uint64_t a_desc, uint64_t b_desc)
 {
     WGMMA_SS_MN(256, L128, D128(d, 0), 128, 129);
 }
