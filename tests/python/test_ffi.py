@@ -166,6 +166,35 @@ def test_plan_names_a_kernel():
         libattn.mha_fwd_plan(*(x[0] for x in tensors()))
 
 
+def negated_calls():
+    """{argument: call of a function of libattn in which it is a negated view}."""
+    n = torch._neg_view
+    x, lse = torch.randn(1, 3, 2, 64), torch.randn(1, 3, 2)
+    q, cache = torch.randn(1, 1, 2, 576), torch.randn(1, 64, 1, 576)
+    table, lens, beta = torch.zeros(1, 1).int(), torch.ones(1).int(), torch.randn(1, 3, 2)
+    where, state = torch.zeros(2, 1, 8).int(), torch.zeros(1, 2, 64, 64)
+    return {
+        "v": lambda: libattn.mha_fwd(x, x, n(x)),
+        "sinks": lambda: libattn.mha_fwd(x, x, x, sinks=n(torch.ones(2))),
+        "lse_partial": lambda: libattn.split_combine(x[None], n(lse[None]), x, lse),
+        "k_cache": lambda: libattn.mla_decode(q, n(cache), table, lens),
+        "attn_sink": lambda: libattn.mla_sparse_fwd(
+            q[0].expand(2, 2, 576), cache[0], where, 0.1, attn_sink=n(torch.ones(2))
+        ),
+        "beta": lambda: libattn.kda_fwd(x, x, x, x, n(beta), 0.1, -5.0),
+        "final_state": lambda: libattn.kda_fwd(x, x, x, x, beta, 0.1, -5.0, final_state=n(state)),
+        "state": lambda: libattn.kda_step(x, x, x, x, beta, 0.1, -5.0, n(state)),
+        "kv": lambda: libattn.mla_cache_quantize(n(cache[0, :, 0]), torch.zeros(1, 64, 1, 656).byte()),
+    }
+
+
+@pytest.mark.parametrize("name", negated_calls())
+def test_a_negated_view_is_refused_not_misread(name):
+    """DLPack does not carry torch's negative bit: without a check the sign would be lost."""
+    with pytest.raises(ValueError, match=f"^{name}: expected a plain tensor.*negated view"):
+        negated_calls()[name]()
+
+
 # ---- threads and forks ---------------------------------------------------------------------------------
 
 

@@ -124,6 +124,8 @@ def test_what_is_written_is_what_decode_reads(device, d):
     ("call", "error", "words"),
     [
         (lambda c: kv.empty_k_cache(2, 64, 500), ValueError, "d: expected 576 or 512, got 500"),
+        (lambda c: kv.empty_k_cache(-1, 64, 576), ValueError, "num_pages: expected 0 or more, got -1"),
+        (lambda c: kv.empty_k_cache(2, 1.5, 576), TypeError, "page: expected an int, got float"),
         (lambda c: kv.quantize_k_cache(torch.zeros(2, 64, 2, 576)), RuntimeError, "one KV head"),
         (lambda c: kv.quantize_k_cache(torch.zeros(2, 576)), RuntimeError, "k_cache: expected 4"),
         (lambda c: kv.quantize_k_cache([1]), TypeError, "k_cache"),

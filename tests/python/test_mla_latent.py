@@ -83,6 +83,20 @@ def test_prefill_fused(device):
     reference.assert_close(out, want, CLOSE, "out")
 
 
+def test_negated_views_and_tensors_with_a_gradient():
+    """A sign that torch only notes is written out; the result has no gradient."""
+    gen, n, r = generator(4), 9, 64
+    q, kv = latents(gen, 2, n, 4, 128), latents(gen, 2, n, 128)
+    q_rope, k_rope = latents(gen, 2, n, 4, r), latents(gen, 2, n, r)
+    want = interface.flash_mla_prefill(q, kv, 0.1)
+    fused = interface_fused.flash_mla_prefill_fused(q, kv, q_rope, k_rope, *tables(n, r), 0.1)
+    q, kv, q_rope, k_rope = (torch._neg_view(-x).requires_grad_() for x in (q, kv, q_rope, k_rope))
+    got = interface.flash_mla_prefill(q, kv, 0.1)
+    assert torch.equal(got, want) and not got.requires_grad
+    got = interface_fused.flash_mla_prefill_fused(q, kv, q_rope, k_rope, *tables(n, r), 0.1)
+    assert torch.equal(got, fused) and not got.requires_grad
+
+
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_decode_fused(device, as_tensor):
     gen, n, at = generator(2), 300, 77
@@ -179,6 +193,33 @@ def paged(**change):
             ),
             "cur_pos: expected a row of the 9",
         ),
+        (
+            lambda: interface_fused.flash_mla_decode_fused(
+                X[:, 0], X[:, :, 0], X[:, 0], X[:, :, 0], torch.ones(9, 128), torch.ones(2, 128), 8, 0.1
+            ),
+            "cur_pos: expected a row of the 2",
+        ),
+        (
+            lambda: interface_fused.flash_mla_decode_fused(
+                X[:, 0],
+                X[:, :, 0],
+                X[:, 0],
+                X[:, :, 0],
+                torch.ones(9, 128),
+                torch.ones(9, 128),
+                float("inf"),
+                0.1,
+            ),
+            "cur_pos: expected an integer, got inf",
+        ),
+        (
+            lambda: interface_fused.flash_mla_prefill_fused(
+                X, X[:, :, 0], X, X[:, :, 0], torch.ones(9, 128), [1.0], 0.1
+            ),
+            "sin: expected a tensor, got list",
+        ),
+        (lambda: paged(block_table=[[0, 1], [2, 3]]), "block_table: expected a tensor, got list"),
+        (lambda: paged(seq_lens=None), "seq_lens: expected a tensor, got NoneType"),
     ],
 )
 def test_rejections(call, words):

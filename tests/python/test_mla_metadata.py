@@ -158,8 +158,8 @@ def test_lengths_are_checked(name, lens, error, words):
 @pytest.mark.parametrize(
     ("args", "error", "words"),
     [
-        ((LENS, 16, 0), ValueError, "num_heads_k: expected a positive number, got 0"),
-        ((LENS, -1, 1), RuntimeError, "num_q_tokens_per_head_k: expected a positive number, got -1"),
+        ((LENS, 16, 0), ValueError, "num_heads_k: expected 1 or more, got 0"),
+        ((LENS, -1, 1), RuntimeError, "num_q_tokens_per_head_k: expected 1 or more, got -1"),
         ((LENS, "16", 1), TypeError, "num_q_tokens_per_head_k: expected an int, got str"),
         (([100], 16, 1), TypeError, "cache_seqlens: expected a tensor, got list"),
     ],

@@ -217,3 +217,11 @@ def test_a_width_that_does_not_fit_the_packed_axis(name, d):
             flash_mla.flash_attn_varlen_kvpacked_func(x[..., :128], x, cu, cu, 8, 8, d)
         else:
             flash_mla.flash_attn_varlen_qkvpacked_func(x, cu, 8, d)
+
+
+def test_what_is_no_packed_tensor_is_named():
+    cu = offsets([3, 2])
+    with pytest.raises(TypeError, match="qkv: expected a tensor, got NoneType"):
+        flash_mla.flash_attn_varlen_qkvpacked_func(None, cu, 3, 192)
+    with pytest.raises(RuntimeError, match="kv: expected 3 dimensions"):
+        flash_mla.flash_attn_varlen_kvpacked_func(torch.ones(5, 4, 192), torch.ones(()), cu, cu, 3, 3, 192)

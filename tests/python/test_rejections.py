@@ -351,6 +351,8 @@ def test_what_is_no_tensor_is_named(device):
         Args(device).cache(cache_seqlens="five")
     with pytest.raises(TypeError, match="cache_seqlens: expected a tensor, got str"):
         fa.get_scheduler_metadata(1, 1, 1, 1, 1, 64, "five")
+    with pytest.raises(TypeError, match="v: expected a tensor, got None"):
+        fa.flash_attn_func(*Args(device).make((2, 5, 4, 64), (2, 9, 2, 64)), None)
     with pytest.raises(TypeError, match="qkv: expected a tensor, got NoneType"):
         fa.flash_attn_qkvpacked_func(None)
     partial, lse = torch.ones(3, 2, 5, 4, 32, device=device), torch.ones(3, 2, 5, 4, device=device)

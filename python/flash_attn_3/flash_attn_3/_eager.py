@@ -42,7 +42,9 @@ def unit_stride(x):
 
 def unit_stride_value(v):
     """v, copied unless its width or its row dimension has stride 1 (the second is rejected below,
-    as upstream's column-major V)."""
+    as upstream's column-major V); what is no tensor stays, and libattn names it."""
+    if not isinstance(v, torch.Tensor):
+        return v
     if v.is_contiguous() or v.stride(-1) == 1 or (v.dim() >= 3 and v.stride(-3) == 1):
         return v
     return v.contiguous()

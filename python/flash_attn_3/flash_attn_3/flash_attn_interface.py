@@ -820,8 +820,8 @@ def get_scheduler_metadata(
         )
     return _eager.scheduler_metadata(
         batch_size,
-        int(max_seqlen_q),
-        int(max_seqlen_k),
+        length("max_seqlen_q", max_seqlen_q),
+        length("max_seqlen_k", max_seqlen_k),
         headdim,
         page_size,
         causal,

@@ -17,7 +17,7 @@ import operator
 
 import libattn
 import torch
-from libattn import ArgumentError, NotBuiltError, _native, kda, musa
+from libattn import ArgumentError, NotBuiltError, _native, musa
 from torch.autograd.graph import increment_version
 
 LIBATTN = "0.1.0"
@@ -225,20 +225,21 @@ def step(
         )
     if out is None:
         raise TypeError("out: expected a tensor, got None")
-    kda.kda_step(
+    _native.kda_step(
         q,
         k,
         v,
         g,
         beta,
+        out,
+        state,
         scale if type(scale) is float else _number("scale", scale),
         lower_bound if type(lower_bound) is float else _number("lower_bound", lower_bound),
-        state,
+        _threads(),
         A_log,
         dt_bias,
-        out=out,
-        state_indices=state_indices,
-        cu_seqlens=cu_seqlens,
+        state_indices,
+        cu_seqlens,
     )
     _written((out, state))
 

@@ -10,6 +10,7 @@ import torch
 from libattn import ArgumentError, ShapeError
 
 from . import _eager
+from ._mha import number
 from .flash_mla_interface import FlashMLASchedMeta, flash_mla_with_kvcache
 
 GPU_WIDTH = 256  # of the widest keys that mha_fwd has on a GPU
@@ -18,7 +19,7 @@ GPU_WIDTH = 256  # of the widest keys that mha_fwd has on a GPU
 def attend(q_abs, kv_latent, sm_scale, **options):
     """mha_fwd of q_abs (B, S, H, D) on kv_latent (B, N, D), which is K and V.  On a GPU wide latents are the
     second term of the scores, qv . v; the first is a product of zeros."""
-    kv = kv_latent.unsqueeze(2)
+    q_abs, kv = _eager.plain(q_abs), _eager.plain(kv_latent).unsqueeze(2)
     if q_abs.is_cuda and q_abs.shape[-1] > GPU_WIDTH:
         q, k = (x.new_zeros(*x.shape[:3], 8) for x in (q_abs, kv))
         return libattn.mha_fwd(q, k, kv, softmax_scale=sm_scale, qv=q_abs, **options)[0]
@@ -48,6 +49,7 @@ def rotate(x, cos, sin):
 
 def fused(q_abs, kv, q_rope, k_rope, cos, sin, sm_scale, causal):
     """Scores are the latent's plus the rope part's; cos and sin already lie along q_rope."""
+    q_abs, kv, q_rope, k_rope = (_eager.plain(x) for x in (q_abs, kv, q_rope, k_rope))
     return libattn.mha_fwd(
         rotate(q_rope, cos, sin),
         k_rope.unsqueeze(2),
@@ -63,7 +65,8 @@ def prefill_fused(q_abs, kv_latent, q_rope, k_rope, cos, sin, sm_scale):
     (B, N, R) comes rotated."""
     for name, x, rank in (("q_abs", q_abs, 4), ("kv_latent", kv_latent, 3), ("q_rope", q_rope, 4)):
         _eager.check_rank(name, x, rank)
-    _eager.check_rank("k_rope", k_rope, 3)
+    for name, x, rank in (("k_rope", k_rope, 3), ("cos", cos, 2), ("sin", sin, 2)):
+        _eager.check_rank(name, x, rank)
     tables = (t[: q_rope.shape[1], None] for t in (cos, sin))
     return fused(q_abs, kv_latent, q_rope, k_rope, *tables, sm_scale, True)
 
@@ -72,9 +75,12 @@ def decode_fused(q_abs, kv_cache, q_rope, k_rope, cos, sin, cur_pos, sm_scale):
     """decode with a rope part: q_rope (B, H, R) is rotated here for position cur_pos of the tables."""
     for name, x in (("q_abs", q_abs), ("kv_cache", kv_cache), ("q_rope", q_rope), ("k_rope", k_rope)):
         _eager.check_rank(name, x, 3)
-    row = int(cur_pos)
-    if not 0 <= row < len(cos):
-        raise ArgumentError(f"cur_pos: expected a row of the {len(cos)} in cos and sin, got {row}")
+    for name, x in (("cos", cos), ("sin", sin)):
+        _eager.check_rank(name, x, 2)
+    row = number("cur_pos", cur_pos)
+    rows = min(len(cos), len(sin))
+    if not 0 <= row < rows:
+        raise ArgumentError(f"cur_pos: expected a row of the {rows} in cos and sin, got {row}")
     q = q_abs.unsqueeze(1), kv_cache, q_rope.unsqueeze(1), k_rope
     return fused(*q, cos[row], sin[row], sm_scale, False).squeeze(1)
 
@@ -96,9 +102,10 @@ def paged_decode(
 
     Returns (out (B, H, 512), lse fp32 (B, H) in natural units, or None).  num_splits is a hint, unused.
     """
-    _eager.check_rank("q", q, 3)
-    _eager.check_rank("k_cache", k_cache, 3)
-    _eager.check_rank("v_cache", v_cache, 3)
+    for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
+        _eager.check_rank(name, x, 3)
+    _eager.check_rank("block_table", block_table, 2)
+    _eager.check_rank("seq_lens", seq_lens, 1)
     d_v = v_cache.shape[-1]
     inside = v_cache.data_ptr() == k_cache.data_ptr() and v_cache.stride() == k_cache.stride()
     if not inside or v_cache.shape[:2] != k_cache.shape[:2] or d_v > k_cache.shape[-1]:

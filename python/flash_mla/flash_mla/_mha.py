@@ -10,7 +10,7 @@ WIDTHS = (192, 128), (128, 128)
 
 
 def number(name, value):
-    """A longest length: an int or a 0-dim integer tensor."""
+    """value as an int: an int, or a 0-dim integer tensor."""
     try:
         return int(value)
     except (TypeError, ValueError, OverflowError):
@@ -97,10 +97,11 @@ def attend(q, k, v, cu_qo, cu_kv, max_qo, max_kv, dropout_p, softmax_scale, caus
     return forward(*arguments)
 
 
-def unpack(name, x, widths):
-    """Views of the last axis, of these widths."""
+def unpack(name, x, *widths):
+    """Views of the last axis: of these widths, and of what is left."""
     _eager.check_rank(name, x, 3)
-    if min(widths) < 1 or sum(widths) != x.shape[-1]:
+    widths = [*widths, x.shape[-1] - sum(widths)]
+    if min(widths) < 1:
         raise ArgumentError(f"head_dim_qk: expected the width of q and k in {name}'s {x.shape[-1]} values")
     return x.split(widths, dim=-1)
 
@@ -156,9 +157,7 @@ def flash_attn_varlen_qkvpacked_func(
     is_varlen=True,
 ):
     """flash_attn_varlen_func of qkv (t, h, d + d + d_v), whose last axis is q, k, v; d is head_dim_qk."""
-    if not _eager.direct(qkv):
-        _eager.on_musa(qkv, "qkv")
-    q, k, v = unpack("qkv", qkv, [head_dim_qk, head_dim_qk, qkv.shape[-1] - 2 * head_dim_qk])
+    q, k, v = unpack("qkv", qkv, head_dim_qk, head_dim_qk)
     return attend(
         q,
         k,
@@ -190,7 +189,7 @@ def flash_attn_varlen_kvpacked_func(
     is_varlen=True,
 ):
     """flash_attn_varlen_func of kv (t_k, h_k, d + d_v), whose last axis is k, v; d is head_dim_qk."""
-    k, v = unpack("kv", kv, [head_dim_qk, kv.shape[-1] - head_dim_qk])
+    k, v = unpack("kv", kv, head_dim_qk)
     return attend(
         q,
         k,

@@ -154,14 +154,14 @@ def first_release(args, kwargs):
         return None
 
 
-def positive(name, n):
-    """n as an int of 1 or more."""
+def at_least(least, name, n):
+    """n as an int of `least` or more."""
     try:
         n = operator.index(n)
     except TypeError:
         raise DtypeError(f"{name}: expected an int, got {type(n).__name__}") from None
-    if n < 1:
-        raise ArgumentError(f"{name}: expected a positive number, got {n}")
+    if n < least:
+        raise ArgumentError(f"{name}: expected {least} or more, got {n}")
     return n
 
 

@@ -10,6 +10,7 @@ import torch
 from libattn import ArgumentError, ShapeError, mla
 
 from . import _eager
+from ._schedule import at_least
 
 BYTES = {576: 656, 512: 584}
 
@@ -18,6 +19,7 @@ def empty_k_cache(num_pages, page, d, device=None):
     """A zeroed FP8 cache for rows of d values, 576 (V32) or 512 (MODEL1)."""
     if d not in BYTES:
         raise ArgumentError(f"d: expected 576 or 512, got {d}")
+    num_pages, page = at_least(0, "num_pages", num_pages), at_least(0, "page", page)
     row = BYTES[d]
     stride = page * row if d == 576 else -(-page * row // 576) * 576
     memory = torch.zeros(num_pages * stride, dtype=torch.uint8, device=device)

@@ -57,8 +57,8 @@ def get_mla_metadata(*args, **kwargs):
 def get_mla_metadata_dense_fp8(cache_seqlens, num_q_tokens_per_head_k, num_heads_k):
     """The first releases' scheduler tensors for flash_mla_with_kvcache_fp8: int32 (parts, 8), (b + 1,)."""
     _schedule.check_lengths(cache_seqlens)
-    rows = _schedule.positive("num_q_tokens_per_head_k", num_q_tokens_per_head_k)
-    heads = _schedule.positive("num_heads_k", num_heads_k)
+    rows = _schedule.at_least(1, "num_q_tokens_per_head_k", num_q_tokens_per_head_k)
+    heads = _schedule.at_least(1, "num_heads_k", num_heads_k)
     device = cache_seqlens.device
     parts = _schedule.dense_parts(device, rows, heads)
     lengths = _schedule.dense_lengths(cache_seqlens)

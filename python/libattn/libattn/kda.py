@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Kimi Delta Attention on torch tensors; every argument is checked by the C library.
+"""Kimi Delta Attention on torch tensors; every argument is checked by the C library, and no gradient is
+recorded.
 
 Shapes are those of attn.h: q, k, v, g, out [b, t, h, d], beta [b, t, h], states [n, h, d, d] with the
 value index first, or [slots, h, d, d] with state_indices [n]; with cu_seqlens [n + 1] b is 1.
@@ -10,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from . import _native
+from ._plain import refuse_negated
 
 _threads = torch.get_num_threads
 
@@ -43,6 +45,8 @@ def kda_fwd(
     fit, NotBuiltError for what this build has no kernel for, TypeError for a value of the wrong
     type.
     """
+    refuse_negated(q=q, k=k, v=v, g=g, beta=beta, A_log=A_log, dt_bias=dt_bias, out=out)
+    refuse_negated(initial_state=initial_state, final_state=final_state, checkpoint_states=checkpoint_states)
     if out is None and isinstance(v, torch.Tensor):
         out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     use(
@@ -116,6 +120,7 @@ def kda_step(
 
     A sequence whose state index is -1 is padding: its out rows become 0.
     """
+    refuse_negated(q=q, k=k, v=v, g=g, beta=beta, state=state, A_log=A_log, dt_bias=dt_bias, out=out)
     if out is None and isinstance(v, torch.Tensor):
         out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     _native.kda_step(

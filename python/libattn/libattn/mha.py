@@ -2,9 +2,9 @@
 """mha_fwd and split_combine on torch tensors: outputs are allocated here, checked and filled below.
 
 Shapes are those of attn.h: b batch, s_q s_k lengths, t_q t_k packed totals, h_q h_k heads, d_qk d_v
-widths.  Every argument is checked by the C library, which raises the classes of libattn.errors.
-One call is one trip through the FFI, except when the caller asks for partial results that a plan
-turns out to have.
+widths.  Every argument is checked by the C library, which raises the classes of libattn.errors;
+no function here records a gradient.  One call is one trip through the FFI, except when the caller
+asks for partial results that a plan turns out to have.
 """
 
 from typing import NamedTuple
@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from . import _native
+from ._plain import refuse_negated
 
 _threads = torch.get_num_threads
 _mha_fwd = _native.mha_fwd
@@ -231,6 +232,7 @@ def mha_fwd(
     Raises ShapeError, DtypeError, ArgumentError or DeviceError for arguments that do not fit,
     NotBuiltError for what this build has no kernel for, TypeError for a value of the wrong type.
     """
+    refuse_negated(q=q, k=k, v=v, out=out, **features)
     values = []
     if features:
         unknown = features.keys() - FEATURES.keys()
@@ -292,6 +294,7 @@ def split_combine(out_partial, lse_partial, out, lse):
     [splits, b, s, h], out fp32, fp16 or bf16 [b, s, h, d_v], lse fp32 [b, s, h]; strides are free
     but for those named.  A row whose partials are all -inf gives out 0 and lse -inf.
     """
+    refuse_negated(out_partial=out_partial, lse_partial=lse_partial, out=out, lse=lse)
     _native.split_combine(out_partial, lse_partial, out, lse, _threads())
     return out, lse
 

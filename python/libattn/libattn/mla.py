@@ -4,12 +4,14 @@
 Shapes, key sets and what an empty row gives are those of attn.h and docs/ops/mla.md: b batch, s_q
 query tokens, h_q h_k heads, d_qk 576 or 512, d_v 512.  All statistics are in natural units and never
 hold the sink.  Every argument is checked by the C library, which raises the classes of
-libattn.errors.  An `out` of the caller's is written in place and returned as the same object.
+libattn.errors, and no gradient is recorded.  An `out` of the caller's is written in place and
+returned as the same object.
 """
 
 import torch
 
 from . import _native
+from ._plain import refuse_negated
 
 _threads = torch.get_num_threads
 _float8 = torch.float8_e4m3fn
@@ -46,6 +48,7 @@ def mla_decode(
     only.  softmax_scale None is d_qk^-1/2.  causal aligns the s_q rows to the sequence's end.
     out [b, s_q, h_q, head_dim_v] in q's dtype, bf16 for fp8; lse fp32 [b, h_q, s_q].
     """
+    refuse_negated(q=q, k_cache=k_cache, descale_q=descale_q, descale_k=descale_k, out=out)
     lse = None
     try:
         b, s_q, h_q, d_qk = q.shape
@@ -93,6 +96,7 @@ def mla_sparse_decode(
     skipped; topk_length int32 [b]; attn_sink fp32 [h_q]; a second cache with lists of its own.
     out bf16 [b, s_q, h_q, head_dim_v]; lse fp32 [b, h_q, s_q], a transposed view.
     """
+    refuse_negated(q=q, attn_sink=attn_sink, out=out)
     lse = None
     try:
         b, s_q, h_q, d_qk = q.shape
@@ -138,6 +142,7 @@ def mla_sparse_fwd(
     [s_q, 1, topk], one outside [0, s_kv) is skipped; topk_length int32 [s_q]; attn_sink fp32 [h_q].
     out [s_q, h_q, d_v] in q's dtype; max_logits and lse fp32 [s_q, h_q].
     """
+    refuse_negated(q=q, kv=kv, attn_sink=attn_sink, out=out)
     max_logits = lse = None
     try:
         s_q, h_q, _ = q.shape
@@ -187,6 +192,7 @@ def mla_cache_quantize(kv, cache, slots=None):
     fp16 or fp32.  slots int32 or int64 [t]: row i becomes token slots[i] = page number * page +
     offset, one out of range is not written; None writes all tokens in order.
     """
+    refuse_negated(kv=kv)
     _native.mla_cache_quantize(kv, cache, slots, _threads())
     return cache
 
@@ -202,5 +208,6 @@ def mla_cache_dequantize(cache, slots=None, dtype=torch.bfloat16, out=None):
             out = torch.empty((rows, width), dtype=dtype, device=cache.device)
         except (AttributeError, IndexError, ValueError):
             pass  # no such tensors; the native function says so
+    refuse_negated(out=out)
     _native.mla_cache_dequantize(out, cache, slots, _threads())
     return out
