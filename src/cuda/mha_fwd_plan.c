@@ -146,6 +146,20 @@ int attn_mha_fwd_cuda_box(const struct attn_mha_fwd_problem *p, int keys)
     return !p->page_table ? keys : p->leftpad_k ? 0 : paged_box(p->page, keys);
 }
 
+/* Heads walked side by side.  Where all items are of a length, just as many as fill the grid, so that
+ * readers of the same keys meet.  Else as many as L2 holds, and no fewer than give every cluster two items
+ * of a section: in the last one, clusters without a long item have to fill up with short ones. */
+static int heads_in_a_section(const struct attn_mha_fwd_problem *p,
+                              const struct attn_mha_fwd_cuda_plan *plan, int64_t items, bool even)
+{
+    int64_t head_bytes = p->s_k * (p->d_qk + p->d_v) * 2, heads = p->h_k * p->b;
+    int64_t clusters = plan->grid / plan->cluster;
+    if (items == 0) return 1;
+    int64_t held = clamp64(L2_SHARE / (head_bytes > 0 ? head_bytes : 1), 1, heads);
+    if (even) return (int)clamp64(ceil_div(clusters * heads, items), 1, held);
+    return (int)clamp64(ceil_div(2 * clusters * heads, items), held, heads);
+}
+
 attn_status attn_mha_fwd_cuda_choose(const struct attn_mha_fwd_problem *p,
                                      const struct attn_mha_fwd_cuda_tile *tiles, int tile_count,
                                      int multiprocessors, struct attn_mha_fwd_cuda_plan *plan)
@@ -192,12 +206,6 @@ attn_status attn_mha_fwd_cuda_choose(const struct attn_mha_fwd_problem *p,
     bool even = !p->causal && p->window_left < 0 && p->window_right < 0 && !p->chunk &&
                 !p->cu_seqlens_q && !p->seqused_q && !p->cu_seqlens_k && !p->seqused_k;
     plan->ticket = !even && items > plan->grid / plan->cluster;
-
-    /* Heads side by side: as many as L2 holds, so that there is a long tile to draw for long; where
-     * all are of a length, just as many as fill the grid, so that readers of the same keys meet. */
-    int64_t head_bytes = p->s_k * (p->d_qk + p->d_v) * 2, heads = p->h_k * p->b;
-    int64_t held = clamp64(L2_SHARE / (head_bytes > 0 ? head_bytes : 1), 1, heads > 0 ? heads : 1);
-    int64_t fill = ceil_div(plan->grid / plan->cluster * heads, items > 0 ? items : 1);
-    plan->section = (int)(even ? clamp64(fill, 1, held) : held);
+    plan->section = heads_in_a_section(p, plan, items, even);
     return ATTN_OK;
 }

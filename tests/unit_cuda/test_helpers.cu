@@ -300,6 +300,22 @@ static void test_finish()
 
 // ---- the schedule -------------------------------------------------------------------------------
 
+// Of every item, the live queries of each of its tiles' warpgroups (two a block).
+static __global__ void run_tiles(attn_mha_fwd_params p, int *hits, int s_max)
+{
+    int b = blockIdx.x, h_kv = blockIdx.y, s_q = locate_sequence(p, b).s_q;
+    for (int item = 0; item < head_items(p, s_q); item++)
+        for (int rank = 0; rank < p.cluster; rank++) {
+            row_tile tile = locate_tile<80>(p, b, h_kv, item, rank);
+            for (int group = 0; group < 2; group++)
+                for (int i = threadIdx.x; i < p.queries; i += blockDim.x) {
+                    int query = tile.query + group * p.pitch + i;
+                    if (query >= 0 && query < s_q)
+                        atomicAdd(&hits[(b * p.h_k * p.group + tile.h_q) * s_max + query], 1);
+                }
+        }
+}
+
 static __global__ void run_schedule(attn_mha_fwd_params p, int *hits, int items_max, int clusters)
 {
     for (int c = 0; c < clusters; c++) {
@@ -312,7 +328,7 @@ static __global__ void run_schedule(attn_mha_fwd_params p, int *hits, int items_
 
 static void test_schedule()
 {
-    int bad = 0;
+    int bad = 0, uncovered = 0;
     srand(2);
     for (int n = 0; n < 60; n++) {
         int b = 1 + rand() % (n % 3 ? 100 : 4), h_k = 1 + rand() % 5, most = 700;
@@ -332,6 +348,9 @@ static void test_schedule()
         p.tile_heads = p.group / p.pack;
         p.queries = 64 / p.pack;
         p.tile_queries = 2 * p.queries;
+        p.pitch = p.tile_heads == 1 ? p.cluster * p.queries : p.queries;
+        p.window_left = p.window_right = ATTN_WINDOW_OFF;
+        p.cp_world = 1;
         p.s_q = most;
         p.s_k = 100;
         p.t_q = p.t_k = cu[b];
@@ -350,7 +369,18 @@ static void test_schedule()
                 for (int item = 0; item < items_max; item++)
                     bad += got[(i * h_k + h) * items_max + item] != (item < items);
         }
+        int heads = h_k * p.group;
+        hits = on_device(std::vector<int>((size_t)b * heads * most, 0));
+        run_tiles<<<dim3(b, h_k), 64>>>(p, hits, most);
+        got = from_device(hits, (size_t)b * heads * most);
+        for (int i = 0; i < b; i++) {
+            int s_q = kind == 0 ? most : kind == 1 ? cu[i + 1] - cu[i] : used[i];
+            for (int h = 0; h < heads; h += p.pack)
+                for (int query = 0; query < most; query++)
+                    uncovered += got[(i * heads + h) * most + query] != (query < s_q);
+        }
     }
+    report("locate_tile: every query once", uncovered);
     report("find_item: every item once, dense and ragged", bad);
 }
 

@@ -4,8 +4,9 @@
  *     test_plan [seed]
  * What must hold of every plan: a kernel wide enough; boxes that divide the key step and never
  * straddle a page; a grid of whole clusters that fits the machine; a ticket wherever row tiles can
- * differ in length and are more than the grid.  Of a decode plan: a grid that fits the machine, rows
- * covered by tiles, slots for two pieces a block.  And of attn_division: it divides exactly.
+ * differ in length and are more than the grid, and then two items a cluster in every section of heads.
+ * Of a decode plan: a grid that fits the machine, rows covered by tiles, slots for two pieces a block.
+ * And of attn_division: it divides exactly.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -176,6 +177,9 @@ int main(int argc, char **argv)
         if (!plan.gather && (p.page_table ? p.page : p.s_k) > 1) EXPECT(p.k.row > 0 && p.v.row > 0);
         EXPECT(plan.section >= 1 && plan.section <= p.b * p.h_k);
         if (p.causal && row_tiles * p.h_k * p.b > 2 * 132) EXPECT(plan.ticket);
+        int64_t head_items = (row_tiles + plan.cluster - 1) / plan.cluster;
+        if (plan.ticket && plan.section < p.b * p.h_k)
+            EXPECT(plan.section * head_items >= 2 * (plan.grid / plan.cluster));
     }
     printf("%d plans, %d failures\n", planned, failures);
     return failures != 0;

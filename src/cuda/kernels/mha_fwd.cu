@@ -22,8 +22,10 @@
  *  wgmma    | S0        | S1        O += P0 V0   | S2        O += P1 V1   | O += Pn Vn
  *  consumer |        P0 |                     P1 |                     P2 |        out, lse
  *
- * Key steps run from the last to the first, so that causal's masked steps come first.  A warpgroup
- * that sees none of a step's keys waits for the tile and releases it, to keep the rings in step.
+ * Key steps run from the first to the last.  Under a causal mask the warpgroups of a cluster so begin
+ * together and end one after the other, and what one does at its end runs beside the others' products.
+ * A warpgroup that sees none of a step's keys waits for the tile and releases it, to keep the rings in
+ * step.
  */
 #include "attend.cuh"
 #include "softmax.cuh"
@@ -35,6 +37,10 @@ template <class RING> ATTN_DEVICE void wait_full(const uint64_t *full, const RIN
 }
 
 /* ---- the producer warpgroup ------------------------------------------------------------------ */
+
+/* The next item is drawn when the present one has this many key steps left to load: in time for its
+ * first loads, and no earlier, as who draws an item is the one to compute it, however late. */
+#define DRAW_AHEAD 3
 
 /* One k or v tile of N rows, from the sequence's key `key` on: a box a panel, of which each block
  * of a cluster loads its half of the rows.  A whole warp calls it. */
@@ -130,15 +136,16 @@ ATTN_DEVICE int look_up_page(const attn_mha_fwd_params &p, const sequence &seq, 
 
 /* All k or v tiles of a row tile row by row: any page size, any strides.  Lane l finds row l of 32, and
  * looks up its page 32 rows ahead.  A whole warp calls it; each lane arrives. */
-template <int D, int N, int FEW>
+template <int D, int N, int IS_V, int FEW>
 ATTN_DEVICE void load_gathered(const attn_mha_fwd_params &p, const key_rows &rows,
                                const row_tile &tile, uint32_t stages, uint32_t full,
-                               uint32_t empty, lean_ring &r)
+                               uint32_t empty, uint32_t ending, lean_ring &r)
 {
     const uint16_t *head = rows.data + tile.h_kv * rows.stride_h;
     int lane = (int)threadIdx.x % 32;
-    int entry = FEW ? 0 : look_up_page(p, tile.seq, (tile.end - 1) * N + lane);
-    for (int n = tile.end - 1; n >= tile.begin; n--) {
+    int entry = FEW ? 0 : look_up_page(p, tile.seq, tile.begin * N + lane);
+    for (int n = tile.begin; n < tile.end; n++) {
+        if (!IS_V && n == tile.end - 1 - DRAW_AHEAD && elect_one()) mbarrier_arrive(ending);
         uint32_t dst = stages + r.stage() * (ATTN_MHA_FWD_PANELS(D) * N * 128);
         bool whole = D % 64 == 0 && rows.width == D && (n + 1) * N <= tile.seq.s_k;
         mbarrier_wait_parity(empty + 8 * r.stage(), r.parity());
@@ -153,7 +160,7 @@ ATTN_DEVICE void load_gathered(const attn_mha_fwd_params &p, const key_rows &row
             }
             int64_t place = source * rows.stride_b + position * rows.stride_s;
             if (!FEW)
-                entry = look_up_page(p, tile.seq, row + 32 < N ? key + 32 : (n - 1) * N + lane);
+                entry = look_up_page(p, tile.seq, row + 32 < N ? key + 32 : (n + 1) * N + lane);
             if (!FEW && whole && p.gather == ATTN_GATHER_NEAR) {
                 copy_whole_rows<D, N>(head, place, min(N - row, 32), dst);
             } else {
@@ -166,18 +173,20 @@ ATTN_DEVICE void load_gathered(const attn_mha_fwd_params &p, const key_rows &row
     }
 }
 
-/* All k or v tiles of a row tile, last keys first.  A whole warp calls it. */
+/* All k or v tiles of a row tile; of k, it tells the scheduler when DRAW_AHEAD steps are left.  A whole
+ * warp calls it. */
 template <int D, int N, int IS_V, int FEW>
 ATTN_DEVICE void load_keys(const attn_mha_fwd_params &p, const attn_tensor_map *map,
                            const key_rows &rows, const row_tile &tile, uint32_t stages,
-                           uint32_t full, uint32_t empty, lean_ring &r)
+                           uint32_t full, uint32_t empty, uint32_t ending, lean_ring &r)
 {
     if (p.gather) {
         if (tile.begin < tile.end)
-            load_gathered<D, N, FEW>(p, rows, tile, stages, full, empty, r);
+            load_gathered<D, N, IS_V, FEW>(p, rows, tile, stages, full, empty, ending, r);
         return;
     }
-    for (int n = tile.end - 1; n >= tile.begin; n--) {
+    for (int n = tile.begin; n < tile.end; n++) {
+        if (!IS_V && n == tile.end - 1 - DRAW_AHEAD && elect_one()) mbarrier_arrive(ending);
         uint32_t bar = full + 8 * r.stage();
         uint32_t dst = stages + r.stage() * (ATTN_MHA_FWD_PANELS(D) * N * 128);
         mbarrier_wait_parity(empty + 8 * r.stage(), r.parity());
@@ -219,12 +228,15 @@ ATTN_DEVICE void load(const attn_mha_fwd_params &p, const attn_mha_fwd_maps &map
             key_rows rows = {(const uint16_t *)p.v, p.v_stride_b, p.v_stride_s, p.v_stride_h,
                              p.d_v};
             load_keys<DV, N, 1, sm.FEW>(p, &maps.v, rows, tile, shared_address(sm.v),
-                                shared_address(sm.v_full), shared_address(sm.v_empty), stages);
+                                shared_address(sm.v_full), shared_address(sm.v_empty), 0, stages);
         } else {
             key_rows rows = {(const uint16_t *)p.k, p.k_stride_b, p.k_stride_s, p.k_stride_h,
                              p.d_qk};
+            if (tile.end - tile.begin <= DRAW_AHEAD && elect_one())
+                mbarrier_arrive(shared_address(&sm.ending));
             load_keys<DQK, N, 0, sm.FEW>(p, &maps.k, rows, tile, shared_address(sm.k),
-                                 shared_address(sm.k_full), shared_address(sm.k_empty), stages);
+                                 shared_address(sm.k_full), shared_address(sm.k_empty),
+                                 shared_address(&sm.ending), stages);
         }
         __syncwarp();
         if (elect_one()) mbarrier_arrive(shared_address(&sm.tile_empty[tiles.stage()]));
@@ -269,9 +281,9 @@ ATTN_DEVICE void schedule(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M,
     sequence_group group = {-32, 0, 0, 0};
     lean_ring tiles = {2};
     int number = (int)blockIdx.x / p.cluster;
-    for (bool more = true; more; ring_next(tiles)) {
+    for (;; ring_next(tiles)) {
         int b, h_kv, item;
-        more = find_item(group, p, sm.FEW ? 1 : p.fold, number, &b, &h_kv, &item);
+        bool more = find_item(group, p, sm.FEW ? 1 : p.fold, number, &b, &h_kv, &item);
         mbarrier_wait_parity(shared_address(&sm.tile_empty[tiles.stage()]), tiles.parity());
         if (elect_one()) {
             row_tile &tile = sm.tile[tiles.stage()];
@@ -282,7 +294,9 @@ ATTN_DEVICE void schedule(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M,
             mbarrier_arrive(shared_address(&sm.tile_full[tiles.stage()]));
         }
         __syncwarp();
-        if (more) number = next_number(p, sm, tiles, number);
+        if (!more) break;
+        mbarrier_wait_parity(shared_address(&sm.ending), tiles.stage());
+        number = next_number(p, sm, tiles, number);
     }
 }
 
@@ -322,7 +336,7 @@ ATTN_DEVICE void store_rows(const attn_mha_fwd_params &p, const row_tile &tile, 
     for (int h = 0; h < 2; h++) {
         int row = (int)threadIdx.x % 128 / 32 * 16 + (int)threadIdx.x % 32 / 4 + 8 * h;
         int i = query_of(p, row), h_q = tile.h_q + row - i * p.pack;
-        live[h] = i < p.queries && top + i < tile.seq.s_q;
+        live[h] = i < p.queries && (uint32_t)(top + i) < (uint32_t)tile.seq.s_q;
         float sink = p.sink != ATTN_SINK_NONE ? load_sink(p, live[h] ? h_q : 0) : 0.0f, lse;
         softmax_finish(rows.max[h], quad_sum(rows.sum[h]), p.exp_scale, p.sink != ATTN_SINK_NONE,
                        sink, p.lse_empty, &normalise[h], &lse);
@@ -393,7 +407,7 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, 
         key_interval low = visible_keys(p, bottom, tile.seq.s_q, tile.seq.s_k, tile.cp_tot);
         int begin = high.lo / N, end = (low.hi + N - 1) / N;
         int whole_begin = (low.lo + N - 1) / N, whole_end = high.hi / N;
-        if (top >= tile.seq.s_q || end <= begin) begin = end = tile.begin; /* sees none */
+        if (bottom < max(top, 0) || end <= begin) begin = end = tile.begin; /* sees none */
         __syncwarp();
         if (lane == 0) mbarrier_arrive(shared_address(&sm.tile_empty[tiles.stage()]));
         ring_next(tiles);
@@ -420,7 +434,7 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, 
         };
         auto release_k = [&](int n) { /* and q behind the last product that reads it */
             release(p, sm.k_empty, ks);
-            if (n == begin && t == 0) mbarrier_arrive(shared_address(&sm.q_empty[qs.stage()]));
+            if (n == end - 1 && t == 0) mbarrier_arrive(shared_address(&sm.q_empty[qs.stage()]));
         };
         auto wait_k = [&]() {
             wait_full(sm.k_full, ks);
@@ -434,7 +448,7 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, 
         auto store_last = [&]() {
             if (last.b >= 0) store_rows<FP16, DV>(p, last, last.query + group * p.pitch, rows, o);
             last = tile;
-            if (top >= tile.seq.s_q) last.b = -1;
+            if (bottom < max(top, 0)) last.b = -1;
         };
 
         if (STORES_LATE && begin == end) {
@@ -447,12 +461,12 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, 
                 o[i] = 0.0f;
         }
         if (!STORES_LATE || begin == end) softmax_init(rows);
-        int n = tile.end - 1;
-        for (; n >= end; n--)
+        int n = tile.begin;
+        for (; n < begin; n++)
             skip();
         wait_full(sm.q_full, qs);
         uint32_t q = shared_address(sm.q[qs.stage()]) + group * 8192;
-        if (n >= begin) {
+        if (n < end) {
             wait_k();
             wgmma_pin(s);
             wgmma_fence();
@@ -467,7 +481,7 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, 
             scores_to_probabilities(n);
             softmax_pack<FP16, N>(packed, s);
             int accumulate = 0; /* the first product overwrites what O holds of the last tile */
-            for (n--; n >= begin; n--) {
+            for (n++; n < end; n++) {
                 wait_k();
                 wgmma_pin(s);
                 wgmma_pin(o);
@@ -508,10 +522,10 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, 
             mbarrier_arrive(shared_address(&sm.q_empty[qs.stage()]));
         }
         ring_next<sm.Q_STAGES>(qs);
-        for (; n >= tile.begin; n--)
-            skip();
-        if (!STORES_LATE && top < tile.seq.s_q)
+        if (!STORES_LATE && bottom >= max(top, 0))
             store_rows<FP16, DV>(p, tile, top, rows, o);
+        for (; n < tile.end; n++)
+            skip();
     }
 }
 
@@ -543,6 +557,7 @@ ATTN_DEVICE void mha_fwd_body(const attn_mha_fwd_params &p, const attn_mha_fwd_m
             mbarrier_init(shared_address(&sm.drawn_full[i]), 1);
             mbarrier_init(shared_address(&sm.drawn_empty[i]), 2);
         }
+        mbarrier_init(shared_address(&sm.ending), 1);
         fence_mbarrier_init();
         prefetch_tensormap(&maps.q);
         prefetch_tensormap(&maps.k);

@@ -119,7 +119,7 @@ struct attn_mha_fwd_params {
 #define ATTN_MHA_FWD_SMEM_WITH(q_stages, d_qk, d_v, m, n)                                          \
     (128 * (ATTN_MHA_FWD_PANELS(d_qk) * ((q_stages) * (m) + ATTN_MHA_FWD_STAGES * (n)) +           \
             ATTN_MHA_FWD_PANELS(d_v) * ATTN_MHA_FWD_STAGES * (n)) +                                \
-     8 * (m) + 336)
+     8 * (m) + 344)
 #define ATTN_MHA_FWD_Q_STAGES(d_qk, d_v, m, n)                                                     \
     (ATTN_MHA_FWD_SMEM_WITH(2, d_qk, d_v, m, n) <= 227 * 1024 ? 2 : 1)
 #define ATTN_MHA_FWD_SMEM(d_qk, d_v, m, n)                                                         \

@@ -11,6 +11,10 @@
  *     T > 1    block 0: 0 1 2   block 1: 0 1 2 of the next head        (3 warpgroups a block)
  *     T = 1    block 0: 0 2 4   block 1: 1 3 5
  *
+ * A head's last tile (pair, where T is 1) ends with its last query: under a causal mask the rows that
+ * are missing from a whole number of tiles are so those of the shortest item, not of the longest.  With
+ * chunks, tiles begin with query 0 and so with chunks.
+ *
  * Items are numbered so that heads of one
  * section are walked together, their last (when causal: longest) rows first.  The first item of
  * cluster c is item c; then either every n-th, n clusters in all, or, where items differ in length,
@@ -37,7 +41,7 @@ struct sequence {
 struct row_tile {
     int b;          /* sequence; -1: no more work */
     int h_q, h_kv;  /* query head, its KV head */
-    int query;      /* its first query; at or past s_q: only keep in step */
+    int query;      /* its first query, maybe negative; at or past s_q: only keep in step */
     int cp_tot;     /* global key count of the sequence, with context parallelism */
     int begin, end; /* key steps [begin, end) that some row of the cluster's tiles sees */
     sequence seq;
@@ -86,6 +90,13 @@ ATTN_DEVICE int head_items(const attn_mha_fwd_params &p, int s_q)
     return (head_tiles(p, s_q) + p.cluster - 1) / p.cluster;
 }
 
+/* Queries by which a head's first tile begins before query 0. */
+ATTN_DEVICE int head_lead(const attn_mha_fwd_params &p, int s_q)
+{
+    int queries = p.tile_heads == 1 ? p.cluster * p.tile_queries : p.tile_queries;
+    return p.chunk > 0 ? 0 : (s_q + queries - 1) / queries * queries - s_q;
+}
+
 /* The item at place `k` of a head's, longest first: the last one, or the last of every chunk. */
 ATTN_DEVICE int longest_first(int k, int items, int fold)
 {
@@ -96,14 +107,16 @@ ATTN_DEVICE int longest_first(int k, int items, int fold)
     return k % (chunks + 1) * fold + rest - 1 - k / (chunks + 1);
 }
 
-/* Item `k` of `heads` heads with `items` items each: sections of heads, longest item first. */
+/* Item `k` of `heads` heads with `items` items each: sections of heads, longest item first.  The first
+ * section has the heads that are left over, so that the last one, in which some cluster draws its last
+ * long item, is a whole one. */
 ATTN_DEVICE void item_in_order(int k, int heads, int items, int section, int fold, int *head,
                                int *item)
 {
-    int per_section = section * items;
-    int at = k / per_section, rest = k - at * per_section;
-    int width = min(section, heads - at * section);
-    *head = at * section + rest % width;
+    int missing = (heads + section - 1) / section * section - heads;
+    int place = k + missing * items, at = place / (section * items);
+    int width = at ? section : section - missing, rest = at ? place - at * section * items : k;
+    *head = (at ? at * section - missing : 0) + rest % width;
     *item = longest_first(rest / width, items, fold);
 }
 
@@ -178,7 +191,8 @@ ATTN_DEVICE row_tile locate_tile(const attn_mha_fwd_params &p, int b, int h_kv, 
     sequence seq = locate_sequence(p, b);
     int first = item * p.cluster, queries = p.tile_queries, block = first / p.tile_heads;
     int head = first - block * p.tile_heads, ends = head + p.cluster > p.tile_heads;
-    int top = block * queries, bottom = min(top + (1 + ends) * queries, seq.s_q) - 1;
+    int top = block * queries - head_lead(p, seq.s_q);
+    int bottom = min(top + (1 + ends) * queries, seq.s_q) - 1;
     bool wraps = head + rank >= p.tile_heads;
     row_tile t;
     t.b = b;
@@ -187,7 +201,7 @@ ATTN_DEVICE row_tile locate_tile(const attn_mha_fwd_params &p, int b, int h_kv, 
     t.query = top + (p.tile_heads == 1 ? rank * p.queries : wraps ? queries : 0);
     t.seq = seq;
     t.cp_tot = p.cp_tot ? max(__ldg(p.cp_tot + b), 0) : 0;
-    t.begin = visible_keys(p, top, seq.s_q, seq.s_k, t.cp_tot).lo / N;
+    t.begin = visible_keys(p, max(top, 0), seq.s_q, seq.s_k, t.cp_tot).lo / N;
     t.end = (visible_keys(p, bottom, seq.s_q, seq.s_k, t.cp_tot).hi + N - 1) / N;
     return t;
 }

@@ -36,12 +36,14 @@ template <int DQK, int DV, int M, int N> struct mha_fwd_smem {
     /* full: 1 arrival and the bytes (gathered k and v: one a lane)
      * empty: one a consumer warpgroup of the cluster, or of the block for q
      * tile_full: 1; tile_empty: one a consumer warp and one each of the two loaders
-     * drawn_full: 1 and four bytes; drawn_empty, in the first of two blocks: one a block */
+     * drawn_full: 1 and four bytes; drawn_empty, in the first of two blocks: one a block
+     * ending: 1, once a tile, when its last loads of k are near */
     uint64_t q_full[2], q_empty[2];
     uint64_t k_full[STAGES], k_empty[STAGES];
     uint64_t v_full[STAGES], v_empty[STAGES];
     uint64_t tile_full[2], tile_empty[2];
     uint64_t drawn_full[2], drawn_empty[2];
+    uint64_t ending;
 };
 
 /* A place in a ring of one or two stages: which one, and the parity of its current phase.  A consumer
