@@ -139,7 +139,7 @@ def check_graph(seed, replays):
         pages = a["page_table"][i].long()[at // page]
         k, v = (a[x][pages, at % page].double() for x in "kv")
         case = {"cp_world_size": 1, "causal": 1, "window_left": -1, "window_right": -1, "attention_chunk": 0}
-        seen = base.visible(case, i, s_q, n, 0).cuda()
+        seen = base.visible(case, i, s_q, n, 0)
         want, want_lse = base.attend(a["q"][i].double(), k, v, seen, d**-0.5, 0.0, None, None)
         if not torch.allclose(a["out"][i].double(), want, rtol=2e-2, atol=2e-2):
             bad.append(f"replay {turn}: sequence {i} of {n} keys is wrong")

@@ -40,14 +40,14 @@ GUARD = 12345.0
 
 def visible(case, i, s_q, s_k, total):
     """bool [s_q, s_k], by the predicates that define the masks."""
-    p = torch.arange(s_q)[:, None] + s_k - s_q
-    j = torch.arange(s_k)[None, :]
-    seen = torch.ones(s_q, s_k, dtype=torch.bool)
+    p = torch.arange(s_q, device="cuda")[:, None] + s_k - s_q
+    j = torch.arange(s_k, device="cuda")[None, :]
+    seen = torch.ones(s_q, s_k, dtype=torch.bool, device="cuda")
     if case["cp_world_size"] > 1:
         world = j * case["cp_world_size"] + case["cp_rank"]
         seen &= world < total
         if case["causal"]:
-            seen &= world <= torch.arange(s_q)[:, None] + total - s_q
+            seen &= world <= torch.arange(s_q, device="cuda")[:, None] + total - s_q
         return seen
     if case["causal"]:
         seen &= j <= p
@@ -68,12 +68,13 @@ def attend(q, k, v, seen, scale, softcap, sinks, low, qv=None):
     def rounded(x):
         return x.to(low).double() if low else x
 
-    group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    s = torch.einsum("ihd,jhd->hij", q, k)
+    def grouped(x):
+        return x.unflatten(1, (k.shape[1], x.shape[1] // k.shape[1]))
+
+    s = torch.einsum("ikgd,jkd->kgij", grouped(q), k)
     if qv is not None:
-        s = s + torch.einsum("ihd,jhd->hij", qv, v)
-    s = rounded(s) * scale
+        s = s + torch.einsum("ikgd,jkd->kgij", grouped(qv), v)
+    s = rounded(s.flatten(0, 1)) * scale
     if softcap > 0:
         s = rounded(softcap * torch.tanh(rounded(s) / softcap))
     s = s.masked_fill(~seen[None], -math.inf)
@@ -85,7 +86,8 @@ def attend(q, k, v, seen, scale, softcap, sinks, low, qv=None):
     total = e.sum(-1, keepdim=True)
     if sinks is not None:
         total = total + torch.exp(sinks[:, None, None] - top)
-    out = torch.einsum("hij,jhd->ihd", rounded(e), v)
+    p = rounded(e).unflatten(0, (k.shape[1], -1))
+    out = torch.einsum("kgij,jkd->ikgd", p, v).flatten(1, 2)
     out = out / total.masked_fill(total == 0, 1.0).permute(1, 0, 2)
     return out, (top + torch.log(total)).squeeze(-1)
 
@@ -301,7 +303,7 @@ def check(case, seed):
     num = low = den = lse_worst = 0.0
     first_out, first_lse = a["out"].clone(), a["lse"].clone()
     for i, (q, k, v, *qv) in enumerate(seqs):
-        seen = visible(case, i, q.shape[0], k.shape[0], totals[i]).cuda()
+        seen = visible(case, i, q.shape[0], k.shape[0], totals[i])
         args = (q.double(), k.double(), v.double(), seen, case["scale"], case["softcap"], sinks)
         more = [x.double() for x in qv]
         want, want_lse = attend(*args, None, *more)

@@ -238,8 +238,7 @@ ATTN_DEVICE void load(const attn_mha_fwd_params &p, const attn_mha_fwd_maps &map
                                  shared_address(sm.k_full), shared_address(sm.k_empty),
                                  shared_address(&sm.ending), stages);
         }
-        __syncwarp();
-        if (elect_one()) mbarrier_arrive(shared_address(&sm.tile_empty[tiles.stage()]));
+        mbarrier_arrive(shared_address(&sm.tile_empty[tiles.stage()])); /* each lane has read it */
         ring_next(tiles);
     }
 }
@@ -409,7 +408,7 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, 
         int whole_begin = (low.lo + N - 1) / N, whole_end = high.hi / N;
         if (bottom < max(top, 0) || end <= begin) begin = end = tile.begin; /* sees none */
         __syncwarp();
-        if (lane == 0) mbarrier_arrive(shared_address(&sm.tile_empty[tiles.stage()]));
+        mbarrier_arrive(shared_address(&sm.tile_empty[tiles.stage()]));
         ring_next(tiles);
 
         auto skip = [&]() {
@@ -553,7 +552,7 @@ ATTN_DEVICE void mha_fwd_body(const attn_mha_fwd_params &p, const attn_mha_fwd_m
             mbarrier_init(shared_address(&sm.q_full[i]), 1);
             mbarrier_init(shared_address(&sm.q_empty[i]), CONSUMERS);
             mbarrier_init(shared_address(&sm.tile_full[i]), 1);
-            mbarrier_init(shared_address(&sm.tile_empty[i]), CONSUMERS * 4 + 2);
+            mbarrier_init(shared_address(&sm.tile_empty[i]), CONSUMERS * 128 + 64);
             mbarrier_init(shared_address(&sm.drawn_full[i]), 1);
             mbarrier_init(shared_address(&sm.drawn_empty[i]), 2);
         }

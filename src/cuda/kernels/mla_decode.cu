@@ -66,7 +66,8 @@ struct mla_smem {
 
     /* half_full: four warps' tiles (gathered: 128 lanes); rope_full: one tile
      * p_full: S: P and shrink; p_free: L and R
-     * s_issued: a warp of S each, once its part of a product is under way
+     * s_issued: a warp of S each, once its part of a product is under way; R waits for it, but S
+     *   itself for that of a piece's first step, since every phase has to be waited for
      * end_full: S: normalise; end_free: L and R
      * pieces_free: all threads; pieces_full: thread 0 */
     uint64_t half_full[HALVES], rope_full[ROPES];
@@ -305,6 +306,8 @@ ATTN_DEVICE void score(const attn_decode_params &p, mla_smem &sm, step_ring &r)
             }
             fence_proxy_async_shared();
             mbarrier_arrive(shared_address(&sm.p_full));
+            if (n == piece.end - 1) /* not R, which may still be storing two steps on */
+                mbarrier_wait_parity(shared_address(&sm.s_issued), r.step % 2);
             r.step++;
         }
 
@@ -353,8 +356,8 @@ ATTN_DEVICE void accumulate(const attn_decode_params &p, const attn_mha_fwd_maps
 #pragma unroll
         for (int e = 0; e < DV / 4; e++)
             o[e] = 0.0f;
-        if (SIDE == 1 && piece.end > piece.begin) /* so that each of its phases is waited for */
-            mbarrier_wait_parity(shared_address(&sm.s_issued), r.step % 2);
+        if (SIDE == 1 && piece.end > piece.begin) /* as below: so ptxas finds registers for all */
+            mbarrier_wait_parity(shared_address(&sm.p_full), r.step % 2);
         for (int n = piece.end - 1; n >= piece.begin; n--) {
             mbarrier_wait_parity(shared_address(&sm.p_full), r.step % 2);
             softmax_rescale<DV / 2>({{}, {}, {sm.shrink[own], sm.shrink[own + 8]}}, o);

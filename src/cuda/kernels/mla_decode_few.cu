@@ -74,7 +74,8 @@ struct few_smem {
     /* half_full: four warps' tiles; rope_full: one
      * found: the pieces; q_full: tiles of q; q_moved: the first piece's q has left the ring
      * p_full: a warp of S each: P and shrink; p_free: L's and R's warps
-     * s_issued: a warp of S each, once its part of a product is under way */
+     * s_issued: a warp of S each, once its part of a product is under way; R waits for it, but S
+     *   itself for that of a piece's first step, since every phase has to be waited for */
     uint64_t half_full[HALVES], rope_full[ROPES];
     uint64_t found, q_full, q_moved, p_full, p_free, s_issued;
 };
@@ -339,9 +340,11 @@ ATTN_DEVICE void score(const attn_decode_params &p, const attn_mha_fwd_maps &map
                 sm.shrink[own] = fresh ? 1.0f : rows.shrink[0];
                 sm.shrink[own + 8] = fresh ? 1.0f : rows.shrink[1];
             }
-            fresh = false;
             fence_proxy_async_shared();
             if (live) mbarrier_arrive(shared_address(&sm.p_full));
+            if (live && fresh) /* not R, which may still be storing two steps on */
+                mbarrier_wait_parity(shared_address(&sm.s_issued), r.step % 2);
+            fresh = false;
             r.step++;
         }
         float sum0 = quad_sum(rows.sum[0]), sum1 = quad_sum(rows.sum[1]);
@@ -382,8 +385,6 @@ ATTN_DEVICE void accumulate(const attn_decode_params &p, const attn_mha_fwd_maps
 #pragma unroll
         for (int e = 0; e < DV / 4; e++)
             o[e] = 0.0f;
-        if (SIDE == 1) /* so that each of its phases is waited for */
-            mbarrier_wait_parity(shared_address(&sm.s_issued), r.step % 2);
 #pragma unroll 1
         for (int n = piece.end - 1; n >= piece.begin; n--) {
             mbarrier_wait_parity(shared_address(&sm.p_full), r.step % 2);

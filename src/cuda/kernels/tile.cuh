@@ -35,7 +35,7 @@ template <int DQK, int DV, int M, int N> struct mha_fwd_smem {
 
     /* full: 1 arrival and the bytes (gathered k and v: one a lane)
      * empty: one a consumer warpgroup of the cluster, or of the block for q
-     * tile_full: 1; tile_empty: one a consumer warp and one each of the two loaders
+     * tile_full: 1; tile_empty: one a thread of the consumers and of the two loaders
      * drawn_full: 1 and four bytes; drawn_empty, in the first of two blocks: one a block
      * ending: 1, once a tile, when its last loads of k are near */
     uint64_t q_full[2], q_empty[2];
