@@ -142,7 +142,7 @@ struct attn_kda_tokens {
 /* One chunk for scan; v and out at its first token, value 0. */
 struct attn_kda_part {
     const char *record;
-    int32_t rows;
+    int32_t rows, at; /* at: its first token, counted from the first part's */
     const char *v;
     char *out;
     char *checkpoint; /* [V, K]: where the state after the chunk goes, or NULL */
@@ -152,6 +152,7 @@ struct attn_kda_scan {
     int32_t d, v0; /* state rows v0 <= v < v0 + slice */
     int32_t count;
     const struct attn_kda_part *parts;
+    struct attn_kda_tokens tokens; /* what the first part was prepared from */
     int64_t v_row, out_row;
     float scale;         /* of out */
     float *state;        /* d * slice floats, 64-byte aligned: the slice between two scans */

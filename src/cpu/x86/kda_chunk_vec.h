@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT
  *
- * What the kernels of kda_fwd share, written over vec_ for every rung: the triangles of extreme gates,
- * the triangular inverse, the state's way from memory and back.
+ * What the kernels of kda_fwd share, written over vec_ for every rung: the triangular inverse, the state's
+ * way from memory and back.
  */
 #ifndef ATTN_CPU_X86_KDA_CHUNK_VEC_H
 #define ATTN_CPU_X86_KDA_CHUNK_VEC_H
@@ -9,31 +9,6 @@
 #include "cpu/x86/kda_gate_vec.h"
 
 enum { KDA_SLICE = 2 * VEC_LANES }; /* values a scan takes */
-
-/* For chunks that no reference point serves: the two triangles pair by pair, by products of decays
- * <= 1 alone.  k and q are [C][KDA_WIDTH], normalised.
- *   n[i][j] = sum over channels of k_i k_j D_i / D_j  (j < i)     m[i][j] = the same with q_i (j <= i) */
-static void kda_apart(const struct kda_gates *g, const float *k, const float *q, int32_t rows,
-                      int32_t d, float *n, float *m)
-{
-    float e[KDA_WIDTH] __attribute__((aligned(64))); /* k_j times the decays of j + 1 .. i */
-    for (int32_t j = 0; j < rows; ++j) {
-        for (int32_t c = 0; c < d; c += VEC_LANES)
-            vec_store(e + c, vec_load(k + j * KDA_WIDTH + c));
-        for (int32_t i = j; i < rows; ++i) {
-            vec ks = vec_zero(), qs = vec_zero();
-            for (int32_t c = 0; c < d; c += VEC_LANES) {
-                vec x = vec_load(e + c);
-                if (i > j) x = vec_mul(x, vec_load(&g->decay[i][c]));
-                vec_store(e + c, x);
-                ks = vec_fma(x, vec_load(k + i * KDA_WIDTH + c), ks);
-                qs = vec_fma(x, vec_load(q + i * KDA_WIDTH + c), qs);
-            }
-            n[i * KDA_CHUNK + j] = vec_reduce_add(ks);
-            m[i * KDA_CHUNK + j] = vec_reduce_add(qs);
-        }
-    }
-}
 
 /* t = (I + diag(b) N)^-1 diag(b), N the part of n below the diagonal; rows beyond `rows` are 0.
  * By rows: t_i = b_i (e_i - sum over j < i of N_ij t_j). */

@@ -33,24 +33,35 @@
 #include <string.h>
 
 #include "cpu/x86/kda_chunk_vec.h"
+#include "cpu/x86/kernels_x86.h"
 
 enum { KDA_TILE = 1024, KDA_LINE = 64, KDA_STEP_CHANNELS = 32 };
 
-/* N and M of fewer tokens are made in fp32: where the only q and k are nearly at right angles, their
- * rounding to bf16 would be most of the output. */
-enum { KDA_FEW = 16 };
+/* Chunks of bf16 operands have whole tiles of rows; those that want more go through the kernel for fp32
+ * operands, which keeps the state as it is kept here:
+ *   - an odd number of tokens, the end of a sequence: where its q are nearly at right angles to k and to
+ *     the state, the operands' rounding is most of its output, and there is no other to outweigh it;
+ *   - decays that no reference point serves (`apart`);
+ *   - in a slice whose state is this many times its values (RMS): an initial state that is being
+ *     forgotten.  What is left of it in the end is a difference of such states. */
+enum { KDA_ROW_TILE = 16, KDA_OUTGROWN = 16 };
+
+static const struct attn_kda_fwd_kernel *const kda_fine = &attn_kda_fwd_avx512[ATTN_BF16];
 
 typedef float kda_block[32][32] __attribute__((aligned(64)));
 
-/* A record: tiles of kd (negated) and qd [2][d / 32], kr [d / 16], T [2][T', T''], M [2]; D [d] floats. */
+/* A record: a line that says whether kda_fine's record follows, or
+ * tiles of kd (negated) and qd [2][d / 32], kr [d / 16], T [2][T', T''], M [2]; D [d] floats. */
 struct kda_record {
+    int32_t *fine;
     char *kd, *qd, *kr, *t, *m;
     float *decay;
 };
 
 static struct kda_record kda_record(const char *at, int32_t d)
 {
-    struct kda_record r = {.kd = (char *)(uintptr_t)at};
+    struct kda_record r = {.fine = (int32_t *)(uintptr_t)at,
+                           .kd = (char *)(uintptr_t)at + KDA_LINE};
     r.qd = r.kd + d / 16 * KDA_TILE;
     r.kr = r.qd + d / 16 * KDA_TILE;
     r.t = r.kr + d / 16 * KDA_TILE;
@@ -59,7 +70,11 @@ static struct kda_record kda_record(const char *at, int32_t d)
     return r;
 }
 
-static int64_t kda_record_bytes(int64_t d) { return (3 * d / 16 + 6) * KDA_TILE + 4 * d; }
+static int64_t kda_record_bytes(int64_t d)
+{
+    int64_t tiles = (3 * d / 16 + 6) * KDA_TILE + 4 * d, fine = kda_fine->record_bytes(d);
+    return KDA_LINE + (tiles > fine ? tiles : fine);
+}
 
 struct kda_prepare_scratch {
     struct kda_gates g;
@@ -69,8 +84,6 @@ struct kda_prepare_scratch {
     kda_block n, m, t;
     float r[KDA_CHUNK] __attribute__((aligned(64))); /* of 1 / |k| = r 2^e; 1 past the last token */
     float r_inverse[KDA_CHUNK] __attribute__((aligned(64)));
-    float k_apart[KDA_CHUNK][KDA_WIDTH] __attribute__((aligned(64))); /* k and q, when apart */
-    float q_apart[KDA_CHUNK][KDA_WIDTH] __attribute__((aligned(64)));
 };
 
 struct kda_scan_scratch {
@@ -80,12 +93,16 @@ struct kda_scan_scratch {
     kda_block c, out;
 };
 
+/* Scratch: one of the two above, then kda_fine's, then a record of its. */
+enum {
+    KDA_OWN_SCRATCH = sizeof(struct kda_prepare_scratch) > sizeof(struct kda_scan_scratch)
+        ? sizeof(struct kda_prepare_scratch)
+        : sizeof(struct kda_scan_scratch)
+};
+
 static int64_t kda_scratch_bytes(int64_t d)
 {
-    (void)d;
-    return sizeof(struct kda_prepare_scratch) > sizeof(struct kda_scan_scratch)
-               ? sizeof(struct kda_prepare_scratch)
-               : sizeof(struct kda_scan_scratch);
+    return KDA_OWN_SCRATCH + kda_fine->scratch_bytes(d) + kda_fine->record_bytes(d);
 }
 
 /* Lane i: low[i] and high[i] as bf16, ties away from zero.  NaN stays NaN but for one whose payload
@@ -281,34 +298,27 @@ static void kda_prepare(const struct attn_kda_tokens *x, char *record, char *scr
     struct kda_prepare_scratch *s = (struct kda_prepare_scratch *)(void *)scratch;
     const struct kda_record to = kda_record(record, x->d);
     struct kda_columns columns;
-    kda_gates(ATTN_BF16, x, &s->g);
+    *to.fine = x->rows % KDA_ROW_TILE;
+    if (!*to.fine) {
+        kda_gates(ATTN_BF16, x, &s->g);
+        *to.fine = s->g.apart;
+    }
+    if (*to.fine) {
+        kda_fine->prepare(x, to.kd, scratch + KDA_OWN_SCRATCH);
+        return;
+    }
     kda_mantissas(x->rows, s);
-    bool apart = s->g.apart || x->rows < KDA_FEW;
     for (int32_t i = x->rows; i < KDA_CHUNK; ++i)
         for (int32_t c = 0; c < x->d; c += 16) vec_store(&s->g.decay[i][c], vec_set1(1.0f));
     for (int32_t c = 0; c < x->d; c += KDA_STEP_CHANNELS) {
         kda_load_columns(x, &s->g, c, &columns);
         kda_state_factors(x, &columns, s, c, &to);
-        if (!apart) {
-            kda_pair_factors(x, &columns, c, s);
-            continue;
-        }
-        for (int32_t i = 0; i < KDA_CHUNK; ++i) {
-            for (int j = 0; j < 2; ++j) {
-                vec_store(&s->k_apart[i][c + 16 * j], columns.k[i][j]);
-                vec_store(&s->q_apart[i][c + 16 * j], columns.q[i][j]);
-            }
-        }
+        kda_pair_factors(x, &columns, c, s);
     }
-    if (apart) {
-        memset(s->m, 0, sizeof s->m);
-        kda_apart(&s->g, s->k_apart[0], s->q_apart[0], x->rows, x->d, s->n[0], s->m[0]);
-    } else {
-        kda_begin();
-        kda_product(s->n, false, s->k, x->d / 32 * KDA_TILE, s->ki, 2 * KDA_TILE, x->d / 32);
-        kda_product(s->m, false, s->q, x->d / 32 * KDA_TILE, s->ki, 2 * KDA_TILE, x->d / 32);
-        kda_end();
-    }
+    kda_begin();
+    kda_product(s->n, false, s->k, x->d / 32 * KDA_TILE, s->ki, 2 * KDA_TILE, x->d / 32);
+    kda_product(s->m, false, s->q, x->d / 32 * KDA_TILE, s->ki, 2 * KDA_TILE, x->d / 32);
+    kda_end();
     kda_inverse(s->n[0], s->g.b, x->rows, s->t[0]);
     kda_put_t(s, to.t);
     kda_put_m(s, to.m);
@@ -378,12 +388,58 @@ VEC_INLINE void kda_put_out(const struct attn_kda_scan *s, const struct attn_kda
     }
 }
 
+/* Whether the slice has outgrown part p's values, by half of each. */
+static bool kda_outgrown(const struct attn_kda_scan *s, const struct attn_kda_part *p)
+{
+    vec state[4] = {vec_zero(), vec_zero(), vec_zero(), vec_zero()}, values = vec_zero();
+    for (int32_t c = 0; c < s->d; c += 4) VEC_UNROLL
+    for (int j = 0; j < 4; ++j) {
+        vec x = vec_load(s->state + (c + j) * KDA_SLICE + j % 2 * 16);
+        state[j] = vec_fma(x, x, state[j]);
+    }
+    for (int i = 0; i < p->rows; ++i) {
+        vec x = vec_load_bf16(p->v + i * s->v_row + 2 * s->v0 + i % 2 * 32);
+        values = vec_fma(x, x, values);
+    }
+    float sum = vec_reduce_add(vec_add(vec_add(state[0], state[1]), vec_add(state[2], state[3])));
+    float least = (float)s->d / (float)p->rows * KDA_OUTGROWN * KDA_OUTGROWN;
+    return sum > least * vec_reduce_add(values);
+}
+
+/* Part i by kda_fine, from its `record` or, NULL, from the tokens. */
+static void kda_scan_fine(const struct attn_kda_scan *s, int32_t i, const char *record,
+                          char *scratch)
+{
+    struct attn_kda_part part = s->parts[i];
+    struct attn_kda_scan one = *s;
+    char *made = scratch + kda_fine->scratch_bytes(s->d);
+    if (!record) {
+        struct attn_kda_tokens x = s->tokens;
+        x.rows = part.rows;
+        x.q += part.at * x.q_row;
+        x.k += part.at * x.k_row;
+        x.g += part.at * x.g_row;
+        x.beta += part.at * x.beta_row;
+        kda_fine->prepare(&x, made, scratch);
+    }
+    part.record = record ? record : made;
+    part.checkpoint = one.final = NULL;
+    one.first = false;
+    one.count = 1;
+    one.parts = &part;
+    kda_fine->scan(&one, scratch);
+}
+
 /* Part i; v of the next part, or of the first one's next slice, is fetched on the way. */
 static void kda_scan_part(const struct attn_kda_scan *s, int32_t i, struct kda_scan_scratch *w)
 {
     const struct attn_kda_part *p = &s->parts[i], *next = &s->parts[(i + 1) % s->count];
     int32_t next_v0 = i + 1 < s->count ? s->v0 : (s->v0 + KDA_SLICE) % s->d;
     const struct kda_record r = kda_record(p->record, s->d);
+    if (*r.fine || kda_outgrown(s, p)) {
+        kda_scan_fine(s, i, *r.fine ? r.kd : NULL, (char *)w + KDA_OWN_SCRATCH);
+        return;
+    }
     int64_t rows = s->d / 32 * KDA_TILE, steps = s->d / 32;
     for (int32_t c = 0; c < s->d; c += 32)
         kda_pack_state(s->state, r.decay, c, w->s + c / 16 * KDA_TILE);

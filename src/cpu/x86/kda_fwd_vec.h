@@ -106,6 +106,31 @@ static inline int32_t kda_round_up(int32_t rows)
 
 /* ---- prepare --------------------------------------------------------------------------------- */
 
+/* For chunks that no reference point serves: the two triangles pair by pair, by products of decays
+ * <= 1 alone.  k and q are [C][KDA_WIDTH], normalised.
+ *   n[i][j] = sum over channels of k_i k_j D_i / D_j  (j < i)     m[i][j] = the same with q_i (j <= i) */
+static void kda_apart(const struct kda_gates *g, const float *k, const float *q, int32_t rows,
+                      int32_t d, float *n, float *m)
+{
+    float e[KDA_WIDTH] __attribute__((aligned(64))); /* k_j times the decays of j + 1 .. i */
+    for (int32_t j = 0; j < rows; ++j) {
+        for (int32_t c = 0; c < d; c += VEC_LANES)
+            vec_store(e + c, vec_load(k + j * KDA_WIDTH + c));
+        for (int32_t i = j; i < rows; ++i) {
+            vec ks = vec_zero(), qs = vec_zero();
+            for (int32_t c = 0; c < d; c += VEC_LANES) {
+                vec x = vec_load(e + c);
+                if (i > j) x = vec_mul(x, vec_load(&g->decay[i][c]));
+                vec_store(e + c, x);
+                ks = vec_fma(x, vec_load(k + i * KDA_WIDTH + c), ks);
+                qs = vec_fma(x, vec_load(q + i * KDA_WIDTH + c), qs);
+            }
+            n[i * KDA_CHUNK + j] = vec_reduce_add(ks);
+            m[i * KDA_CHUNK + j] = vec_reduce_add(qs);
+        }
+    }
+}
+
 /* One vector of channels (places c ...) of k and q, normalised; zeros past the last token. */
 struct kda_column {
     vec k[KDA_CHUNK], q[KDA_CHUNK];
