@@ -298,6 +298,8 @@ ATTN_DEVICE void score(const attn_decode_params &p, mla_smem &sm, step_ring &r)
                     packed[e] = 0;
             }
 
+            if (n + 1 == piece.end) /* not R, which may still be storing two steps on */
+                mbarrier_wait_parity(shared_address(&sm.s_issued), r.step % 2);
             mbarrier_wait_parity(shared_address(&sm.p_free), r.step % 2 ^ 1);
             store_probability(probability, packed, warp, lane);
             if (lane % 4 == 0) {
@@ -306,8 +308,6 @@ ATTN_DEVICE void score(const attn_decode_params &p, mla_smem &sm, step_ring &r)
             }
             fence_proxy_async_shared();
             mbarrier_arrive(shared_address(&sm.p_full));
-            if (n == piece.end - 1) /* not R, which may still be storing two steps on */
-                mbarrier_wait_parity(shared_address(&sm.s_issued), r.step % 2);
             r.step++;
         }
 

@@ -334,17 +334,17 @@ ATTN_DEVICE void score(const attn_decode_params &p, const attn_mha_fwd_maps &map
                     packed[e] = 0;
             }
 
+            if (live && fresh) /* not R, which may still be storing two steps on */
+                mbarrier_wait_parity(shared_address(&sm.s_issued), r.step % 2);
             if (live) mbarrier_wait_parity(shared_address(&sm.p_free), r.step % 2 ^ 1);
             store_probability(probability, packed, warp, lane);
             if (lane % 4 == 0) { /* a piece's first step finds zeros: no need to shrink them */
                 sm.shrink[own] = fresh ? 1.0f : rows.shrink[0];
                 sm.shrink[own + 8] = fresh ? 1.0f : rows.shrink[1];
             }
+            fresh = false;
             fence_proxy_async_shared();
             if (live) mbarrier_arrive(shared_address(&sm.p_full));
-            if (live && fresh) /* not R, which may still be storing two steps on */
-                mbarrier_wait_parity(shared_address(&sm.s_issued), r.step % 2);
-            fresh = false;
             r.step++;
         }
         float sum0 = quad_sum(rows.sum[0]), sum1 = quad_sum(rows.sum[1]);
