@@ -119,9 +119,18 @@ attn_status attn_index_check(const DLTensor *t, const char *name, int64_t n, DLD
 
 attn_status attn_distinct_check(const DLTensor *t, const char *name)
 {
-    for (int32_t i = 0; i < t->ndim; ++i)
-        ATTN_CHECK(t->shape[i] <= 1 || attn_tensor_empty(t) || attn_tensor_stride(t, i) > 0,
-                   ATTN_E_SHAPE, "%s: expected strides > 0, got 0 in dimension %d", name, (int)i);
+    if (attn_tensor_empty(t)) return ATTN_OK;
+    int64_t elements = 1, places = 1;
+    for (int32_t i = 0; i < t->ndim; ++i) {
+        int64_t stride = attn_tensor_stride(t, i);
+        ATTN_CHECK(t->shape[i] == 1 || stride > 0, ATTN_E_SHAPE,
+                   "%s: expected strides > 0, got 0 in dimension %d", name, (int)i);
+        elements *= t->shape[i];
+        places += (t->shape[i] - 1) * stride;
+    }
+    ATTN_CHECK(elements <= places, ATTN_E_SHAPE,
+               "%s: expected elements that share no memory, got %lld of them in %lld places", name,
+               (long long)elements, (long long)places);
     return ATTN_OK;
 }
 

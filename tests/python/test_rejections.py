@@ -192,6 +192,10 @@ REJECTED = {
     "out rank": (lambda a: a.op(out=a.t(10, 4, 64)), "out"),
     "out stride": (lambda a: a.op(out=a.t(2, 5, 64, 4).transpose(-1, -2)), "out.*stride"),
     "out expanded": (lambda a: a.op(out=a.t(1, 1, 1, 64).expand(2, 5, 4, 64)), "out.*stride"),
+    "out in windows that overlap": (
+        lambda a: a.op(out=a.t(1000).as_strided((2, 5, 4, 64), (320, 128, 32, 1))),
+        "out.*share no memory",
+    ),
     "sinks shape": (lambda a: a.func(sinks=a.t(3)), "sinks|s_aux"),
     "sinks rank": (lambda a: a.func(sinks=a.t(4, 1)), "sinks|s_aux"),
     "sinks dtype": (lambda a: a.func(sinks=torch.ones(4, dtype=torch.int32, device=a.device)), "sinks|s_aux"),
