@@ -122,6 +122,15 @@ def test_larger_problem(dtype, causal):
     verify(Case(dtype=dtype, b=1, s_q=600, s_k=700, h_k=2, group=4, d=128, d_v=128, causal=causal, sharp=2.0))
 
 
+@pytest.mark.parametrize("dtype", ALL)
+@pytest.mark.parametrize("chunk", [20, 30, 50])
+def test_softcap_in_narrow_heads_over_few_keys(dtype, chunk, device):
+    """Rows whose keys are one step, of which the scores are one product: nothing hides the softmax."""
+    for d in (16, 32):
+        shape = {"b": 1, "s_q": 64, "s_k": 200, "h_k": 1, "group": 8, "d": d, "d_v": d}
+        verify(Case(dtype=dtype, **shape, chunk=chunk, softcap=5.0), device=device)
+
+
 # ---- what comes back ----------------------------------------------------------------------------
 
 

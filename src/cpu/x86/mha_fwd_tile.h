@@ -251,7 +251,9 @@ static void play(struct work *w, const struct beat *next)
     }
     w->ticks = PV_PRODUCTS * (until - w->full.done) * w->full.steps;
     if (next) w->ticks += S_PRODUCTS * (next->end - next->begin) * w->k_steps;
-    if (halves(w->capped)) w->ticks *= 2;
+    /* At the first half step two of the four tiles of this beat's last S are stored: the first four
+     * chunks'.  So no more may be due of the 16 that a beat of one step has. */
+    if (halves(w->capped)) w->ticks = w->ticks == 1 ? 4 : 2 * w->ticks;
     if (next) {
         score(w, next);
         /* Its last S is stored in the next product: the place may be that of this beat's first. */
