@@ -6,9 +6,10 @@
  * then every slice of the state is taken through the records in order (kernels.h).  Two ways to
  * spread that over threads, with the same bits:
  *
- *   whole   a task is a unit: groups of GROUP chunks are prepared and scanned by one thread, records
- *           and state stay in its caches.  Where threads get but a few units each, a unit is cut into
- *           stretches, a task each, first all units' first ones: a slow thread then costs a stretch
+ *   whole   a task is a unit, or as many as HEADS whose rows lie side by side: a chunk of each is
+ *           prepared and scanned, then the next, so that memory is read in runs and a page is visited
+ *           once.  A unit alone goes by GROUP chunks.  Where threads get but a few units each, tasks
+ *           are cut into stretches, first all units' first ones: a slow thread then costs a stretch
  *   waves   for units too few or too uneven to keep all threads busy: a turn prepares wave w of all
  *           units, a task a chunk, while slices of the state, a task each, go through wave w - 1
  *
@@ -32,10 +33,11 @@ typedef struct attn_kda_problem problem_t;
 typedef struct attn_kda_fwd_plan plan_t;
 typedef struct attn_kda_fwd_kernel kernel_t;
 
-enum { TILE_FORM, TILE_THREADS, TILE_SCRATCH, TILE_RECORDS, TILE_STATES, TILE_WAVE };
+enum { TILE_FORM, TILE_THREADS, TILE_SCRATCH, TILE_RECORDS, TILE_STATES, TILE_WAVE, TILE_HEADS };
 enum { FORM_REF, FORM_KERNEL };
 enum {
-    GROUP = 4,           /* chunks a thread prepares before it scans them */
+    HEADS = 8,           /* at most, that a thread takes through a chunk side by side */
+    GROUP = 4,           /* chunks a thread prepares before it scans them, of one head alone */
     STRETCH = 32,        /* chunks of a unit in a task, when units are cut */
     STRETCH_UNITS = 8,   /* units are cut if there are at most this many a thread */
     WAVE_MAX = 64,       /* chunks of one unit in a wave */
@@ -101,6 +103,18 @@ static struct layout lay_out(const problem_t *p, const plan_t *plan, const kerne
     return l;
 }
 
+/* Heads a task takes side by side: where rows of heads are closer than those of tokens, and enough tasks
+ * remain for the threads to share evenly. */
+static int64_t heads_of_task(const problem_t *p, int64_t threads)
+{
+    int64_t heads = 1, units = p->n * p->h;
+    if (p->q.row < p->q.head || p->k.row < p->k.head || p->g.row < p->g.head) return 1;
+    while (heads < HEADS && p->h % (2 * heads) == 0 &&
+           (threads == 1 || 3 * (units / (2 * heads)) >= 4 * threads))
+        heads *= 2;
+    return heads;
+}
+
 attn_status attn_kda_fwd_cpu_plan_with(const struct attn_cpu_kernels *table, const problem_t *p,
                                        plan_t *plan)
 {
@@ -115,9 +129,10 @@ attn_status attn_kda_fwd_cpu_plan_with(const struct attn_cpu_kernels *table, con
     plan->tile[TILE_FORM] = FORM_KERNEL;
     plan->tile[TILE_THREADS] = threads;
     plan->tile[TILE_SCRATCH] = round_up(kernel->scratch_bytes(p->d), 128) + 128;
-    plan->tile[TILE_STATES] = threads > 1 && units <= threads * STRETCH_UNITS
-                                  ? max64(threads, units)
-                                  : threads;
+    plan->tile[TILE_HEADS] = heads_of_task(p, threads);
+    plan->tile[TILE_STATES] = threads * plan->tile[TILE_HEADS];
+    if (threads > 1 && units <= threads * STRETCH_UNITS)
+        plan->tile[TILE_STATES] = max64(plan->tile[TILE_STATES], units);
     plan->tile[TILE_RECORDS] = threads * GROUP;
     if (threads > 1 && units <= threads * WAVE_UNITS) {
         int64_t wave = min64(max64(WAVE_CHUNKS / units, 4), WAVE_MAX);
@@ -140,7 +155,8 @@ struct call {
     int64_t *checkpoints; /* [n] row of a sequence's first checkpoint */
     char *scratch, *states, *records;
     int64_t record_bytes, slices;
-    int64_t stretch;  /* chunks in a task of the whole form */
+    int64_t heads;    /* of a task of the whole form */
+    int64_t stretch;  /* chunks in it */
     atomic_int *done; /* [units] stretches of it, or NULL: units are not cut */
     int64_t turn;     /* of waves */
 };
@@ -180,12 +196,18 @@ static char *scratch_of(const struct call *c, int thread)
     return c->scratch + thread * c->plan->tile[TILE_SCRATCH];
 }
 
+/* Chunk `chunk` of head h; next_chunk of next_h comes after it. */
 static void prepare(const struct call *c, const struct attn_kda_seq *s, int64_t h, int64_t chunk,
-                    char *record, int thread)
+                    int64_t next_h, int64_t next_chunk, char *record, int thread)
 {
+    const problem_t *p = c->p;
     int64_t begin = cut_begin(&c->cut, chunk), rows = cut_rows(&c->cut, chunk, s->len);
-    struct attn_kda_tokens tokens = tokens_at(c->p, s, h, begin, rows);
-    tokens.ahead = (int32_t)min64(rows, s->len - begin - rows);
+    int64_t next = cut_begin(&c->cut, next_chunk), bytes = attn_dtype_bytes(p->dtype);
+    struct attn_kda_tokens tokens = tokens_at(p, s, h, begin, rows);
+    tokens.ahead = (int32_t)max64(min64(rows, s->len - next), 0);
+    tokens.q_ahead = bytes * ((next - begin) * p->q.row + (next_h - h) * p->q.head);
+    tokens.k_ahead = bytes * ((next - begin) * p->k.row + (next_h - h) * p->k.head);
+    tokens.g_ahead = bytes * ((next - begin) * p->g.row + (next_h - h) * p->g.head);
     c->kernel->prepare(&tokens, record, scratch_of(c, thread));
 }
 
@@ -253,32 +275,53 @@ static void wait_for(atomic_int *done, int64_t stretches)
     }
 }
 
-/* A stretch of a unit.  The one before it was begun long ago, and the thread that has it waits for
- * earlier ones alone. */
+/* Takes heads [h0, h1) of sequence i, whose states are at `states`, through chunks [begin, end). */
+static void run_heads(const struct call *c, int64_t i, const struct attn_kda_seq *s, int64_t h0,
+                      int64_t h1, int64_t begin, int64_t end, char *states, int thread)
+{
+    char *records = c->records + thread * GROUP * c->record_bytes;
+    for (int64_t h = h0; h < h1; ++h) {
+        for (int64_t chunk = begin; chunk < end; ++chunk) {
+            bool last = chunk + 1 == end, all = last && h + 1 == h1;
+            prepare(c, s, h, chunk,
+                    all    ? h0
+                    : last ? h + 1
+                           : h,
+                    last && !all ? begin : chunk + 1, records + (chunk - begin) * c->record_bytes,
+                    thread);
+        }
+        scan(c, i, s, h, begin, end, records, states + (h - h0) * c->p->d * c->p->d * 4, 0,
+             c->slices, thread);
+    }
+}
+
+/* A stretch of a unit or of some heads' units.  The one before it was begun long ago, and the thread
+ * that has it waits for earlier ones alone. */
 static void whole_task(void *context, int64_t task, int thread)
 {
     const struct call *c = context;
-    int64_t units = c->p->n * c->p->h, u = task % units, i = u / c->p->h, h = u % c->p->h;
+    int64_t tasks = c->p->n * c->p->h / c->heads, u = task % tasks * c->heads;
+    int64_t i = u / c->p->h, h = u % c->p->h, group = c->heads > 1 ? 1 : GROUP;
     struct attn_kda_seq s = attn_kda_seq(c->p, i);
-    int64_t count = cut_count(&c->cut, s.len), begin = task / units * c->stretch;
+    int64_t count = cut_count(&c->cut, s.len), begin = task / tasks * c->stretch;
     int64_t last = min64(begin + c->stretch, count);
     if (begin && begin >= count) return;
-    char *records = c->records + thread * GROUP * c->record_bytes;
-    char *states = c->states + (c->done ? u : thread) * c->p->d * c->p->d * 4;
-    if (c->done) wait_for(&c->done[u], task / units);
+    char *states = c->states + (c->done ? u : thread * c->heads) * c->p->d * c->p->d * 4;
+    if (c->done) wait_for(&c->done[u], task / tasks);
+    if (c->kernel->begin) c->kernel->begin();
     do {
-        int64_t end = min64(begin + GROUP, last);
-        for (int64_t chunk = begin; chunk < end; ++chunk)
-            prepare(c, &s, h, chunk, records + (chunk - begin) * c->record_bytes, thread);
-        scan(c, i, &s, h, begin, end, records, states, 0, c->slices, thread);
+        int64_t end = min64(begin + group, last);
+        run_heads(c, i, &s, h, h + c->heads, begin, end, states, thread);
         begin = end;
     } while (begin < last);
+    if (c->kernel->end) c->kernel->end();
     if (c->done) atomic_fetch_add_explicit(&c->done[u], 1, memory_order_release);
 }
 
 static void run_whole(struct call *c, int64_t longest)
 {
     int64_t units = c->p->n * c->p->h, stretches = 1;
+    c->heads = c->plan->tile[TILE_HEADS];
     c->stretch = longest;
     if (c->threads > 1 && units <= c->plan->tile[TILE_STATES]) {
         c->stretch = STRETCH;
@@ -287,7 +330,7 @@ static void run_whole(struct call *c, int64_t longest)
     } else {
         c->done = NULL;
     }
-    attn_parallel(c->threads, units * stretches, whole_task, c);
+    attn_parallel(c->threads, units / c->heads * stretches, whole_task, c);
 }
 
 /* Records of a unit in the wave of an even or odd turn. */
@@ -306,18 +349,20 @@ static void wave_task(void *context, int64_t task, int thread)
     int64_t u = scanning ? task / c->slices : (task - scans) / wave;
     struct attn_kda_seq s = attn_kda_seq(p, u / p->h);
     int64_t count = cut_count(&c->cut, s.len);
+    if (c->kernel->begin) c->kernel->begin();
     if (scanning) {
         int64_t begin = (c->turn - 1) * wave, slice = task % c->slices;
-        if (begin >= max64(count, 1)) return;
-        scan(c, u / p->h, &s, u % p->h, begin, min64(begin + wave, count),
-             wave_records(c, c->turn - 1, u), c->states + u * p->d * p->d * 4, slice, slice + 1,
-             thread);
+        if (begin < max64(count, 1))
+            scan(c, u / p->h, &s, u % p->h, begin, min64(begin + wave, count),
+                 wave_records(c, c->turn - 1, u), c->states + u * p->d * p->d * 4, slice, slice + 1,
+                 thread);
     } else {
         int64_t in = (task - scans) % wave, chunk = c->turn * wave + in;
         if (chunk < count)
-            prepare(c, &s, u % p->h, chunk, wave_records(c, c->turn, u) + in * c->record_bytes,
-                    thread);
+            prepare(c, &s, u % p->h, chunk, u % p->h, chunk + 1,
+                    wave_records(c, c->turn, u) + in * c->record_bytes, thread);
     }
+    if (c->kernel->end) c->kernel->end();
 }
 
 static void run_waves(struct call *c, int64_t longest)

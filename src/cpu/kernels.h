@@ -128,12 +128,13 @@ struct attn_split_combine_kernel {
  * `scan` takes a slice of the state (`slice` of its rows, which never mix) through the chunks in
  * order and writes their outputs.  Bits depend on the cut into chunks alone.  Strides are bytes. */
 
-/* What prepare reads: tokens 0 <= t < rows of one head.  The `ahead` tokens after them will be prepared
- * next: worth fetching now. */
+/* What prepare reads: tokens 0 <= t < rows of one head.  The `ahead` tokens at q + q_ahead and so on will
+ * be prepared next: worth fetching now. */
 struct attn_kda_tokens {
     int32_t rows, ahead, d;
     const char *q, *k, *g, *beta; /* q, k, g: d elements a token; beta: one */
     int64_t q_row, k_row, g_row, beta_row;
+    int64_t q_ahead, k_ahead, g_ahead;
     const float *bias;                   /* [d], or NULL */
     float slope, lower_bound;            /* slope: exp(A_log) */
     bool gate_activated, beta_activated; /* gate_activated: g is the log-decay */
@@ -169,6 +170,7 @@ struct attn_kda_fwd_kernel {
     int64_t (*scratch_bytes)(int64_t d);
     void (*prepare)(const struct attn_kda_tokens *tokens, char *record, char *scratch);
     void (*scan)(const struct attn_kda_scan *scan, char *scratch);
+    void (*begin)(void), (*end)(void); /* around a task's calls of prepare and scan, if not NULL */
 };
 
 /* ---- kda_step ---- */

@@ -6,9 +6,6 @@
 #include "cpu/x86/row_avx512.h"
 #include "cpu/x86/tile_amx.h"
 
-#define kda_begin() tile_begin()
-#define kda_end() tile_end()
-
 /* Tiles 0 to 3 are C, 4 and 5 A, 6 and 7 B. */
 static inline __attribute__((always_inline)) void kda_product(float (*c)[32], bool add,
                                                               const char *a, int64_t a_next,
@@ -79,7 +76,22 @@ static inline __attribute__((always_inline)) void kda_product_rows(float (*c)[32
 
 #include "cpu/x86/kda_fwd_tile.h"
 
+static void kda_begin(void) { tile_begin(); }
+
+static void kda_end(void)
+{
+    tile_end();
+    _mm_sfence(); /* of out */
+}
+
 const struct attn_kda_fwd_kernel attn_kda_fwd_bf16_amx = {
-    "attn_kda_fwd_bf16_amx", KDA_CHUNK,   KDA_SLICE, kda_record_bytes,
-    kda_scratch_bytes,       kda_prepare, kda_scan,
+    "attn_kda_fwd_bf16_amx",
+    KDA_CHUNK,
+    KDA_SLICE,
+    kda_record_bytes,
+    kda_scratch_bytes,
+    kda_prepare,
+    kda_scan,
+    kda_begin,
+    kda_end,
 };

@@ -5,9 +5,6 @@
 #include "cpu/x86/kernels_x86.h"
 #include "cpu/x86/row_avx512.h"
 
-#define kda_begin()
-#define kda_end()
-
 /* 8 rows x 2 column tiles of C at a time; a pair of A's elements is broadcast. */
 static inline void kda_product(float (*c)[32], bool add, const char *a, int64_t a_next,
                                const char *b, int64_t b_next, int64_t steps)
@@ -46,6 +43,8 @@ static void kda_product_rows(float (*c)[32], const char *a, const char *b, int64
 
 #include "cpu/x86/kda_fwd_tile.h"
 
+static void kda_end(void) { _mm_sfence(); /* of out */ }
+
 const struct attn_kda_fwd_kernel attn_kda_fwd_bf16_avx512bf16 = {
     "attn_kda_fwd_bf16_avx512bf16",
     KDA_CHUNK,
@@ -54,4 +53,6 @@ const struct attn_kda_fwd_kernel attn_kda_fwd_bf16_avx512bf16 = {
     kda_scratch_bytes,
     kda_prepare,
     kda_scan,
+    NULL,
+    kda_end,
 };

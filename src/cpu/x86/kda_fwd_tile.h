@@ -180,7 +180,7 @@ static void kda_state_factors(const struct attn_kda_tokens *tokens, const struct
     vec f0 = vec_set1(1.0f), f1 = f0;
     for (int32_t i = 0; i < KDA_CHUNK; ++i) {
         if (i < tokens->ahead)
-            kda_fetch(tokens->k + (tokens->rows + i) * tokens->k_row + 2 * c, KDA_LINE);
+            kda_fetch(tokens->k + tokens->k_ahead + i * tokens->k_row + 2 * c, KDA_LINE);
         f0 = vec_mul(f0, vec_load(&g->decay[i][c]));
         f1 = vec_mul(f1, vec_load(&g->decay[i][c + 16]));
         __m512i kd = kda_join(vec_mul(x->k[i][0], f0), vec_mul(x->k[i][1], f1));
@@ -235,7 +235,7 @@ static void kda_pair_factors(const struct attn_kda_tokens *tokens, const struct 
         for (int j = 0; j < 2; ++j) inverse[j] = kda_recip(p[j]);
         ki[i] = kda_pair_lines(x, i, c, d, inverse, p, s);
         if (i < tokens->ahead)
-            kda_fetch(tokens->q + (tokens->rows + i) * tokens->q_row + 2 * c, KDA_LINE);
+            kda_fetch(tokens->q + tokens->q_ahead + i * tokens->q_row + 2 * c, KDA_LINE);
         VEC_UNROLL
         for (int j = 0; j < 2; ++j) p[j] = vec_mul(p[j], vec_load(&s->g.decay[i][c + 16 * j]));
     }
@@ -249,7 +249,7 @@ static void kda_pair_factors(const struct attn_kda_tokens *tokens, const struct 
         }
         ki[i - 16] = kda_pair_lines(x, i, c, d, p, inverse, s);
         if (i < tokens->ahead)
-            kda_fetch(tokens->q + (tokens->rows + i) * tokens->q_row + 2 * c, KDA_LINE);
+            kda_fetch(tokens->q + tokens->q_ahead + i * tokens->q_row + 2 * c, KDA_LINE);
     }
     kda_put_transposed(s->ki + (c / 16 + 1) * KDA_TILE, ki);
 }
@@ -315,10 +315,8 @@ static void kda_prepare(const struct attn_kda_tokens *x, char *record, char *scr
         kda_state_factors(x, &columns, s, c, &to);
         kda_pair_factors(x, &columns, c, s);
     }
-    kda_begin();
     kda_product(s->n, false, s->k, x->d / 32 * KDA_TILE, s->ki, 2 * KDA_TILE, x->d / 32);
     kda_product(s->m, false, s->q, x->d / 32 * KDA_TILE, s->ki, 2 * KDA_TILE, x->d / 32);
-    kda_end();
     kda_inverse(s->n[0], s->g.b, x->rows, s->t[0]);
     kda_put_t(s, to.t);
     kda_put_m(s, to.m);
@@ -470,13 +468,10 @@ static void kda_scan(const struct attn_kda_scan *s, char *scratch)
     struct kda_scan_scratch *w = (struct kda_scan_scratch *)(void *)scratch;
     kda_read_state(ATTN_BF16, s);
     if (s->first && s->initial) kda_tidy(s);
-    kda_begin();
     for (int32_t i = 0; i < s->count; ++i) {
         kda_scan_part(s, i, w);
         kda_write_state(ATTN_BF16, s, s->checkpoint_dtype, s->parts[i].checkpoint);
     }
-    kda_end();
-    _mm_sfence();
     kda_write_state(ATTN_BF16, s, s->state_dtype, s->final);
 }
 

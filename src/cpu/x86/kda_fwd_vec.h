@@ -202,8 +202,8 @@ VEC_INLINE void kda_columns(enum attn_dtype t, const struct attn_kda_tokens *x,
         for (int32_t i = 0; i < KDA_CHUNK; ++i) {
             vec k[2] = {vec_zero(), vec_zero()}, q[2] = {vec_zero(), vec_zero()};
             if (i < x->ahead) {
-                kda_fetch(x->k + (x->rows + i) * x->k_row + c * bytes, 2 * VEC_LANES * bytes);
-                kda_fetch(x->q + (x->rows + i) * x->q_row + c * bytes, 2 * VEC_LANES * bytes);
+                kda_fetch(x->k + x->k_ahead + i * x->k_row + c * bytes, 2 * VEC_LANES * bytes);
+                kda_fetch(x->q + x->q_ahead + i * x->q_row + c * bytes, 2 * VEC_LANES * bytes);
             }
             if (i < x->rows) {
                 vec_load_pair(t, x->k + i * x->k_row + c * bytes, &k[0], &k[1]);
@@ -335,6 +335,8 @@ KDA_FWD_VEC(fp16, ATTN_F16)
      kda_record_bytes,                                                                             \
      kda_scratch_bytes,                                                                            \
      prepare_##name,                                                                               \
-     scan_##name}
+     scan_##name,                                                                                  \
+     NULL,                                                                                         \
+     NULL}
 
 #endif

@@ -127,7 +127,7 @@ VEC_INLINE void kda_gates(enum attn_dtype t, const struct attn_kda_tokens *x, st
     vec slope = vec_set1(x->slope * -KDA_LOG2_E), bound = vec_set1(x->lower_bound * KDA_LOG2_E);
     for (int32_t i = 0; i < x->rows; ++i) {
         const char *row = x->g + i * x->g_row;
-        if (i < x->ahead) kda_fetch(row + x->rows * x->g_row, x->d * bytes);
+        if (i < x->ahead) kda_fetch(row + x->g_ahead, x->d * bytes);
         for (int32_t c = 0; c < x->d; c += 2 * VEC_LANES) {
             vec u[2];
             vec_load_pair(t, row + c * bytes, &u[0], &u[1]);
