@@ -147,17 +147,31 @@ int attn_mha_fwd_cuda_box(const struct attn_mha_fwd_problem *p, int keys)
 }
 
 /* Heads walked side by side.  Where all items are of a length, just as many as fill the grid, so that
- * readers of the same keys meet.  Else as many as L2 holds, and no fewer than give every cluster two items
- * of a section: in the last one, clusters without a long item have to fill up with short ones. */
+ * readers of the same keys meet.  Else as many as L2 holds, and enough that in the last section the work of
+ * a cluster is what the longest item has above the shortest: clusters without a long one fill up with
+ * short ones. */
 static int heads_in_a_section(const struct attn_mha_fwd_problem *p,
-                              const struct attn_mha_fwd_cuda_plan *plan, int64_t items, bool even)
+                              const struct attn_mha_fwd_cuda_plan *plan, int64_t items,
+                              int64_t mean, bool even)
 {
     int64_t head_bytes = p->s_k * (p->d_qk + p->d_v) * 2, heads = p->h_k * p->b;
     int64_t clusters = plan->grid / plan->cluster;
-    if (items == 0) return 1;
+    if (items == 0 || mean < 1) return 1;
     int64_t held = clamp64(L2_SHARE / (head_bytes > 0 ? head_bytes : 1), 1, heads);
     if (even) return (int)clamp64(ceil_div(clusters * heads, items), 1, held);
-    return (int)clamp64(ceil_div(2 * clusters * heads, items), held, heads);
+    double spread = (double)(p->s_q < 2 * mean ? p->s_q : 2 * mean);
+    double enough = (double)(clusters * heads) / (double)items * spread / (double)mean;
+    return (int)clamp64((int64_t)enough, held, heads);
+}
+
+/* Whether tiles are over so soon that under a mask, where they differ in length, the blocks of a cluster
+ * wait longer for each other than they save by sharing keys. */
+static bool short_and_uneven(const struct attn_mha_fwd_problem *p,
+                             const struct attn_mha_fwd_cuda_tile *t, int pack)
+{
+    bool masked = p->causal || p->window_left >= 0 || p->window_right >= 0 || p->chunk > 0;
+    return masked && 2 * p->s_q > p->s_k && pack == 1 && t->rows < 192 && t->d_qk + t->d_v <= 256 &&
+           mean_keys(p, t->rows) <= 1536;
 }
 
 attn_status attn_mha_fwd_cuda_choose(const struct attn_mha_fwd_problem *p,
@@ -195,6 +209,7 @@ attn_status attn_mha_fwd_cuda_choose(const struct attn_mha_fwd_problem *p,
     /* Blocks share keys in twos where tiles pair up: with few and odd ones too many would idle. */
     int64_t mean = row_tiles(p, tile->rows, plan->pack, mean_queries(p));
     plan->cluster = !plan->gather && (mean % 2 == 0 || mean > 8) ? 2 : 1;
+    if (short_and_uneven(p, tile, plan->pack)) plan->cluster = 1;
     plan->box_rows = plan->gather ? tile->keys : p->page_table ? box : box / plan->cluster;
 
     int64_t items = ceil_div(row_tiles(p, tile->rows, plan->pack, p->s_q), plan->cluster) * p->h_k *
@@ -206,6 +221,6 @@ attn_status attn_mha_fwd_cuda_choose(const struct attn_mha_fwd_problem *p,
     bool even = !p->causal && p->window_left < 0 && p->window_right < 0 && !p->chunk &&
                 !p->cu_seqlens_q && !p->seqused_q && !p->cu_seqlens_k && !p->seqused_k;
     plan->ticket = !even && items > plan->grid / plan->cluster;
-    plan->section = heads_in_a_section(p, plan, items, even);
+    plan->section = heads_in_a_section(p, plan, items, mean_keys(p, tile->rows / plan->pack), even);
     return ATTN_OK;
 }
