@@ -60,7 +60,7 @@ struct attention_expect {
     double *out; /* [rows][d_v] */
     struct {
         double lse, magnitude, slack, largest;
-        bool faint; /* an infinite v whose weight fp16 may round to 0: NaN is as right as infinity */
+        bool faint; /* an infinite v whose weight fp16 may round to 0: NaN is right too */
         bool exact; /* nothing visible: zeros, bit for bit */
     } *row;
     double low, low_lse; /* of the case */

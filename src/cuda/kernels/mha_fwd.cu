@@ -428,7 +428,7 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, 
                 mask_scores<N>(s, n * N + 2 * (lane % 4), sm.bounds[slot + lane / 4],
                                sm.bounds[slot + lane / 4 + 8]);
             if (p.score == ATTN_SCORE_BOUNDED) softmax_settle_max<N>(rows, s, p.exp_scale);
-            else softmax_update_max<N>(rows, s, p.exp_scale);
+            else softmax_update_max<N, ATTN_PREFILL_SLACK>(rows, s, p.exp_scale);
             softmax_exponentiate<N>(rows, s, p.exp_scale);
         };
         auto release_k = [&](int n) { /* and q behind the last product that reads it */

@@ -4,10 +4,12 @@
  *
  *     m' = max(m, row max of S)      p = 2^(S k - m' k)      l = l 2^((m - m') k) + row sum of p
  *
- * with k = exp_scale.  The rescale is lazy: while m' - m is at most 8 in units of the exponent the
- * old m stays, so that p <= 2^8 (exact after normalising, in range for bf16 and fp16) and O keeps
- * its scale.  Most steps need not even look for the maximum (softmax_keep_max): the sums of p show
- * that none grew beyond 2^8.  m starts at a large negative finite number, not at -inf, so that a row with no
+ * with k = exp_scale.  The rescale is lazy: while m' - m is at most `slack` in units of the exponent, 8
+ * in decode and 12 in prefill, the old m stays, so that p <= 2^slack (exact after normalising, in range
+ * for bf16 and fp16) and O keeps its scale.  Most steps of prefill need not even look for the maximum
+ * (softmax_keep_max): the sums of p show that none grew beyond 2^12.  With 8, a row whose first step
+ * showed it one small score would fail that test in every later step: a sum of 32 p passes 2^8 though
+ * no p does.  m starts at a large negative finite number, not at -inf, so that a row with no
  * visible key yet needs no special case: its scores are -inf and its p are 0.
  */
 #pragma once
@@ -19,6 +21,7 @@ struct softmax_rows {
 };
 
 #define ATTN_MAX_NONE (-1e30f) /* m of a row that has seen no key */
+#define ATTN_PREFILL_SLACK 12
 
 ATTN_DEVICE void softmax_init(softmax_rows &r)
 {
@@ -40,8 +43,8 @@ ATTN_DEVICE float quad_sum(float x)
     return x + __shfl_xor_sync(0xffffffff, x, 2);
 }
 
-/* Moves the maxima of rows that grew by more than 8 since. */
-template <int N>
+/* Moves the maxima of rows that grew by more than SLACK since. */
+template <int N, int SLACK = 8>
 ATTN_DEVICE void softmax_update_max(softmax_rows &r, const float (&s)[N / 2], float exp_scale)
 {
     float top[2] = {s[0], s[2]};
@@ -50,13 +53,14 @@ ATTN_DEVICE void softmax_update_max(softmax_rows &r, const float (&s)[N / 2], fl
         top[0] = fmaxf(top[0], fmaxf(s[i], s[i + 1]));
         top[1] = fmaxf(top[1], fmaxf(s[i + 2], s[i + 3]));
     }
-    bool kept = (top[0] - r.max[0]) * exp_scale <= 8.0f && (top[1] - r.max[1]) * exp_scale <= 8.0f;
+    bool kept = (top[0] - r.max[0]) * exp_scale <= (float)SLACK &&
+                (top[1] - r.max[1]) * exp_scale <= (float)SLACK;
     r.shrink[0] = r.shrink[1] = 1.0f;
     if (__all_sync(0xffffffff, kept)) return;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         float grown = fmaxf(r.max[h], quad_max(top[h]));
-        if ((grown - r.max[h]) * exp_scale <= 8.0f) grown = r.max[h];
+        if ((grown - r.max[h]) * exp_scale <= (float)SLACK) grown = r.max[h];
         r.shrink[h] = ex2_approx((r.max[h] - grown) * exp_scale);
         r.max[h] = grown;
     }
@@ -109,7 +113,7 @@ ATTN_DEVICE void softmax_exponentiate(softmax_rows &r, float (&s)[N / 2], float 
 }
 
 /* A step in which no maximum moves: P packed as the A operand, and added to the sums.  False, and all
- * but `packed` as it was, where a thread's sum shows that some p may be above 2^8. */
+ * but `packed` as it was, where a thread's sum shows that some p may be above 2^ATTN_PREFILL_SLACK. */
 template <int FP16, int N>
 ATTN_DEVICE bool softmax_keep_max(softmax_rows &r, uint32_t (&packed)[N / 4],
                                   const float (&s)[N / 2], float exp_scale)
@@ -127,7 +131,8 @@ ATTN_DEVICE bool softmax_keep_max(softmax_rows &r, uint32_t (&packed)[N / 4],
         packed[i / 2] = pack_16x2<FP16>(p0, p1);
         packed[i / 2 + 1] = pack_16x2<FP16>(p2, p3);
     }
-    if (!__all_sync(0xffffffff, sum0 <= 256.0f && sum1 <= 256.0f)) return false;
+    const float most = (float)(1 << ATTN_PREFILL_SLACK);
+    if (!__all_sync(0xffffffff, sum0 <= most && sum1 <= most)) return false;
     r.sum[0] += sum0;
     r.sum[1] += sum1;
     return true;
