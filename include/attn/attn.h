@@ -81,7 +81,8 @@ ATTN_API int attn_gpu_count(char *text, size_t text_bytes);
 
 /* ---- mha_fwd: attention, forward ------------------------------------------------------------- */
 
-/*  score(i, j) = scale * qd * kd * (q_i . k_j [+ qv_i . v_j]);  softcap > 0: softcap * tanh(score / softcap)
+/*  score(i, j) = scale * qd * kd * (q_i . k_j [+ qv_i . v_j])
+ *                with softcap > 0:  softcap * tanh(score / softcap)
  *  out_i = vd * sum_j softmax_j(score(i, .) over visible j) v_j
  *  lse_i = ln sum_j exp(score(i, j)), with the sink's logit in the sum when there are sinks
  *

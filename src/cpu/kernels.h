@@ -128,8 +128,8 @@ struct attn_split_combine_kernel {
  * `scan` takes a slice of the state (`slice` of its rows, which never mix) through the chunks in
  * order and writes their outputs.  Bits depend on the cut into chunks alone.  Strides are bytes. */
 
-/* What prepare reads: tokens 0 <= t < rows of one head.  The `ahead` tokens at q + q_ahead and so on will
- * be prepared next: worth fetching now. */
+/* What prepare reads: tokens 0 <= t < rows of one head.  The `ahead` tokens at q + q_ahead and so on
+ * will be prepared next: worth fetching now. */
 struct attn_kda_tokens {
     int32_t rows, ahead, d;
     const char *q, *k, *g, *beta; /* q, k, g: d elements a token; beta: one */

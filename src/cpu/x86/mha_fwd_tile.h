@@ -32,9 +32,9 @@
  *           |                          O += P V of unit 0      a quarter of the unit's products
  *   vectors |      P0   P1   P2   P3   P4   P5   P6   P7       exp of the beat before
  * Within a beat tiles and vectors are interleaved in source order: after every step of a tile
- * product (four TDPBF16PS, 64 clocks) come chunks of exp (8 keys x 16 queries, or 4), since the scheduler
- * is too small to find the overlap by itself.  The results of a product are stored during the first
- * step of the next one.  S is a ring of three steps, P a double buffer of units.
+ * product (four TDPBF16PS, 64 clocks) come chunks of exp (8 keys x 16 queries, or 4), since the
+ * scheduler is too small to find the overlap by itself.  The results of a product are stored during
+ * the first step of the next one.  S is a ring of three steps, P a double buffer of units.
  *
  * While tiles multiply, port 5 has no FMA: an exponential may cost 8 slots of port 0, and takes 6.
  *

@@ -142,9 +142,10 @@ static inline __attribute__((always_inline)) void cap_minus(const struct work *w
     EACH(i, VECTORS) x[i] = _mm512_mask_mov_ps(x[i], lanes[i], few[i]);
 }
 
-/* One chunk: some keys x 16 queries from s[keys][16] to p[keys / 2][16 pairs].  Exponentials are exact for rows
- * that do not see all keys of the step: such a row may see few, and the error of each is that of its
- * lse.  Which these are is asked row by row, since no row may depend on its neighbours. */
+/* One chunk: some keys x 16 queries from s[keys][16] to p[keys / 2][16 pairs].  Exponentials are
+ * exact for rows that do not see all keys of the step: such a row may see few, and the error of each
+ * is that of its lse.  Which these are is asked row by row, since no row may depend on its
+ * neighbours. */
 static inline __attribute__((always_inline)) void exp_rows(struct work *w, int tile, int32_t key,
                                                            const float *s, char *p, bool plain,
                                                            enum capping cap)

@@ -19,9 +19,9 @@
  *   V, B   [pair of keys] V_ROW       [512 columns][2], columns in the order of interleave()
  *   O, C   [row tile][16 columns]     [16 rows][16 columns] fp32
  *
- * Up to 16 rows have their own form of P V, which takes V where it lies, too.  As an operand B, a row of
- * V is 32 columns in pairs, so that two operands A for 16 keys, each with zeros in every other place,
- * give the even and the odd columns; twice the products, but no copy of V, which cost more:
+ * Up to 16 rows have their own form of P V, which takes V where it lies, too.  As an operand B, a
+ * row of V is 32 columns in pairs, so that two operands A for 16 keys, each with zeros in every other
+ * place, give the even and the odd columns; twice the products, but no copy of V, which cost more:
  *
  *   P, A   [16 keys][even, odd]       [16 rows][16 keys][2]: (p, 0), (0, p)
  *   O, C   [32 columns][even, odd]    [16 rows][16 columns] fp32
@@ -685,8 +685,8 @@ static bool attend_in(const struct attn_mla_task *t, enum attn_mla_format format
     return write_rows(t, &w);
 }
 
-/* V in place carries an infinity to the column beside it, by a product with 0: such tasks are done again
- * with V interleaved. */
+/* V in place carries an infinity to the column beside it, by a product with 0: such tasks are done
+ * again with V interleaved. */
 static void attend(const struct attn_mla_task *t, enum attn_mla_format format, char *scratch)
 {
     const bool lone = t->rows <= 16;

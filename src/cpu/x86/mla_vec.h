@@ -275,7 +275,7 @@ VEC_INLINE void values(const float *const *v, int32_t at, const float *p, int32_
     }
 }
 
-/* ---- a block of keys, a group of rows -------------------------------------------------------------- */
+/* ---- a block of keys, a group of rows -------------------------------------------------------- */
 
 /* P of two keys, or one, over a vector of lanes; returns l plus their sum. */
 #if MLA_STEP == 1
@@ -349,7 +349,7 @@ VEC_INLINE void attend_group(const struct attn_mla_task *t, const struct work *w
         values(b->v, x, w->s, (b->keys + MLA_STEP - 1) / MLA_STEP, cols, o + x * cols * VEC_LANES);
 }
 
-/* ---- a task ---------------------------------------------------------------------------------------- */
+/* ---- a task ---------------------------------------------------------------------------------- */
 
 /* The next keys, as words.  False: there are none. */
 static bool next_block(struct attn_mla_cursor *keys, enum attn_mla_format format, int32_t d,
