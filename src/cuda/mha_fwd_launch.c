@@ -12,7 +12,7 @@
 #define KERNELS_MAX 64
 #define LOG2E 1.4426950408889634
 #define BOUNDED_EXPONENT 80 /* leaves 2^47 for the count of keys and for v */
-#define TICKET_BYTES 64 /* the workspace: one counter on a line of its own, then kv_append's part */
+#define TICKET_BYTES 64 /* behind kv_append's part of the workspace: a counter on its own line */
 
 typedef struct attn_mha_fwd_problem problem_t;
 typedef struct attn_mha_fwd_cuda_plan plan_t;
@@ -198,7 +198,7 @@ static attn_status plan_on(const problem_t *p, const struct attn_cuda_device *de
     ATTN_TRY(choose(p, device, &plan));
     out->splits = 1;
     out->piece = p->s_k;
-    out->workspace_bytes = append_bytes(p) + TICKET_BYTES;
+    out->workspace_bytes = append_bytes(p) + (plan.ticket ? TICKET_BYTES : 0);
     out->tile[0] = plan.kernel;
     out->tile[1] = plan.cluster;
     out->tile[2] = plan.gather;
@@ -216,9 +216,10 @@ attn_status attn_mha_fwd_cuda_plan(const problem_t *p, struct attn_mha_fwd_plan 
     return status;
 }
 
-/* Pointers and strides may have changed since the plan was made: choosing again is cheap. */
-static attn_status launch(const problem_t *p, const struct attn_cuda_device *device,
-                          char *workspace, cu_stream stream)
+/* Pointers and strides may have changed since the plan was made: choosing again is cheap.  Where `ticket`
+ * is NULL, items are dealt in turn. */
+static attn_status launch(const problem_t *p, const struct attn_cuda_device *device, char *ticket,
+                          cu_stream stream)
 {
     const struct attn_cuda_driver *cu;
     struct attn_mha_fwd_params params;
@@ -234,11 +235,10 @@ static attn_status launch(const problem_t *p, const struct attn_cuda_device *dev
     int64_t fold = (int64_t)(params.chunk / params.tile_queries) * params.tile_heads / plan.cluster;
     params.fold = (int32_t)(fold < ATTN_WINDOW_OFF ? fold : 1);
     ATTN_TRY(encode_maps(p, &plan, &maps));
-    if (plan.ticket) {
-        params.ticket = (int32_t *)(void *)workspace;
-        ATTN_TRY(
-            attn_cuda_status(cu->memset_d32_async((uint64_t)(uintptr_t)workspace, 0, 1, stream),
-                             "cuMemsetD32Async"));
+    if (plan.ticket && ticket) {
+        params.ticket = (int32_t *)(void *)ticket;
+        ATTN_TRY(attn_cuda_status(cu->memset_d32_async((uint64_t)(uintptr_t)ticket, 0, 1, stream),
+                                  "cuMemsetD32Async"));
     }
 
     struct cu_launch_attribute cluster = {.id = CU_LAUNCH_CLUSTER_DIMENSION,
@@ -271,9 +271,10 @@ static attn_status append_and_launch(const problem_t *p, const struct attn_cuda_
         attn_kv_append_result(p, workspace, &after);
     }
     if (p->s_q == 0 || p->t_q == 0) return ATTN_OK;
+    int64_t own = workspace_bytes - append_bytes(p);
     if (workspace) workspace += append_bytes(p);
     if (decode) return attn_mha_decode_cuda_launch(&after, device, workspace, stream);
-    return launch(&after, device, workspace, stream);
+    return launch(&after, device, own >= TICKET_BYTES ? workspace : NULL, stream);
 }
 
 attn_status attn_mha_fwd_cuda_run(const problem_t *p, const struct attn_mha_fwd_plan *planned,

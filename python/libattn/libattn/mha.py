@@ -66,9 +66,8 @@ FEATURES = {
 }
 
 
-def fresh_out(q, shape, strides):
-    """A contiguous result of that shape beside q, of its dtype, or bf16 for fp8."""
-    dtype = q.dtype
+def fresh(q, shape, strides, dtype):
+    """A contiguous result of that shape beside q; of q's dtype fp8 it is bf16."""
     if dtype is _float8:
         dtype = _bfloat16
     if q.is_cuda:
@@ -107,23 +106,23 @@ def attend(
         shape = q.shape
         if len(shape) == 4:
             b, s_q, h_q, d_qk = shape
-            heads = (b, h_q, s_q)
+            heads, steps = (b, h_q, s_q), (h_q * s_q, s_q, 1)
         else:
             s_q, h_q, d_qk = shape
-            heads = (h_q, s_q)
+            heads, steps = (h_q, s_q), (s_q, 1)
         if softmax_scale is None:
             softmax_scale = d_qk**-0.5 if d_qk else 1.0
         if out is None:
             d_v = v.size(-1)
             row = h_q * d_v
             if len(shape) == 4:
-                out = fresh_out(q, (b, s_q, h_q, d_v), (s_q * row, row, d_v, 1))
+                out = fresh(q, (b, s_q, h_q, d_v), (s_q * row, row, d_v, 1), q.dtype)
             else:
-                out = fresh_out(q, (s_q, h_q, d_v), (row, d_v, 1))
+                out = fresh(q, (s_q, h_q, d_v), (row, d_v, 1), q.dtype)
             if s_q * row > LARGE and out.is_cpu:
                 _native.ask_huge_pages(out.data_ptr(), out.nbytes)
         if want_lse:
-            lse = q.new_empty(heads, dtype=_float32)
+            lse = fresh(q, heads, steps, _float32)
     except (AttributeError, IndexError, ValueError):
         softmax_scale = 1.0  # q or v is no such tensor; the native function says so
 
@@ -174,7 +173,7 @@ def decode(
     if softmax_scale is None:
         softmax_scale = d_qk**-0.5 if d_qk else 1.0
     row = h_q * d_v
-    out = fresh_out(q, (b, s_q, h_q, d_v), (s_q * row, row, d_v, 1))
+    out = fresh(q, (b, s_q, h_q, d_v), (s_q * row, row, d_v, 1), q.dtype)
     _mha_fwd(
         q,
         k,
