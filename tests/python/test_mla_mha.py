@@ -225,3 +225,11 @@ def test_what_is_no_packed_tensor_is_named():
         flash_mla.flash_attn_varlen_qkvpacked_func(None, cu, 3, 192)
     with pytest.raises(RuntimeError, match="kv: expected 3 dimensions"):
         flash_mla.flash_attn_varlen_kvpacked_func(torch.ones(5, 4, 192), torch.ones(()), cu, cu, 3, 3, 192)
+
+
+def test_errors_have_the_names_of_this_function():
+    cu = offsets([3, 5])
+    with pytest.raises(ValueError, match="^cu_seqlens_qo: expected entry"):
+        flash_mla.flash_attn_varlen_func(**make() | {"cu_seqlens_qo": cu + 9})
+    with pytest.raises(TypeError, match="^cu_seqlens_kv: expected dtype int32"):
+        flash_mla.flash_attn_varlen_func(**make() | {"cu_seqlens_kv": cu.long()})

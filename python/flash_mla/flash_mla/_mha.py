@@ -1,12 +1,21 @@
 # SPDX-License-Identifier: MIT
 """Dense multi-head attention of packed sequences, widths 192/128 and 128/128 in bf16: MLA's prefill."""
 
+import re
+
 import torch
 from libattn import ArgumentError, DtypeError, NotBuiltError, ShapeError, mha
 
 from . import _eager
 
 WIDTHS = (192, 128), (128, 128)
+OWN_NAMES = {  # of what libattn calls otherwise
+    "cu_seqlens_q": "cu_seqlens_qo",
+    "cu_seqlens_k": "cu_seqlens_kv",
+    "max_seqlen_q": "max_seqlen_qo",
+    "max_seqlen_k": "max_seqlen_kv",
+}
+OWN_NAME = re.compile(rf"\b({'|'.join(OWN_NAMES)})\b")
 
 
 def number(name, value):
@@ -46,21 +55,14 @@ def forward(q, k, v, cu_qo, cu_kv, max_qo, max_kv, softmax_scale, causal, is_var
     if k.shape[0] == 0:  # an lse of -inf, as of any sequence without keys
         out = q.new_zeros(*q.shape[:2], v.shape[-1])
         return out, torch.full(q.shape[1::-1], -torch.inf, device=q.device).T
-    out, lse, _, _ = mha.attend(
-        _eager.plain(q),
-        _eager.plain(k),
-        _eager.plain(v),
-        softmax_scale,
-        causal,
-        -1,
-        -1,
-        0.0,
-        0,
-        1,
-        None,
-        True,
-        features=(cu_qo, cu_kv, number("max_seqlen_qo", max_qo), number("max_seqlen_kv", max_kv)),
-    )
+    lengths = cu_qo, cu_kv, number("max_seqlen_qo", max_qo), number("max_seqlen_kv", max_kv)
+    tensors = (_eager.plain(x) for x in (q, k, v))
+    try:
+        out, lse, _, _ = mha.attend(
+            *tensors, softmax_scale, causal, -1, -1, 0.0, 0, 1, None, True, features=lengths
+        )
+    except (RuntimeError, TypeError) as error:
+        raise type(error)(OWN_NAME.sub(lambda name: OWN_NAMES[name[0]], str(error))) from None
     return out, lse.T
 
 
