@@ -35,6 +35,10 @@ attn_status attn_mha_fwd_cuda_choose(const struct attn_mha_fwd_problem *problem,
 /* The part of it that does not depend on the tile; decode's too. */
 attn_status attn_mha_fwd_cuda_check(const struct attn_mha_fwd_problem *problem);
 
+/* Whether the strides of a tensor fit the maps of the copy engine. */
+bool attn_mha_fwd_cuda_fits_boxes(const struct attn_rows *rows, int64_t batches, int64_t per_batch,
+                                  int64_t heads);
+
 /* Rows of the largest box of k or v that divides `keys` and never straddles two pages; 0: none, the
  * rows are gathered. */
 int attn_mha_fwd_cuda_box(const struct attn_mha_fwd_problem *problem, int keys);

@@ -183,6 +183,23 @@ static attn_status encode_maps(const problem_t *p, const plan_t *plan,
                                     "v: cuTensorMapEncodeTiled", &maps->v);
 }
 
+/* out as boxes of a warpgroup's rows, like q; without any where it cannot be. */
+static attn_status encode_out(const problem_t *p, const plan_t *plan, struct attn_mha_fwd_out *out)
+{
+    const struct attn_rows *r = &p->out;
+    bool ragged = p->cu_seqlens_q != NULL;
+    int64_t group = p->h_q / p->h_k, rows = ragged ? p->t_q : p->s_q, batches = ragged ? 1 : p->b;
+    out->boxes = attn_mha_fwd_cuda_fits_boxes(r, batches, rows, p->h_q);
+    if (!out->boxes) return ATTN_OK;
+    return attn_tma_encode(&(struct attn_tma){.rank = 5,
+                                              .base = r->data,
+                                              .extent = {p->d_v, group, rows, p->h_k, batches},
+                                              .stride = {r->head, r->row, group * r->head,
+                                                         r->batch},
+                                              .box = {64, plan->pack, 64 / plan->pack, 1, 1}},
+                           p->dtype == ATTN_F16, "out: cuTensorMapEncodeTiled", &out->map);
+}
+
 /* The workspace: kv_append's part, then decode's own or the ticket of mha_fwd. */
 static int64_t append_bytes(const problem_t *p) { return round_up(attn_kv_append_bytes(p), 64); }
 
@@ -224,6 +241,7 @@ static attn_status launch(const problem_t *p, const struct attn_cuda_device *dev
     const struct attn_cuda_driver *cu;
     struct attn_mha_fwd_params params;
     struct attn_mha_fwd_maps maps;
+    struct attn_mha_fwd_out out;
     cu_kernel handle;
     plan_t plan;
     ATTN_TRY(choose(p, device, &plan));
@@ -235,6 +253,7 @@ static attn_status launch(const problem_t *p, const struct attn_cuda_device *dev
     int64_t fold = (int64_t)(params.chunk / params.tile_queries) * params.tile_heads / plan.cluster;
     params.fold = (int32_t)(fold < ATTN_WINDOW_OFF ? fold : 1);
     ATTN_TRY(encode_maps(p, &plan, &maps));
+    ATTN_TRY(encode_out(p, &plan, &out));
     if (plan.ticket && ticket) {
         params.ticket = (int32_t *)(void *)ticket;
         ATTN_TRY(attn_cuda_status(cu->memset_d32_async((uint64_t)(uintptr_t)ticket, 0, 1, stream),
@@ -251,7 +270,7 @@ static attn_status launch(const problem_t *p, const struct attn_cuda_device *dev
         .attributes = &cluster,
         .attribute_count = 1,
     };
-    void *arguments[] = {&params, &maps};
+    void *arguments[] = {&params, &maps, &out};
     return attn_cuda_status(cu->launch_kernel_ex(&config, handle, arguments, NULL), kernel->name);
 }
 

@@ -44,7 +44,8 @@ static attn_status check_rows(const struct attn_rows *r, const char *name, int64
 }
 
 /* Boxes need strides that the copy engine takes: not 0, below 2^40 bytes. */
-static bool fits_boxes(const struct attn_rows *r, int64_t batches, int64_t rows, int64_t heads)
+bool attn_mha_fwd_cuda_fits_boxes(const struct attn_rows *r, int64_t batches, int64_t rows,
+                                  int64_t heads)
 {
     const int64_t limit = (int64_t)1 << 39;
     return (batches <= 1 || (r->batch > 0 && r->batch < limit)) &&
@@ -140,8 +141,8 @@ attn_status attn_mha_fwd_cuda_check(const struct attn_mha_fwd_problem *p)
 
 int attn_mha_fwd_cuda_box(const struct attn_mha_fwd_problem *p, int keys)
 {
-    if (!fits_boxes(&p->k, key_batches(p), key_rows(p), p->h_k) ||
-        !fits_boxes(&p->v, key_batches(p), key_rows(p), p->h_k))
+    if (!attn_mha_fwd_cuda_fits_boxes(&p->k, key_batches(p), key_rows(p), p->h_k) ||
+        !attn_mha_fwd_cuda_fits_boxes(&p->v, key_batches(p), key_rows(p), p->h_k))
         return 0;
     return !p->page_table ? keys : p->leftpad_k ? 0 : paged_box(p->page, keys);
 }

@@ -59,26 +59,26 @@ struct key_rows {
 
 /* ---- products and scores --------------------------------------------------------------------- */
 
-/* Issues S = Q K^T for a warpgroup's 64 rows. */
-template <int FP16, int DQK, int M, int N>
-ATTN_DEVICE void issue_qk(float (&s)[N / 2], uint32_t q, uint32_t k)
+/* Issues S = Q K^T for a warpgroup's 64 rows and KEYS of a tile of N. */
+template <int FP16, int DQK, int M, int N, int KEYS = N>
+ATTN_DEVICE void issue_qk(float (&s)[KEYS / 2], uint32_t q, uint32_t k)
 {
     uint64_t a = wgmma_descriptor(q, 16), b = wgmma_descriptor(k, 16);
 #pragma unroll
     for (int step = 0; step < DQK / 16; step++) {
         int panel = step / 4, inside = step % 4 * 2;
-        wgmma_ss<FP16, N>(s, a + panel * (M * 8) + inside, b + panel * (N * 8) + inside, step != 0);
+        wgmma_ss<FP16, KEYS>(s, a + panel * (M * 8) + inside, b + panel * (N * 8) + inside, step != 0);
     }
     wgmma_commit_group();
 }
 
 /* Issues O += P V, or O = P V with `accumulate` 0. */
-template <int FP16, int DV, int N>
+template <int FP16, int DV, int N, int STEPS = N / 16>
 ATTN_DEVICE void issue_pv(float (&o)[DV / 2], uint32_t (&packed)[N / 4], uint32_t v, int accumulate)
 {
     uint64_t b = wgmma_descriptor(v, N * 128);
 #pragma unroll
-    for (int step = 0; step < N / 16; step++)
+    for (int step = 0; step < STEPS; step++)
         wgmma_rs<FP16, DV>(o, packed + 4 * step, b + step * 128, step != 0 || accumulate);
     wgmma_commit_group();
 }

@@ -46,6 +46,35 @@ ATTN_DEVICE key_interval visible_keys(const attn_mha_fwd_params &p, int i, int s
     return {min(max(lo, 0), s_k), max(min(hi, s_k), 0)};
 }
 
+/* Sets to -inf, of the scores from column FIRST to LAST, those of keys at or past the hi of their row; of all,
+ * those before its lo. */
+template <int FIRST, int LAST, int COUNT>
+ATTN_DEVICE void mask_after(float (&s)[COUNT], int key, int hi0, int hi1)
+{
+    int left0 = hi0 - key, left1 = hi1 - key;
+#pragma unroll
+    for (int i = FIRST / 2; i < LAST / 2; i += 4) {
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            if (left0 <= 2 * i + e) s[i + e] = -INFINITY;
+            if (left1 <= 2 * i + e) s[i + 2 + e] = -INFINITY;
+        }
+    }
+}
+
+template <int COUNT> ATTN_DEVICE void mask_before(float (&s)[COUNT], int key, int lo0, int lo1)
+{
+    int left0 = lo0 - key, left1 = lo1 - key;
+#pragma unroll
+    for (int i = 0; i < COUNT; i += 4) {
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            if (left0 > 2 * i + e) s[i + e] = -INFINITY;
+            if (left1 > 2 * i + e) s[i + 2 + e] = -INFINITY;
+        }
+    }
+}
+
 /* Sets to -inf the scores of the two rows of a thread that lie outside their intervals.  `key` is
  * the key of s[0]; the columns are those of the accumulator (wgmma.cuh). */
 template <int N>

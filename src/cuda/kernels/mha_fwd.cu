@@ -12,7 +12,8 @@
  * A block has M / 64 consumer warpgroups of 64 rows and a producer warpgroup; sched.cuh says which
  * rows.  Blocks of a cluster of two share every k and v tile: each loads half of it and the copy
  * engine lands it in both.  Shared memory holds q and two stages each of k and v (tile.cuh), O
- * stays in registers and P goes from accumulator to A operand without leaving them (wgmma.cuh).
+ * stays in registers and P goes from accumulator to A operand without leaving them (wgmma.cuh); out
+ * leaves through the place of q where q has two stages.
  *
  * Pipeline: S = Q K^T of one step is computed beside O += P V of the step before.  A warp has to stay
  * until its last product has started, so the tensor cores work beside the softmax of other warpgroups.
@@ -243,6 +244,12 @@ ATTN_DEVICE void load(const attn_mha_fwd_params &p, const attn_mha_fwd_maps &map
     }
 }
 
+/* The query of a warpgroup's row, from its first one on. */
+ATTN_DEVICE int query_of(const attn_mha_fwd_params &p, int row)
+{
+    return p.pack == 1 ? row : row / p.pack;
+}
+
 /* The number of this cluster's item after number `k`; `r` is the ring of tiles.  In a cluster of
  * two the first block draws and stores the number into both; that form must not be used in a cluster of
  * one, where it is no legal access. */
@@ -279,13 +286,13 @@ ATTN_DEVICE void schedule(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M,
 {
     sequence_group group = {-32, 0, 0, 0};
     lean_ring tiles = {2};
-    int number = (int)blockIdx.x / p.cluster;
+    int number = (int)blockIdx.x / p.cluster, lane = (int)threadIdx.x % 32;
     for (;; ring_next(tiles)) {
         int b, h_kv, item;
         bool more = find_item(group, p, sm.FEW ? 1 : p.fold, number, &b, &h_kv, &item);
         mbarrier_wait_parity(shared_address(&sm.tile_empty[tiles.stage()]), tiles.parity());
+        row_tile &tile = sm.tile[tiles.stage()];
         if (elect_one()) {
-            row_tile &tile = sm.tile[tiles.stage()];
             if (more)
                 tile = locate_tile<N>(p, b, h_kv, item, (int)cluster_rank());
             else
@@ -293,6 +300,19 @@ ATTN_DEVICE void schedule(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M,
             mbarrier_arrive(shared_address(&sm.tile_full[tiles.stage()]));
         }
         __syncwarp();
+        key_interval *bounds = sm.bounds[tiles.stage()];
+#pragma unroll 1
+        for (int row = lane; row < M; row += 32)
+            bounds[row] = visible_keys(p, tile.query + row / 64 * p.pitch + query_of(p, row % 64),
+                                       tile.seq.s_q, tile.seq.s_k, tile.cp_tot);
+        __syncwarp();
+        if (lane < sm.CONSUMERS) {
+            int top = tile.query + lane * p.pitch, live = min(p.queries, tile.seq.s_q - top);
+            const key_interval *own = bounds + lane * 64;
+            sm.steps[tiles.stage()][lane] = find_steps<N>(own[0], own[max(live * p.pack, 1) - 1],
+                                                          live > max(-top, 0), tile.begin);
+        }
+        mbarrier_arrive(shared_address(&sm.steps_full[tiles.stage()]));
         if (!more) break;
         mbarrier_wait_parity(shared_address(&sm.ending), tiles.stage());
         number = next_number(p, sm, tiles, number);
@@ -314,12 +334,6 @@ ATTN_DEVICE void release(const attn_mha_fwd_params &p, const uint64_t *empty, ri
         }
     }
     ring_next(r);
-}
-
-/* The query of a warpgroup's row, from its first one on. */
-ATTN_DEVICE int query_of(const attn_mha_fwd_params &p, int row)
-{
-    return p.pack == 1 ? row : row / p.pack;
 }
 
 /* Writes out and lse of a warpgroup's live rows, whose first query is `top`. */
@@ -371,51 +385,114 @@ ATTN_DEVICE void store_rows(const attn_mha_fwd_params &p, const row_tile &tile, 
     }
 }
 
+/* The same through the warpgroup's rows of q in shared memory, [panel of 64 columns][M rows][128 bytes]:
+ * where all 64 rows are live the copy engine stores them, else the threads do, 16 bytes each. */
+template <int FP16, int DV, int M>
+ATTN_DEVICE void stage_rows(const attn_mha_fwd_params &p, const attn_mha_fwd_out &to,
+                            const row_tile &tile, int group, softmax_rows &rows,
+                            float (&o)[DV / 2], uint32_t place)
+{
+    constexpr int CHUNKS = DV / 8; /* of 16 bytes */
+    int t = (int)threadIdx.x % 128, lane = t % 32, b = p.cu_seqlens_q ? 0 : tile.b;
+    int top = tile.query + group * p.pitch;
+    float normalise[2];
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        int row = t / 32 * 16 + lane / 4 + 8 * h;
+        int i = query_of(p, row), h_q = tile.h_q + row - i * p.pack;
+        bool lives = i < p.queries && (uint32_t)(top + i) < (uint32_t)tile.seq.s_q;
+        float sink = p.sink != ATTN_SINK_NONE ? load_sink(p, lives ? h_q : 0) : 0.0f, lse;
+        softmax_finish(rows.max[h], quad_sum(rows.sum[h]), p.exp_scale, p.sink != ATTN_SINK_NONE,
+                       sink, p.lse_empty, &normalise[h], &lse);
+        if (lives && lane % 4 == 0 && p.lse)
+            p.lse[b * p.lse_stride_b + h_q * p.lse_stride_h + tile.seq.q_offset + top + i] = lse;
+    }
+
+    /* Lane l passes row l % 16 of the warp's sixteen, chunk l / 16 of a pair of 16 bytes. */
+    uint32_t own = place + (t / 32 * 16 + lane % 16) * 128;
+    uint32_t turn = (uint32_t)(lane / 16 ^ lane % 8) << 4;
+#pragma unroll
+    for (int j = 0; j < CHUNKS; j += 2) {
+        const float *x = o + 4 * j;
+        stmatrix_x4(own + j / 8 * (M * 128) + (turn ^ j % 8 << 4),
+                    pack_16x2<FP16>(x[0] * normalise[0], x[1] * normalise[0]),
+                    pack_16x2<FP16>(x[2] * normalise[1], x[3] * normalise[1]),
+                    pack_16x2<FP16>(x[4] * normalise[0], x[5] * normalise[0]),
+                    pack_16x2<FP16>(x[6] * normalise[1], x[7] * normalise[1]));
+    }
+    fence_proxy_async_shared();
+    named_barrier_sync_at<128>(1 + group);
+    if (to.boxes && top >= 0 && top + p.queries <= tile.seq.s_q) {
+        if (t == 0) {
+#pragma unroll
+            for (int panel = 0; panel < ATTN_MHA_FWD_PANELS(DV); panel++)
+                if (panel * 64 < p.d_v)
+                    tma_store_5d(place + panel * (M * 128), &to.map, panel * 64,
+                                 tile.h_q - tile.h_kv * p.group, tile.seq.q_offset + top, tile.h_kv, b);
+            bulk_commit_group();
+        }
+        return;
+    }
+#pragma unroll 1
+    for (int at = t; at < 64 * CHUNKS; at += 128) {
+        int row = at / CHUNKS, chunk = at % CHUNKS, i = query_of(p, row);
+        int64_t position = (int64_t)tile.seq.q_offset + top + i;
+        uint4 x = shared_load_16(place + chunk / 8 * (M * 128) + row * 128 + ((chunk ^ row) % 8 << 4));
+        if (i < p.queries && (uint32_t)(top + i) < (uint32_t)tile.seq.s_q && chunk * 8 < p.d_v)
+            *(uint4 *)((uint16_t *)p.out + b * p.out_stride_b + position * p.out_stride_s +
+                       (tile.h_q + row - i * p.pack) * p.out_stride_h + chunk * 8) = x;
+    }
+    named_barrier_sync_at<128>(1 + group); /* before one thread frees the place */
+}
+
 template <int FP16, int DQK, int DV, int M, int N>
-ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, N> &sm, int group)
+ATTN_DEVICE void consume(const attn_mha_fwd_params &p, const attn_mha_fwd_out &to,
+                         mha_fwd_smem<DQK, DV, M, N> &sm, int group)
 {
     int t = (int)threadIdx.x % 128, warp = t / 32, lane = t % 32;
-    int slot = group * 64 + warp * 16; /* of this warp's rows in q and bounds */
+    int slot = group * 64 + warp * 16; /* of this warp's rows in bounds */
     ring tiles = {0, 0}, qs = {0, 0}, ks = {0, 0}, vs = {0, 0};
 
     /* Where STORES_LATE, a tile's rows are stored under the first product of the next tile: o, rows
      * and `last`, the tile they are of (b < 0: nothing to store), live on until then. */
     constexpr bool STORES_LATE = mha_fwd_smem<DQK, DV, M, N>::STORES_LATE;
+    constexpr bool STAGED = mha_fwd_smem<DQK, DV, M, N>::STAGED;
+    constexpr bool HALVES = N == 128; /* steps of which a warpgroup may see but one 64 by 64 triangle */
     constexpr bool SMALL = M < 192 || N < 128; /* softcap without its tanh; 160 registers are too few */
     float o[DV / 2], s[N / 2];
     uint32_t packed[N / 4];
     softmax_rows rows;
     row_tile last;
+    bool held = false; /* the last tile's stage of q: with STAGED it takes that one's out first */
     last.b = -1;
 
     for (;;) {
-        wait_full(sm.tile_full, tiles);
-        row_tile tile = sm.tile[tiles.stage()]; /* the end of the work is a tile without rows */
+        wait_full(sm.steps_full, tiles);
+        const row_tile &tile = sm.tile[tiles.stage()]; /* the end of the work is a tile without rows */
         if (!STORES_LATE && tile.b < 0) break;
 
-        /* Bounds of the rows this warp owns; key steps that the warpgroup sees at all, and those
-         * that all its rows see whole. */
-        __syncwarp(); /* other lanes have read the last tile's */
-        if (lane < 16) {
-            int query = tile.query + group * p.pitch + query_of(p, warp * 16 + lane);
-            sm.bounds[slot + lane] =
-                visible_keys(p, query, tile.seq.s_q, tile.seq.s_k, tile.cp_tot);
-        }
         int top = tile.query + group * p.pitch, bottom = min(top + p.queries, tile.seq.s_q) - 1;
-        key_interval high = visible_keys(p, top, tile.seq.s_q, tile.seq.s_k, tile.cp_tot);
-        key_interval low = visible_keys(p, bottom, tile.seq.s_q, tile.seq.s_k, tile.cp_tot);
-        int begin = high.lo / N, end = (low.hi + N - 1) / N;
-        int whole_begin = (low.lo + N - 1) / N, whole_end = high.hi / N;
-        if (bottom < max(top, 0) || end <= begin) begin = end = tile.begin; /* sees none */
-        __syncwarp();
-        mbarrier_arrive(shared_address(&sm.tile_empty[tiles.stage()]));
-        ring_next(tiles);
+        const row_steps &steps = sm.steps[tiles.stage()][group];
+        int begin = steps.begin, end = steps.end, tile_end = tile.end;
+        int whole_begin = steps.whole_begin, whole_end = steps.whole_end;
 
         auto skip = [&]() {
             wait_full(sm.k_full, ks);
             release(p, sm.k_empty, ks);
             wait_full(sm.v_full, vs);
             release(p, sm.v_empty, vs);
+        };
+        auto mask = [&](int n) { /* false: no row sees the second half of the keys */
+            int key = n * N + 2 * (lane % 4), row = slot + lane / 4;
+            int half = HALVES && n == end - 1 ? steps.half : 0;
+            const key_interval *bounds = sm.bounds[tiles.stage()];
+            if (n >= whole_end) {
+                int hi0 = bounds[row].hi, hi1 = bounds[row + 8].hi;
+                if (!(half & 2)) mask_after<0, N / 2>(s, key, hi0, hi1);
+                mask_after<N / 2, N>(s, key, hi0, hi1);
+            }
+            if (n < whole_begin) mask_before(s, key, bounds[row].lo, bounds[row + 8].lo);
+            return !(half & 1);
         };
         auto scores_to_probabilities = [&](int n) {
             if (SMALL && p.score == ATTN_SCORE_BOUNDED && n < whole_end && n >= whole_begin &&
@@ -424,16 +501,15 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, 
                 return;
             }
             if (p.score != ATTN_SCORE_PLAIN) transform_scores<N, SMALL>(p, s);
-            if (n >= whole_end || n < whole_begin)
-                mask_scores<N>(s, n * N + 2 * (lane % 4), sm.bounds[slot + lane / 4],
-                               sm.bounds[slot + lane / 4 + 8]);
+            mask(n);
             if (p.score == ATTN_SCORE_BOUNDED) softmax_settle_max<N>(rows, s, p.exp_scale);
             else softmax_update_max<N, ATTN_PREFILL_SLACK>(rows, s, p.exp_scale);
             softmax_exponentiate<N>(rows, s, p.exp_scale);
         };
         auto release_k = [&](int n) { /* and q behind the last product that reads it */
             release(p, sm.k_empty, ks);
-            if (n == end - 1 && t == 0) mbarrier_arrive(shared_address(&sm.q_empty[qs.stage()]));
+            if (!STAGED && n == end - 1 && t == 0)
+                mbarrier_arrive(shared_address(&sm.q_empty[qs.stage()]));
         };
         auto wait_k = [&]() {
             wait_full(sm.k_full, ks);
@@ -444,41 +520,48 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, 
             if (p.gather) fence_proxy_async_shared();
         };
 
-        auto store_last = [&]() {
-            if (last.b >= 0) store_rows<FP16, DV>(p, last, last.query + group * p.pitch, rows, o);
-            last = tile;
-            if (bottom < max(top, 0)) last.b = -1;
+        auto store = [&](const row_tile &of, int stage) {
+            if constexpr (STAGED)
+                stage_rows<FP16, DV, M>(p, to, of, group, rows, o,
+                                        shared_address(sm.q[stage]) + group * 8192);
+            else
+                store_rows<FP16, DV>(p, of, of.query + group * p.pitch, rows, o);
+        };
+        auto release_last_q = [&]() { /* once the copy engine has read out from it */
+            if (STAGED && held && t == 0) {
+                bulk_wait_read();
+                mbarrier_arrive(shared_address(&sm.q_empty[qs.stage() ^ 1]));
+            }
         };
 
-        if (STORES_LATE && begin == end) {
-            store_last();
-            if (tile.b < 0) break;
-        }
-        if (begin == end) {
-#pragma unroll
-            for (int i = 0; i < DV / 2; i++)
-                o[i] = 0.0f;
-        }
-        if (!STORES_LATE || begin == end) softmax_init(rows);
         int n = tile.begin;
         for (; n < begin; n++)
             skip();
-        wait_full(sm.q_full, qs);
+        bool sees = n < end, ends = STORES_LATE && tile.b < 0;
+        if (!ends) wait_full(sm.q_full, qs);
         uint32_t q = shared_address(sm.q[qs.stage()]) + group * 8192;
-        if (n < end) {
-            wait_k();
-            wgmma_pin(s);
-            wgmma_fence();
-            issue_qk<FP16, DQK, M, N>(s, q, shared_address(sm.k[ks.stage()]));
-            if (STORES_LATE) {
-                store_last();
-                softmax_init(rows);
-            }
-            wgmma_wait_group<0>();
-            wgmma_pin(s);
+        if (sees) wait_k();
+        /* Where no key is seen, and after the last tile, this product is of whatever lies there and nobody
+         * reads it: so there is one copy of the code that stores. */
+        wgmma_pin(s);
+        wgmma_fence();
+        issue_qk<FP16, DQK, M, N>(s, q, shared_address(sm.k[ks.stage()]));
+        if (STORES_LATE && last.b >= 0) store(last, qs.stage() ^ 1);
+        softmax_init(rows);
+        wgmma_wait_group<0>();
+        wgmma_pin(s);
+        if (ends) break;
+        if (sees) {
             release_k(n);
-            scores_to_probabilities(n);
-            softmax_pack<FP16, N>(packed, s);
+            if (p.score == ATTN_SCORE_PLAIN) {
+                bool upper = mask(n);
+                softmax_start<N>(rows, s, upper);
+                softmax_keep_max<FP16, N, 0>(rows, packed, s, upper, p.exp_scale);
+            } else {
+                scores_to_probabilities(n);
+                softmax_pack<FP16, N>(packed, s);
+            }
+            release_last_q();
             int accumulate = 0; /* the first product overwrites what O holds of the last tile */
             for (n++; n < end; n++) {
                 wait_k();
@@ -493,11 +576,12 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, 
                 wgmma_wait_group<1>();
                 wgmma_pin(s);
                 release_k(n);
-                if (p.score == ATTN_SCORE_PLAIN && n < whole_end && n >= whole_begin) {
+                if (p.score == ATTN_SCORE_PLAIN) {
+                    bool upper = mask(n);
                     wgmma_wait_group<0>(); /* not for long: it has started, or we would not be here */
                     wgmma_pin(o);
                     wgmma_pin(packed);
-                    if (softmax_keep_max<FP16, N>(rows, packed, s, p.exp_scale)) {
+                    if (softmax_keep_max<FP16, N>(rows, packed, s, upper, p.exp_scale)) {
                         release(p, sm.v_empty, vs);
                         continue;
                     }
@@ -510,28 +594,51 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, mha_fwd_smem<DQK, DV, M, 
                 softmax_rescale<DV>(rows, o);
             }
             wait_v();
-            wgmma_pin(o);
-            wgmma_pin(packed);
-            wgmma_fence();
-            issue_pv<FP16, DV, N>(o, packed, shared_address(sm.v[vs.stage()]), accumulate);
-            wgmma_wait_group<0>();
-            wgmma_pin(o);
+            if (HALVES && (steps.half & 1)) { /* each way whole, or ptxas serialises all products */
+                wgmma_pin(o);
+                wgmma_pin(packed);
+                wgmma_fence();
+                issue_pv<FP16, DV, N, N / 32>(o, packed, shared_address(sm.v[vs.stage()]),
+                                              accumulate);
+                wgmma_wait_group<0>();
+                wgmma_pin(o);
+            } else {
+                wgmma_pin(o);
+                wgmma_pin(packed);
+                wgmma_fence();
+                issue_pv<FP16, DV, N>(o, packed, shared_address(sm.v[vs.stage()]), accumulate);
+                wgmma_wait_group<0>();
+                wgmma_pin(o);
+            }
             release(p, sm.v_empty, vs);
-        } else if (t == 0) {
-            mbarrier_arrive(shared_address(&sm.q_empty[qs.stage()]));
+        } else {
+#pragma unroll
+            for (int i = 0; i < DV / 2; i++)
+                o[i] = 0.0f;
+            release_last_q();
+            if (!STAGED && t == 0) mbarrier_arrive(shared_address(&sm.q_empty[qs.stage()]));
         }
-        ring_next<sm.Q_STAGES>(qs);
-        if (!STORES_LATE && bottom >= max(top, 0))
-            store_rows<FP16, DV>(p, tile, top, rows, o);
-        for (; n < tile.end; n++)
+        for (; n < tile_end; n++)
             skip();
+        if (STORES_LATE) {
+            last = tile;
+            if (bottom < max(top, 0)) last.b = -1;
+        } else if (bottom >= max(top, 0)) {
+            store(tile, qs.stage());
+        }
+        mbarrier_arrive(shared_address(&sm.tile_empty[tiles.stage()]));
+        ring_next(tiles);
+        ring_next<sm.Q_STAGES>(qs);
+        held = true;
     }
+    if (STAGED && t == 0) bulk_wait_read(); /* shared memory lasts as long as the block */
 }
 
 /* ---- the kernel ------------------------------------------------------------------------------ */
 
 template <int FP16, int DQK, int DV, int M, int N>
-ATTN_DEVICE void mha_fwd_body(const attn_mha_fwd_params &p, const attn_mha_fwd_maps &maps)
+ATTN_DEVICE void mha_fwd_body(const attn_mha_fwd_params &p, const attn_mha_fwd_maps &maps,
+                              const attn_mha_fwd_out &out)
 {
     typedef mha_fwd_smem<DQK, DV, M, N> smem;
     constexpr int CONSUMERS = smem::CONSUMERS;
@@ -552,6 +659,7 @@ ATTN_DEVICE void mha_fwd_body(const attn_mha_fwd_params &p, const attn_mha_fwd_m
             mbarrier_init(shared_address(&sm.q_full[i]), 1);
             mbarrier_init(shared_address(&sm.q_empty[i]), CONSUMERS);
             mbarrier_init(shared_address(&sm.tile_full[i]), 1);
+            mbarrier_init(shared_address(&sm.steps_full[i]), 32);
             mbarrier_init(shared_address(&sm.tile_empty[i]), CONSUMERS * 128 + 64);
             mbarrier_init(shared_address(&sm.drawn_full[i]), 1);
             mbarrier_init(shared_address(&sm.drawn_empty[i]), 2);
@@ -561,6 +669,7 @@ ATTN_DEVICE void mha_fwd_body(const attn_mha_fwd_params &p, const attn_mha_fwd_m
         prefetch_tensormap(&maps.q);
         prefetch_tensormap(&maps.k);
         prefetch_tensormap(&maps.v);
+        if (smem::STAGED && out.boxes) prefetch_tensormap(&out.map);
     }
     cluster_sync();
 
@@ -575,7 +684,7 @@ ATTN_DEVICE void mha_fwd_body(const attn_mha_fwd_params &p, const attn_mha_fwd_m
             load<DQK, DV, M, N, 1>(p, maps, sm);
     } else {
         setmaxnreg_inc<smem::CONSUMER_REGISTERS>();
-        consume<FP16, DQK, DV, M, N>(p, sm, group);
+        consume<FP16, DQK, DV, M, N>(p, out, sm, group);
     }
     __syncwarp();
     cluster_sync();
@@ -586,9 +695,10 @@ ATTN_DEVICE void mha_fwd_body(const attn_mha_fwd_params &p, const attn_mha_fwd_m
     extern "C" __global__ void __launch_bounds__((rows) * 2 + 128, 1)                              \
         attn_##op##_##arch##_##dtype##_d##dqk##x##dv##_m##rows##n##keys(                           \
             const __grid_constant__ attn_mha_fwd_params p,                                         \
-            const __grid_constant__ attn_mha_fwd_maps maps)                                        \
+            const __grid_constant__ attn_mha_fwd_maps maps,                                        \
+            const __grid_constant__ attn_mha_fwd_out out)                                          \
     {                                                                                              \
-        op##_body<DTYPE_##dtype, dqk, dv, rows, keys>(p, maps);                                    \
+        op##_body<DTYPE_##dtype, dqk, dv, rows, keys>(p, maps, out);                               \
     }
 #define ATTN_EXPAND(...) ATTN_KERNEL(__VA_ARGS__)
 ATTN_EXPAND(mha_fwd, sm90, VARIANT_DTYPE, VARIANT_DQK, VARIANT_DV, VARIANT_ROWS, VARIANT_KEYS)

@@ -21,6 +21,12 @@ struct attn_mha_fwd_maps {
     struct attn_tensor_map q, k, v;
 };
 
+/* out, with q's extents but d_v columns, a box likewise; `boxes` is 0 where its strides fit no map. */
+struct attn_mha_fwd_out {
+    struct attn_tensor_map map;
+    int32_t boxes;
+};
+
 /* Division by a number n that the host knows, n <= 0 counting as 1: shift = ceil(log2 n),
  * magic = ceil(2^(31 + shift) / n).  For 0 <= x < 2^31, x / n = (2 x magic >> 32) >> shift. */
 struct attn_division {
@@ -119,7 +125,7 @@ struct attn_mha_fwd_params {
 #define ATTN_MHA_FWD_SMEM_WITH(q_stages, d_qk, d_v, m, n)                                          \
     (128 * (ATTN_MHA_FWD_PANELS(d_qk) * ((q_stages) * (m) + ATTN_MHA_FWD_STAGES * (n)) +           \
             ATTN_MHA_FWD_PANELS(d_v) * ATTN_MHA_FWD_STAGES * (n)) +                                \
-     8 * (m) + 344)
+     16 * (m) + 488)
 #define ATTN_MHA_FWD_Q_STAGES(d_qk, d_v, m, n)                                                     \
     (ATTN_MHA_FWD_SMEM_WITH(2, d_qk, d_v, m, n) <= 227 * 1024 ? 2 : 1)
 #define ATTN_MHA_FWD_SMEM(d_qk, d_v, m, n)                                                         \

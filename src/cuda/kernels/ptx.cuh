@@ -58,6 +58,11 @@ template <int ID> ATTN_DEVICE void named_barrier_sync(int threads)
     asm volatile("bar.sync %0, %1;" ::"n"(ID), "r"(threads) : "memory");
 }
 
+template <int THREADS> ATTN_DEVICE void named_barrier_sync_at(int id)
+{
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(THREADS) : "memory");
+}
+
 /* All threads of the cluster.  PTX ISA: barrier.cluster */
 ATTN_DEVICE void cluster_sync()
 {
@@ -173,6 +178,22 @@ ATTN_DEVICE void tma_load_5d_multicast(uint32_t dst, const void *map, uint32_t b
                  : "memory");
 }
 
+/* One box of a 5-D tensor from shared memory, in a bulk group of this thread's.
+ * PTX ISA: cp.async.bulk.tensor */
+ATTN_DEVICE void tma_store_5d(uint32_t src, const void *map, int c0, int c1, int c2, int c3, int c4)
+{
+    asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group "
+                 "[%1, {%2, %3, %4, %5, %6}], [%0];" ::"r"(src),
+                 "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+                 : "memory");
+}
+
+/* PTX ISA: cp.async.bulk.commit_group */
+ATTN_DEVICE void bulk_commit_group() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+/* Waits until this thread's bulk groups have read shared memory.  PTX ISA: cp.async.bulk.wait_group */
+ATTN_DEVICE void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+
 /* Orders this thread's ordinary accesses to shared memory before later ones of the tensor cores
  * and the copy engine.  PTX ISA: fence.proxy.async */
 ATTN_DEVICE void fence_proxy_async_shared()
@@ -184,6 +205,17 @@ ATTN_DEVICE void fence_proxy_async_shared()
 ATTN_DEVICE void shared_zero_16(uint32_t dst)
 {
     asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(dst), "r"(0) : "memory");
+}
+
+/* PTX ISA: ld.shared */
+ATTN_DEVICE uint4 shared_load_16(uint32_t src)
+{
+    uint4 x;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "r"(src)
+                 : "memory");
+    return x;
 }
 
 /* Four 8 x 8 matrices of 16-bit elements; lane l passes the address of row l.  Lane l gets elements

@@ -47,6 +47,12 @@ struct row_tile {
     sequence seq;
 };
 
+/* The key steps [begin, end) that a warpgroup's rows see, and those that all of them see whole.  `half`, of
+ * the last step's keys: 1, only the first half is seen; 2, all rows see that half whole. */
+struct row_steps {
+    int begin, end, whole_begin, whole_end, half;
+};
+
 /* `x`, brought into [0, high]. */
 ATTN_DEVICE int within(int x, int high) { return min(max(x, 0), high); }
 
@@ -204,4 +210,16 @@ ATTN_DEVICE row_tile locate_tile(const attn_mha_fwd_params &p, int b, int h_kv, 
     t.begin = visible_keys(p, max(top, 0), seq.s_q, seq.s_k, t.cp_tot).lo / N;
     t.end = (visible_keys(p, bottom, seq.s_q, seq.s_k, t.cp_tot).hi + N - 1) / N;
     return t;
+}
+
+/* The steps of a warpgroup whose first row sees `high` and whose last live one `low`; without a live row
+ * none, from step `none` on. */
+template <int N>
+ATTN_DEVICE row_steps find_steps(key_interval high, key_interval low, bool live, int none)
+{
+    row_steps steps = {high.lo / N, (low.hi + N - 1) / N, (low.lo + N - 1) / N, high.hi / N, 0};
+    int middle = steps.end * N - N / 2; /* of the last step */
+    steps.half = (low.hi <= middle ? 1 : 0) + (high.hi >= middle ? 2 : 0);
+    if (!live || steps.end <= steps.begin) steps.begin = steps.end = none;
+    return steps;
 }

@@ -112,27 +112,55 @@ ATTN_DEVICE void softmax_exponentiate(softmax_rows &r, float (&s)[N / 2], float 
     r.sum[1] = fmaf(r.sum[1], r.shrink[1], sum1);
 }
 
+/* The maxima of a row tile's first step.  Not `upper`: no row sees the second half of its columns. */
+template <int N>
+ATTN_DEVICE void softmax_start(softmax_rows &r, const float (&s)[N / 2], bool upper)
+{
+    float top[2] = {ATTN_MAX_NONE, ATTN_MAX_NONE};
+#pragma unroll
+    for (int from = 0; from < N / 2; from += N / 4) {
+        if (from && !upper) continue;
+#pragma unroll
+        for (int i = from; i < from + N / 4; i += 4) {
+            top[0] = fmaxf(top[0], fmaxf(s[i], s[i + 1]));
+            top[1] = fmaxf(top[1], fmaxf(s[i + 2], s[i + 3]));
+        }
+    }
+    r.max[0] = quad_max(top[0]);
+    r.max[1] = quad_max(top[1]);
+}
+
 /* A step in which no maximum moves: P packed as the A operand, and added to the sums.  False, and all
- * but `packed` as it was, where a thread's sum shows that some p may be above 2^ATTN_PREFILL_SLACK. */
-template <int FP16, int N>
+ * but `packed` as it was, where a thread's sum shows that some p may be above 2^ATTN_PREFILL_SLACK (not
+ * CHECKED: none is).  Not `upper`: p is 0 in the second half of the columns. */
+template <int FP16, int N, int CHECKED = 1>
 ATTN_DEVICE bool softmax_keep_max(softmax_rows &r, uint32_t (&packed)[N / 4],
-                                  const float (&s)[N / 2], float exp_scale)
+                                  const float (&s)[N / 2], bool upper, float exp_scale)
 {
     float shift0 = r.max[0] * exp_scale, shift1 = r.max[1] * exp_scale;
     float sum0 = 0.0f, sum1 = 0.0f;
 #pragma unroll
-    for (int i = 0; i < N / 2; i += 4) {
-        float p0 = ex2_approx(fmaf(s[i], exp_scale, -shift0));
-        float p1 = ex2_approx(fmaf(s[i + 1], exp_scale, -shift0));
-        float p2 = ex2_approx(fmaf(s[i + 2], exp_scale, -shift1));
-        float p3 = ex2_approx(fmaf(s[i + 3], exp_scale, -shift1));
-        sum0 += p0 + p1;
-        sum1 += p2 + p3;
-        packed[i / 2] = pack_16x2<FP16>(p0, p1);
-        packed[i / 2 + 1] = pack_16x2<FP16>(p2, p3);
+    for (int from = 0; from < N / 2; from += N / 4) {
+        if (from && !upper) {
+#pragma unroll
+            for (int i = from; i < from + N / 4; i += 2)
+                packed[i / 2] = 0;
+            continue;
+        }
+#pragma unroll
+        for (int i = from; i < from + N / 4; i += 4) {
+            float p0 = ex2_approx(fmaf(s[i], exp_scale, -shift0));
+            float p1 = ex2_approx(fmaf(s[i + 1], exp_scale, -shift0));
+            float p2 = ex2_approx(fmaf(s[i + 2], exp_scale, -shift1));
+            float p3 = ex2_approx(fmaf(s[i + 3], exp_scale, -shift1));
+            sum0 += p0 + p1;
+            sum1 += p2 + p3;
+            packed[i / 2] = pack_16x2<FP16>(p0, p1);
+            packed[i / 2 + 1] = pack_16x2<FP16>(p2, p3);
+        }
     }
     const float most = (float)(1 << ATTN_PREFILL_SLACK);
-    if (!__all_sync(0xffffffff, sum0 <= most && sum1 <= most)) return false;
+    if (CHECKED && !__all_sync(0xffffffff, sum0 <= most && sum1 <= most)) return false;
     r.sum[0] += sum0;
     r.sum[1] += sum1;
     return true;

@@ -24,13 +24,18 @@ template <int DQK, int DV, int M, int N> struct mha_fwd_smem {
      * slower in the 152 registers of three warpgroups with 64 of them for O. */
     static constexpr bool STORES_LATE = CONSUMERS == 2 || DV < 128;
 
+    /* Out leaves through its rows' place in q, which is free only then (d 96 would spill 4 bytes). */
+    static constexpr bool STAGED = Q_STAGES == 2 && V_PANELS <= QK_PANELS && DV % 64 == 0;
+
     /* Panels of 64 columns, swizzled: [panel][row][128 bytes]. */
     uint8_t q[Q_STAGES][QK_PANELS * M * 128];
     uint8_t k[STAGES][QK_PANELS * N * 128];
     uint8_t v[STAGES][V_PANELS * N * 128];
 
-    key_interval bounds[M]; /* visible keys of each row; a warp writes and reads its own 16 */
+    /* What the scheduler tells of a tile. */
     row_tile tile[2];
+    row_steps steps[2][CONSUMERS];
+    key_interval bounds[2][M]; /* visible keys of each row */
     int drawn[2]; /* numbers of items, drawn by the first block of a cluster of two */
 
     /* full: 1 arrival and the bytes (gathered k and v: one a lane)
@@ -41,7 +46,7 @@ template <int DQK, int DV, int M, int N> struct mha_fwd_smem {
     uint64_t q_full[2], q_empty[2];
     uint64_t k_full[STAGES], k_empty[STAGES];
     uint64_t v_full[STAGES], v_empty[STAGES];
-    uint64_t tile_full[2], tile_empty[2];
+    uint64_t tile_full[2], steps_full[2], tile_empty[2];
     uint64_t drawn_full[2], drawn_empty[2];
     uint64_t ending;
 };
