@@ -24,7 +24,7 @@ c_program() {
         build/release/attn_check --op $op --isa sm90 || return 1
     done
 }
-kernels() { tests/unit_cuda/run.sh build/release; }
+kernels() { JOBS=6 tests/unit_cuda/run.sh build/release; }
 python_tests() {
     jobs=
     python -c 'import xdist' 2>/dev/null && jobs="-n ${JOBS:-8}"

@@ -52,7 +52,7 @@ static float dot32(const double *a, const double *b, int64_t n, float s)
 struct attention_expect attention_expect(enum attn_dtype dtype, enum attn_dtype out_dtype,
                                          int64_t rows, int64_t d_v)
 {
-    struct attention_expect e = {dtype, out_dtype, rows, d_v, NULL, NULL, 0, 0, 0};
+    struct attention_expect e = {dtype, out_dtype, rows, d_v, NULL, NULL, 0, 0};
     e.out = check_scratch((size_t)(rows * d_v) * sizeof *e.out);
     e.row = check_scratch((size_t)rows * sizeof *e.row);
     return e;
@@ -185,7 +185,7 @@ bool attention_matches(const struct attention_expect *e, int64_t at, const void 
 {
     static const double floors[ATTN_DTYPES] = {0x1p-20, 0x1p-9, 0x1p-11, 0x1p-9};
     const double *want = e->out + at * e->d_v;
-    double slack = e->row[at].slack + e->slack, lse_want = e->row[at].lse;
+    double slack = e->row[at].slack, lse_want = e->row[at].lse;
     bool vague = slack > 0.2;
     double lse_floor = e->dtype == ATTN_F32 ? 0x1p-19 * (1 + fabs(lse_want)) : 1.5e-4;
     double lse_limit = 2 * e->low_lse + lse_floor + slack + 0x1p-23 * fabs(lse_want);

@@ -22,7 +22,6 @@
  * 2^-19 (1 + |lse|) for fp32.  Infinities and NaNs match exactly, and so does a row of zeros that
  * has no visible key; a row that sees a score of NaN or +inf is NaN, its lse NaN or +inf.  Where fp16
  * rounds the probability of an infinite v to 0, plain gives NaN: that passes as well as infinity.
- * A caller whose softcap is coarser adds to the slack of all rows.
  */
 #ifndef ATTN_CHECK_ATTENTION_H
 #define ATTN_CHECK_ATTENTION_H
@@ -64,7 +63,6 @@ struct attention_expect {
         bool exact; /* nothing visible: zeros, bit for bit */
     } *row;
     double low, low_lse; /* of the case */
-    double slack;        /* of every row, beside its own */
 };
 
 struct attention_expect attention_expect(enum attn_dtype dtype, enum attn_dtype out_dtype,

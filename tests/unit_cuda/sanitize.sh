@@ -6,8 +6,7 @@
 #     DLPACK_INCLUDE=... tests/unit_cuda/sanitize.sh [BUILD_DIR]
 #   TOOLS  those to run
 #   JOBS   processes at once
-# None of them has anything to report but racecheck of mha_fwd, whose words of a tile (sm.tile) one lane hands
-# back.  Two things they want of a kernel, which PTX does not:
+# None of them should have anything to report.  Two things they want of a kernel, which PTX does not:
 # - racecheck takes an arrival on an mbarrier to be after what its own thread did, not after what __syncwarp
 #   put before it: all lanes arrive, unless only the tensor cores or the copy engine, which it does not see,
 #   used the memory.  It costs nothing.

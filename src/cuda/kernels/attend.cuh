@@ -94,14 +94,13 @@ ATTN_DEVICE void transform_scores(const attn_mha_fwd_params &p, float (&s)[N / 2
             float y = s[i] * p.score_scale;
             s[i] = fabsf(y) <= 0.4f ? tanh_small(y) : tanh_approx(y);
         }
-    } else if (p.score == ATTN_SCORE_CAPPED || p.score == ATTN_SCORE_BOUNDED) {
-#pragma unroll
-        for (int i = 0; i < N / 2; i++)
-            s[i] = tanh_approx(s[i] * p.score_scale);
     } else {
+        bool capped = p.score != ATTN_SCORE_SCALED; /* one loop: two of them spill in d64 */
 #pragma unroll
-        for (int i = 0; i < N / 2; i++)
+        for (int i = 0; i < N / 2; i++) {
             s[i] *= p.score_scale;
+            if (capped) s[i] = tanh_approx(s[i]);
+        }
     }
 }
 

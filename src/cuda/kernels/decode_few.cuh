@@ -135,8 +135,7 @@ ATTN_DEVICE void consume_few(const attn_decode_params &p, SMEM &sm, decode_walk 
             mbarrier_wait_parity(shared_address(&sm.k_full[ring.stage]), ring.parity);
             few_scores<FP16, DQK>(s, few_address<1>(shared_address(sm.q), 0),
                                   few_address<0>(shared_address(sm.k[ring.stage]), own));
-            __syncwarp();
-            if (lane == 0) mbarrier_arrive(shared_address(&sm.k_empty[ring.stage]));
+            mbarrier_arrive(shared_address(&sm.k_empty[ring.stage]));
             if (rarely(call.score != ATTN_SCORE_PLAIN)) transform_scores<FEW_KEYS>(call, s);
             if (n >= whole_end || n < whole_begin)
                 mask_scores<FEW_KEYS>(s, n * STEP + own + 2 * (lane % 4), sm.bounds[g],
@@ -147,8 +146,7 @@ ATTN_DEVICE void consume_few(const attn_decode_params &p, SMEM &sm, decode_walk 
             softmax_rescale<DV>(rows, o);
             mbarrier_wait_parity(shared_address(&sm.v_full[ring.stage]), ring.parity);
             few_outputs<FP16, DV>(o, packed, few_address<1>(shared_address(sm.v[ring.stage]), own));
-            __syncwarp();
-            if (lane == 0) mbarrier_arrive(shared_address(&sm.v_empty[ring.stage]));
+            mbarrier_arrive(shared_address(&sm.v_empty[ring.stage]));
             ring.next();
         }
 

@@ -39,7 +39,8 @@ template <int DQK, int DV> struct decode_smem {
     uint8_t k[STAGES][QK_PANELS * N * 128];
     uint8_t v[STAGES][V_PANELS * N * 128];
 
-    /* full: one a loading warp, and the bytes (gathered: one a lane); empty: one a consumer warp */
+    /* full: one a loading warp, and the bytes (gathered: one a lane); empty: one a consumer warp,
+     * or one each of its lanes where they read with ldmatrix (decode_few.cuh) */
     uint64_t k_full[STAGES], v_full[STAGES], k_empty[STAGES], v_empty[STAGES];
     decode_start_smem start;
     decode_walk walk;       /* the consumers' */
@@ -353,6 +354,7 @@ ATTN_DEVICE void mha_decode_body(const attn_decode_params &p, const attn_mha_fwd
     smem &sm = *(smem *)raw;
 
     int t = (int)threadIdx.x, warp = __shfl_sync(0xffffffff, t / 32, 0);
+    bool few = DQK == 64 && DV == 64 && p.slot_rows <= FEW_ROWS; /* a step has fewest bytes */
     if (t % 32 == 0) {
         if (warp == 4) {
             prefetch_tensormap(&maps.k);
@@ -361,7 +363,7 @@ ATTN_DEVICE void mha_decode_body(const attn_decode_params &p, const attn_mha_fwd
 #pragma unroll 1
         for (int i = warp; i < 4 * smem::STAGES; i += (int)blockDim.x / 32) /* in smem's order */
             mbarrier_init(shared_address(&sm.k_full[i]),
-                          i >= 2 * smem::STAGES ? 4 : p.call.gather ? 64 : 2);
+                          i >= 2 * smem::STAGES ? (few ? 128 : 4) : p.call.gather ? 64 : 2);
         fence_mbarrier_init();
     }
     wait_for_previous_kernel(); /* kv_append, when p.after_append */
@@ -375,7 +377,6 @@ ATTN_DEVICE void mha_decode_body(const attn_decode_params &p, const attn_mha_fwd
     int group = warp / 4;
     int groups = (int)blockDim.x / 128 - 1; /* consumers */
     bool loads = group == groups;
-    bool few = DQK == 64 && DV == 64 && p.slot_rows <= FEW_ROWS; /* a step has fewest bytes */
     if (loads) {
         if (smem::GROUPS == 2) setmaxnreg_dec<smem::LOADER_REGISTERS>();
         key_side<DQK, DV> side = choose_side<DQK, DV>(p.call, maps, sm, warp % 4 >= 2);
