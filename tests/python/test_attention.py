@@ -192,6 +192,16 @@ def test_partials_combine_to_the_result(splits):
         assert got[3].shape == got[2].shape[:-1]
 
 
+@pytest.mark.parametrize("splits", [1, 7, 100])
+def test_nan_of_one_split_reaches_the_result(device, splits):
+    """One key of one head is NaN: whichever split has it, so are that head's out and lse, and no other's."""
+    q, k, v = (torch.randn(1, s, 2, 64, device=device).bfloat16() for s in (1, 295, 295))
+    k[0, 65, 1, 0] = float("nan")
+    out, lse = fa.flash_attn_func(q, k, v, num_splits=splits, return_attn_probs=True)
+    assert torch.isnan(out[0, 0, 1]).all() and torch.isnan(lse[0, 1]).all()
+    assert torch.isfinite(out[0, 0, 0]).all() and torch.isfinite(lse[0, 0]).all()
+
+
 def test_out_is_written_and_returned():
     q, k, v = (torch.randn(2, s, 2, 64).bfloat16() for s in (5, 9, 9))
     want = fa.flash_attn_func(q, k, v)

@@ -50,6 +50,7 @@ template <int COUNT> ATTN_DEVICE void merge(merged &m, const merged (&part)[COUN
             keep = 1.0f;
         }
     }
+    if (isnan(m.sum)) m.top = m.sum; /* or a later merge would take it for one without keys */
 }
 
 /* A row of item (b, h_kv, tile). */
