@@ -10,7 +10,7 @@ from ._eager import score_scale, window_sides
 
 def unpack_qkv(qkv, num_heads_q):
     """q, k, v as views of (b, s, 3, h, d) or of (b, s, h_q + 2 h_k, d)."""
-    if not isinstance(qkv, torch.Tensor):
+    if not hasattr(qkv, "dim"):
         raise DtypeError(f"qkv: expected a tensor, got {type(qkv).__name__}")
     if qkv.dim() == 5:
         assert qkv.shape[2] == 3, f"qkv: expected (b, s, 3, h, d), got {tuple(qkv.shape)}"
