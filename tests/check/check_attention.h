@@ -20,8 +20,7 @@
  *
  * lse passes within 2 |plain lse - lse| + floor + slack, with floor 1.5e-4 for 16 and 8 bits and
  * 2^-19 (1 + |lse|) for fp32.  Infinities and NaNs match exactly, and so does a row of zeros that
- * has no visible key; a row that sees a score of NaN or +inf is NaN, its lse NaN or +inf.  Where fp16
- * rounds the probability of an infinite v to 0, plain gives NaN: that passes as well as infinity.
+ * has no visible key; a row that sees a score of NaN or +inf is NaN, its lse NaN or +inf.
  */
 #ifndef ATTN_CHECK_ATTENTION_H
 #define ATTN_CHECK_ATTENTION_H
@@ -59,7 +58,6 @@ struct attention_expect {
     double *out; /* [rows][d_v] */
     struct {
         double lse, magnitude, slack, largest;
-        bool faint; /* an infinite v whose weight fp16 may round to 0: NaN is right too */
         bool exact; /* nothing visible: zeros, bit for bit */
     } *row;
     double low, low_lse; /* of the case */
