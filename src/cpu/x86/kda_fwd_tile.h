@@ -120,77 +120,6 @@ VEC_INLINE __m512i kda_join(vec low, vec high) { return (__m512i)_mm512_cvtne2ps
 
 /* ---- prepare --------------------------------------------------------------------------------- */
 
-/* 2^x to 8e-5, by a cubic around the nearest integer. */
-VEC_INLINE vec kda_exp2(vec x)
-{
-    vec f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    vec p = vec_fma(vec_set1(0x1.cacccap-5f), f, vec_set1(0x1.f0ed38p-3f));
-    p = vec_fma(p, f, vec_set1(0x1.62deb4p-1f));
-    p = vec_fma(p, f, vec_set1(0x1.fff61ap-1f));
-    return _mm512_scalef_ps(p, vec_sub(x, f));
-}
-
-/* 2^x, exact at 0; beside it its logarithm errs by 2e-5 of itself. */
-VEC_INLINE vec kda_exp2_fine(vec x)
-{
-    vec f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    vec p = vec_fma(vec_set1(0x1.3d1088p-7f), f, vec_set1(0x1.c96d78p-5f));
-    p = vec_fma(p, f, vec_set1(0x1.ebf958p-3f));
-    p = vec_fma(p, f, vec_set1(0x1.62e2d2p-1f));
-    p = vec_fma(p, f, vec_set1(1.0f));
-    return _mm512_scalef_ps(p, vec_sub(x, f));
-}
-
-/* kda_norms by products of pairs. */
-static void kda_tile_norms(const char *x, int64_t row, int32_t rows, int32_t d, float *to)
-{
-    for (int32_t r0 = 0; r0 < KDA_CHUNK; r0 += 16) {
-        vec sums[16];
-        for (int32_t i = 0; i < 16; ++i) {
-            sums[i] = vec_zero();
-            for (int32_t c = 0; r0 + i < rows && c < d; c += 32) {
-                __m512bh y = (__m512bh)_mm512_loadu_si512(x + (r0 + i) * row + 2 * c);
-                sums[i] = _mm512_dpbf16_ps(sums[i], y, y);
-            }
-        }
-        vec root = vec_sqrt(vec_add(vec_sums(sums), vec_set1(KDA_EPSILON)));
-        vec_store(to + r0, vec_div(vec_set1(1.0f), root));
-    }
-    for (int32_t i = rows; i < KDA_CHUNK; ++i) to[i] = 0;
-}
-
-/* kda_gates for operands of bf16.  The logarithm of a decay errs by up to 2e-4 of itself, 14 bits of
- * reciprocal and all: what decays by e^-x in all errs by 2e-4 x e^-x, at most 7e-5. */
-static void kda_tile_gates(const struct attn_kda_tokens *x, struct kda_gates *g)
-{
-    float bias[KDA_WIDTH] __attribute__((aligned(64)));
-    kda_tile_norms(x->q, x->q_row, x->rows, x->d, g->q);
-    kda_tile_norms(x->k, x->k_row, x->rows, x->d, g->k);
-    kda_betas(ATTN_BF16, x, g->b);
-    for (int32_t c = 0; c < x->d; ++c) bias[kda_place(ATTN_BF16, c)] = x->bias ? x->bias[c] : 0;
-    vec slope = vec_set1(x->slope * -KDA_LOG2_E), bound = vec_set1(x->lower_bound * KDA_LOG2_E);
-    for (int32_t i = 0; i < x->rows; ++i) {
-        const char *row = x->g + i * x->g_row;
-        if (i < x->ahead) kda_fetch(row + x->g_ahead, 2 * x->d);
-        for (int32_t c = 0; c < x->d; c += 32) {
-            vec u[2];
-            vec_load_pair(ATTN_BF16, row + 2 * c, &u[0], &u[1]);
-            VEC_UNROLL
-            for (int j = 0; j < 2; ++j) {
-                vec y;
-                if (x->gate_activated) {
-                    y = vec_mul(u[j], vec_set1(KDA_LOG2_E));
-                } else {
-                    y = vec_mul(slope, vec_add(u[j], vec_load(bias + c + 16 * j)));
-                    y = vec_mul(bound, _mm512_rcp14_ps(vec_add(kda_exp2(y), vec_set1(1.0f))));
-                }
-                vec_store(&g->decay[i][c + 16 * j], kda_exp2_fine(y));
-            }
-        }
-    }
-    g->apart = x->gate_activated && !kda_within(g, x->rows, x->d);
-}
-
 /* 32 channels of a chunk, even and odd: k and q normalised, zeros past the last token. */
 struct kda_columns {
     vec k[KDA_CHUNK][2], q[KDA_CHUNK][2];
@@ -371,7 +300,7 @@ static void kda_prepare(const struct attn_kda_tokens *x, char *record, char *scr
     struct kda_columns columns;
     *to.fine = x->rows % KDA_ROW_TILE;
     if (!*to.fine) {
-        kda_tile_gates(x, &s->g);
+        kda_gates(ATTN_BF16, x, &s->g);
         *to.fine = s->g.apart;
     }
     if (*to.fine) {
