@@ -136,8 +136,29 @@ def test_what_is_written_is_what_decode_reads(device, d):
         (lambda c: kv.read_k_cache(c[..., :600], torch.zeros(2).int()), RuntimeError, "cache"),
         (lambda c: kv.read_k_cache(torch.zeros(2, 64, 1, 656), None), RuntimeError, "cache"),
         (lambda c: kv.dequantize_k_cache(c[0]), RuntimeError, "cache: expected 4"),
+        (lambda c: kv.empty_k_cache(2, 64, [576]), TypeError, "d: expected an int, got list"),
+        (lambda c: kv.empty_k_cache(2**62, 64, 576), ValueError, "num_pages, page: expected below 2"),
+        (lambda c: kv.quantize_k_cache(torch.zeros(2, 64, 1, 500)), ValueError, "^k_cache: expected rows"),
+        (
+            lambda c: kv.quantize_k_cache(torch.zeros(2, 64, 1, 576).int()),
+            TypeError,
+            "^k_cache: expected d",
+        ),
+        (lambda c: kv.read_k_cache(None), TypeError, "^cache: expected a tensor, got NoneType"),
+        (lambda c: kv.read_k_cache(c, 3), TypeError, "^slots: expected a tensor, got int"),
+        (
+            lambda c: kv.read_k_cache(c, torch.zeros(2, device="meta")),
+            ValueError,
+            "slots: expected on c",
+        ),
     ],
 )
 def test_rejections(call, error, words):
     with pytest.raises(error, match=words):
         call(kv.empty_k_cache(2, 64, 576))
+
+
+@pytest.mark.parametrize("d", [576, 512])
+def test_a_cache_without_pages(d):
+    assert kv.dequantize_k_cache(kv.empty_k_cache(0, 64, d)).shape == (0, 64, 1, d)
+    assert kv.quantize_k_cache(torch.zeros(0, 64, 1, d)).shape == kv.empty_k_cache(0, 64, d).shape

@@ -210,7 +210,7 @@ def paged(**change):
                 float("inf"),
                 0.1,
             ),
-            "cur_pos: expected an integer, got inf",
+            "cur_pos: expected an int, got float",
         ),
         (
             lambda: interface_fused.flash_mla_prefill_fused(

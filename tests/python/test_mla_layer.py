@@ -150,7 +150,7 @@ def test_pages_are_given_as_needed_and_come_back():
     assert store.bytes_per_token == 2 * 8 * 2
 
 
-@pytest.mark.parametrize("tokens", [{"a": 25}, {"a": 13, "b": 13}, {"a": 0}, {"a": -1}])
+@pytest.mark.parametrize("tokens", [{"a": 25}, {"a": 13, "b": 13}, {"a": 0}, {"a": -1}, {}])
 def test_a_step_that_does_not_fit_changes_nothing(tokens):
     store = layer.PagedLatentCache(1, 6, 4, 8)
     with pytest.raises(ArgumentError, match="tokens: expected"):

@@ -72,6 +72,27 @@ def test_no_key_at_all(device):
     assert (out == 0).all() and torch.isneginf(lse).all()
 
 
+def test_no_key_at_all_is_checked_like_any_call():
+    q, k, v, cu_q, cu_k = case(generator(1), [3, 2], [0, 0], 4, 2, 192, 128)
+    with pytest.raises(RuntimeError, match="v: expected"):
+        flash_mla.flash_attn_varlen_func(q, k, v.new_ones(7, 2, 128), cu_q, cu_k, 3, 0)
+    with pytest.raises(RuntimeError, match="cu_seqlens_kv: expected"):
+        flash_mla.flash_attn_varlen_func(q, k, v, cu_q, cu_q, 3, 3)
+
+
+def test_the_lse_is_fp32_whatever_the_default():
+    torch.set_default_dtype(torch.float64)
+    try:
+        for lens_k in ([0, 0], [4, 4]):
+            q, k, v, *cu = (
+                x.bfloat16() if x.is_floating_point() else x
+                for x in case(generator(1), [3, 2], lens_k, 4, 2, 192, 128)
+            )
+            assert flash_mla.flash_attn_varlen_func(q, k, v, *cu, 3, 4)[1].dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize(("d", "d_v"), WIDTHS)
 def test_packed_forms_are_views_of_the_same(device, d, d_v):
     gen = generator(d)
@@ -192,8 +213,8 @@ def make(d=128, d_v=128, h=4, h_k=4, dtype=torch.bfloat16):
         ({"q": make()["q"].repeat(1, 1, 2)[..., ::2]}, RuntimeError, "q: expected last stride 1"),
         ({"cu_seqlens_qo": make()["cu_seqlens_qo"].long()}, RuntimeError, "cu_seqlens_q"),
         ({"cu_seqlens_kv": make()["cu_seqlens_kv"][:2]}, RuntimeError, "cu_seqlens_k"),
-        ({"max_seqlen_qo": None}, TypeError, "max_seqlen_qo: expected an integer, got None"),
-        ({"max_seqlen_kv": "x"}, RuntimeError, "max_seqlen_kv: expected an integer, got 'x'"),
+        ({"max_seqlen_qo": None}, TypeError, "max_seqlen_qo: expected an int, got NoneType"),
+        ({"max_seqlen_kv": "x"}, RuntimeError, "max_seqlen_kv: expected an int, got str"),
         ({"cu_seqlens_kv": None}, TypeError, "cu_seqlens_kv: expected a tensor"),
         ({"cu_seqlens_qo": torch.tensor([0, 99, 12]).int()}, RuntimeError, "cu_seqlens_q"),
         (
@@ -209,7 +230,7 @@ def test_rejections(change, error, words):
 
 
 @pytest.mark.parametrize("name", ["kv", "qkv"])
-@pytest.mark.parametrize("d", [0, -1, 500])
+@pytest.mark.parametrize("d", [0, -1, 500, 64, 128.0, None, "128"])
 def test_a_width_that_does_not_fit_the_packed_axis(name, d):
     x, cu = torch.zeros(8, 4, 384 if name == "qkv" else 256).bfloat16(), offsets([8])
     with pytest.raises(RuntimeError, match="head_dim_qk"):
@@ -225,6 +246,8 @@ def test_what_is_no_packed_tensor_is_named():
         flash_mla.flash_attn_varlen_qkvpacked_func(None, cu, 3, 192)
     with pytest.raises(RuntimeError, match="kv: expected 3 dimensions"):
         flash_mla.flash_attn_varlen_kvpacked_func(torch.ones(5, 4, 192), torch.ones(()), cu, cu, 3, 3, 192)
+    with pytest.raises(TypeError, match="qkv: expected dtype torch.bfloat16, got torch.float32"):
+        flash_mla.flash_attn_varlen_qkvpacked_func(torch.ones(5, 4, 512), cu, 3, 192)
 
 
 def test_errors_have_the_names_of_this_function():

@@ -4,6 +4,8 @@
 Shapes, dtypes and values are checked by libattn; here only what it does not see.
 """
 
+import re
+
 import libattn
 import torch
 from libattn import DeviceError, DtypeError, NotBuiltError, ShapeError, mla, musa
@@ -37,21 +39,22 @@ def on_musa(q, name="q"):
     return device == "musa"
 
 
-def check_rank(name, x, rank, device=None):
-    """A tensor of that many dimensions, and on q's device where that is given."""
+def check_rank(name, x, rank, device=None, whose="q"):
+    """A tensor of that many dimensions, and on q's (or another argument's) device where that is given."""
     if not isinstance(x, _Tensor):
         raise DtypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     if x.dim() != rank:
         raise ShapeError(f"{name}: expected {rank} dimensions, got shape {tuple(x.shape)}")
     if device is not None and x.device != device:
-        raise DeviceError(f"{name}: expected on q's device {device}, got {x.device}")
+        raise DeviceError(f"{name}: expected on {whose}'s device {device}, got {x.device}")
 
 
 def three_axes(name, indices):
     """Indices (b, s_q, topk), also given as MATE's (b, s_q, 1, topk)."""
-    if not isinstance(indices, _Tensor):
-        raise DtypeError(f"{name}: expected a tensor, got {type(indices).__name__}")
-    return indices.squeeze(2) if indices.dim() == 4 and indices.shape[2] == 1 else indices
+    if isinstance(indices, _Tensor) and indices.dim() == 4 and indices.shape[2] == 1:
+        indices = indices.squeeze(2)
+    check_rank(name, indices, 3)
+    return indices
 
 
 def default_scale(q):
@@ -67,6 +70,15 @@ def plain(x):
         if x.is_neg():
             x = x.resolve_neg()
     return x
+
+
+PREFILL_NAMES = {"softmax_scale": "sm_scale", "head_dim_v": "d_v"}  # of what libattn calls otherwise
+
+
+def renamed(error, names):
+    """An error of libattn with the caller's names in place of libattn's."""
+    pattern = rf"\b({'|'.join(names)})\b"
+    return type(error)(re.sub(pattern, lambda name: names[name[0]], str(error)))
 
 
 def written(out):
@@ -189,16 +201,19 @@ def sparse_decode(
 
 
 def sparse_fwd(q, kv, indices, sm_scale, d_v, attn_sink, topk_length, out):
-    result = mla.mla_sparse_fwd(
-        plain(q),
-        plain(kv),
-        indices,
-        sm_scale,
-        d_v=d_v,
-        attn_sink=plain(attn_sink),
-        topk_length=topk_length,
-        out=out,
-    )
+    try:
+        result = mla.mla_sparse_fwd(
+            plain(q),
+            plain(kv),
+            indices,
+            sm_scale,
+            d_v=d_v,
+            attn_sink=plain(attn_sink),
+            topk_length=topk_length,
+            out=out,
+        )
+    except (RuntimeError, TypeError) as error:
+        raise renamed(error, PREFILL_NAMES) from None
     written(out)
     return result
 

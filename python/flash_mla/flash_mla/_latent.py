@@ -10,7 +10,7 @@ import torch
 from libattn import ArgumentError, ShapeError
 
 from . import _eager
-from ._mha import number
+from ._schedule import whole
 from .flash_mla_interface import FlashMLASchedMeta, flash_mla_with_kvcache
 
 GPU_WIDTH = 256  # of the widest keys that mha_fwd has on a GPU
@@ -77,7 +77,7 @@ def decode_fused(q_abs, kv_cache, q_rope, k_rope, cos, sin, cur_pos, sm_scale):
         _eager.check_rank(name, x, 3)
     for name, x in (("cos", cos), ("sin", sin)):
         _eager.check_rank(name, x, 2)
-    row = number("cur_pos", cur_pos)
+    row = whole("cur_pos", cur_pos)
     rows = min(len(cos), len(sin))
     if not 0 <= row < rows:
         raise ArgumentError(f"cur_pos: expected a row of the {rows} in cos and sin, got {row}")

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Dense multi-head attention of packed sequences, widths 192/128 and 128/128 in bf16: MLA's prefill."""
 
-import re
-
 import torch
-from libattn import ArgumentError, DtypeError, NotBuiltError, ShapeError, mha
+from libattn import DtypeError, NotBuiltError, ShapeError, mha
 
 from . import _eager
+from ._schedule import at_least, whole
 
 WIDTHS = (192, 128), (128, 128)
 OWN_NAMES = {  # of what libattn calls otherwise
@@ -15,15 +14,6 @@ OWN_NAMES = {  # of what libattn calls otherwise
     "max_seqlen_q": "max_seqlen_qo",
     "max_seqlen_k": "max_seqlen_kv",
 }
-OWN_NAME = re.compile(rf"\b({'|'.join(OWN_NAMES)})\b")
-
-
-def number(name, value):
-    """value as an int: an int, or a 0-dim integer tensor."""
-    try:
-        return int(value)
-    except (TypeError, ValueError, OverflowError):
-        raise DtypeError(f"{name}: expected an integer, got {value!r}") from None
 
 
 def evenly(cu_seqlens, total, name):
@@ -52,17 +42,16 @@ def forward(q, k, v, cu_qo, cu_kv, max_qo, max_kv, softmax_scale, causal, is_var
         cu_qo, cu_kv = evenly(cu_qo, len(q), "cu_seqlens_qo"), evenly(cu_kv, len(k), "cu_seqlens_kv")
         batch = cu_qo.shape[0] - 1
         max_qo, max_kv = len(q) // batch, len(k) // (cu_kv.shape[0] - 1)
-    if k.shape[0] == 0:  # an lse of -inf, as of any sequence without keys
-        out = q.new_zeros(*q.shape[:2], v.shape[-1])
-        return out, torch.full(q.shape[1::-1], -torch.inf, device=q.device).T
-    lengths = cu_qo, cu_kv, number("max_seqlen_qo", max_qo), number("max_seqlen_kv", max_kv)
+    lengths = cu_qo, cu_kv, whole("max_seqlen_qo", max_qo), whole("max_seqlen_kv", max_kv)
     tensors = (_eager.plain(x) for x in (q, k, v))
     try:
         out, lse, _, _ = mha.attend(
             *tensors, softmax_scale, causal, -1, -1, 0.0, 0, 1, None, True, features=lengths
         )
     except (RuntimeError, TypeError) as error:
-        raise type(error)(OWN_NAME.sub(lambda name: OWN_NAMES[name[0]], str(error))) from None
+        raise _eager.renamed(error, OWN_NAMES) from None
+    if k.shape[0] == 0:  # FlashAttention-3's +inf of a call without keys; here it is as any empty row
+        lse.fill_(-torch.inf)
     return out, lse.T
 
 
@@ -99,13 +88,19 @@ def attend(q, k, v, cu_qo, cu_kv, max_qo, max_kv, dropout_p, softmax_scale, caus
     return forward(*arguments)
 
 
-def unpack(name, x, *widths):
-    """Views of the last axis: of these widths, and of what is left."""
+def unpack(name, x, times, head_dim_qk):
+    """Views of the last axis: `times` of width head_dim_qk, then v, which is what is left."""
     _eager.check_rank(name, x, 3)
-    widths = [*widths, x.shape[-1] - sum(widths)]
-    if min(widths) < 1:
-        raise ArgumentError(f"head_dim_qk: expected the width of q and k in {name}'s {x.shape[-1]} values")
-    return x.split(widths, dim=-1)
+    d = at_least(1, "head_dim_qk", head_dim_qk)
+    d_v = x.shape[-1] - times * d
+    if (d, d_v) not in WIDTHS:
+        raise ShapeError(
+            f"{name}, head_dim_qk: expected widths 192 and 128, or 128 and 128, of q or k and v, got {d} and "
+            f"{d_v} in {x.shape[-1]} values"
+        )
+    if x.dtype != torch.bfloat16:
+        raise DtypeError(f"{name}: expected dtype torch.bfloat16, got {x.dtype}")
+    return x.split([*(d,) * times, d_v], dim=-1)
 
 
 def flash_attn_varlen_func(
@@ -159,7 +154,7 @@ def flash_attn_varlen_qkvpacked_func(
     is_varlen=True,
 ):
     """flash_attn_varlen_func of qkv (t, h, d + d + d_v), whose last axis is q, k, v; d is head_dim_qk."""
-    q, k, v = unpack("qkv", qkv, head_dim_qk, head_dim_qk)
+    q, k, v = unpack("qkv", qkv, 2, head_dim_qk)
     return attend(
         q,
         k,
@@ -191,7 +186,7 @@ def flash_attn_varlen_kvpacked_func(
     is_varlen=True,
 ):
     """flash_attn_varlen_func of kv (t_k, h_k, d + d_v), whose last axis is k, v; d is head_dim_qk."""
-    k, v = unpack("kv", kv, head_dim_qk)
+    k, v = unpack("kv", kv, 1, head_dim_qk)
     return attend(
         q,
         k,

@@ -154,12 +154,17 @@ def first_release(args, kwargs):
         return None
 
 
-def at_least(least, name, n):
-    """n as an int of `least` or more."""
+def whole(name, n):
+    """n as an int: an int, or an integer tensor of one element."""
     try:
-        n = operator.index(n)
+        return operator.index(n)
     except TypeError:
         raise DtypeError(f"{name}: expected an int, got {type(n).__name__}") from None
+
+
+def at_least(least, name, n):
+    """n as an int of `least` or more."""
+    n = whole(name, n)
     if n < least:
         raise ArgumentError(f"{name}: expected {least} or more, got {n}")
     return n

@@ -10,18 +10,23 @@ import torch
 from libattn import ArgumentError, ShapeError, mla
 
 from . import _eager
-from ._schedule import at_least
+from ._schedule import at_least, whole
 
 BYTES = {576: 656, 512: 584}
 
 
 def empty_k_cache(num_pages, page, d, device=None):
     """A zeroed FP8 cache for rows of d values, 576 (V32) or 512 (MODEL1)."""
+    d = whole("d", d)
     if d not in BYTES:
         raise ArgumentError(f"d: expected 576 or 512, got {d}")
     num_pages, page = at_least(0, "num_pages", num_pages), at_least(0, "page", page)
     row = BYTES[d]
     stride = page * row if d == 576 else -(-page * row // 576) * 576
+    if num_pages * stride >= 2**63:
+        raise ArgumentError(
+            f"num_pages, page: expected below 2^63 bytes, got {num_pages} pages of {page} tokens"
+        )
     memory = torch.zeros(num_pages * stride, dtype=torch.uint8, device=device)
     return memory.as_strided((num_pages, page, 1, row), (stride, row, row, 1)).view(torch.float8_e4m3fn)
 
@@ -34,15 +39,21 @@ def quantize_k_cache(k_cache):
     pages, page, one, d = k_cache.shape
     if one != 1:
         raise ShapeError(f"k_cache: expected one KV head, got {one}")
+    if d not in BYTES:
+        raise ShapeError(f"k_cache: expected rows of 576 or 512 values, got {d}")
     cache = empty_k_cache(pages, page, d, k_cache.device)
-    return write_k_cache(k_cache.reshape(pages * page, d), cache)
+    try:
+        return write_k_cache(k_cache.reshape(pages * page, d), cache)
+    except (RuntimeError, TypeError) as error:
+        raise _eager.renamed(error, {"kv": "k_cache"}) from None
 
 
 def dequantize_k_cache(cache):
     """An FP8 cache -> (pages, page, 1, d) bf16, the values that sparse decode computes with."""
     _eager.check_rank("cache", cache, 4)
     pages, page = cache.shape[:2]
-    return read_k_cache(cache).view(pages, page, 1, -1)
+    rows = read_k_cache(cache)
+    return rows.view(pages, page, 1, rows.shape[-1])
 
 
 def write_k_cache(kv, cache, slots=None):
@@ -58,4 +69,7 @@ def write_k_cache(kv, cache, slots=None):
 
 def read_k_cache(cache, slots=None):
     """Rows (t, d) bf16 of an FP8 cache: token slots[i], zeros outside the cache; None: all of it."""
+    _eager.check_rank("cache", cache, 4)
+    if slots is not None:
+        _eager.check_rank("slots", slots, 1, cache.device, "cache")
     return mla.mla_cache_dequantize(cache, slots)

@@ -169,6 +169,8 @@ def flash_mla_with_kvcache(
     _eager.check_rank("k_cache", k_cache, 4, q.device)
     if sparse:
         indices = _eager.three_axes("indices", indices)
+        if extra_k_cache is not None:
+            _eager.check_rank("extra_k_cache", extra_k_cache, 4, q.device)
         if extra_indices_in_kvcache is not None:
             extra_indices_in_kvcache = _eager.three_axes("extra_indices_in_kvcache", extra_indices_in_kvcache)
     given, made = (meta, num_splits), FlashMLASchedMeta.made

@@ -184,7 +184,7 @@ class PagedLatentCache:
 
     def step(self, tokens):
         """Makes room for tokens {sequence: number of new tokens} and says where they go: a Step."""
-        if any(n < 1 for n in tokens.values()):
+        if not tokens or any(n < 1 for n in tokens.values()):
             raise ArgumentError(f"tokens: expected one or more of each sequence, got {tokens}")
         want = {
             s: -(-(self.lengths.get(s, 0) + n) // self.page) - len(self.pages.get(s, []))
