@@ -353,8 +353,8 @@ def test_prefill_of_no_query(device):
     for wrong, name in (
         ({"topk_length": torch.zeros(1, dtype=torch.int32, device=device)}, "topk_length"),
         ({"attn_sink": torch.zeros(3, device=device)}, "attn_sink"),
-        ({"d_v": 128}, "head_dim_v"),
-        ({"sm_scale": math.inf}, "softmax_scale"),
+        ({"d_v": 128}, "d_v"),
+        ({"sm_scale": math.inf}, "sm_scale"),
         ({"out": torch.empty(1, 8, 512, dtype=torch.bfloat16, device=device)}, "out"),
     ):
         with pytest.raises(ValueError, match=f"^{name}: "):
