@@ -132,6 +132,45 @@ def test_cache_seqlens_none():
     assert got.numel() == 4 * 3 + 1
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_heads_q": 3},
+        {"num_heads_q": "4"},
+        {"num_heads_kv": 0},
+        {"num_splits": 1.5},
+        {"num_splits": None},
+        {"headdim_v": 64.0},
+        {"page_size": "16"},
+        {"max_seqlen_k_new": 0.5},
+        {"sm_margin": [1]},
+        {"qkv_dtype": torch.float64},
+        {"qkv_dtype": "bf16"},
+        {"cache_seqlens": int32(5, 9).long()},
+        {"cache_seqlens": int32(5, 9, 3)},
+        {"cu_seqlens_q": int32(0, 5)},
+        {"cu_seqlens_k_new": [0, 5, 9]},
+        {"cache_leftpad": int32(0, 5).float()},
+    ],
+    ids=str,
+)
+def test_what_later_calls_would_refuse_is_refused(change):
+    call = {
+        "batch_size": 2,
+        "max_seqlen_q": 4,
+        "max_seqlen_k": 100,
+        "num_heads_q": 4,
+        "num_heads_kv": 2,
+        "headdim": 64,
+        "cache_seqlens": int32(5, 9),
+    }
+    metadata(**call)
+    with pytest.raises(
+        RuntimeError, match=rf"\b{next(iter(change))}\b.*expected|expected.*{next(iter(change))}"
+    ):
+        metadata(**call | change)
+
+
 def test_the_op():
     got = torch.ops.flash_attn_3.get_scheduler_metadata(
         2, 4, 100, 4, 2, 64, 64, torch.bfloat16, int32(5, 9), is_causal=True

@@ -344,9 +344,9 @@ def test_the_plain_cache_call_has_its_names_too(device):
         a.cache(cache_seqlens=a.i(5, 5), k_cache=a.t(2, 20, 2, 64).double())
 
 
-@pytest.mark.parametrize("window", [5, (1, 2, 3), "ab", ()])
-def test_a_window_that_is_no_pair(window, device):
-    with pytest.raises((ValueError, RuntimeError), match="window_size|invalid literal"):
+@pytest.mark.parametrize("window", [5, (1, 2, 3), "ab", (), (1.5, 0), (0, float("nan")), ("1", 2)])
+def test_a_window_that_is_no_pair_of_integers(window, device):
+    with pytest.raises(RuntimeError, match="^window_size"):
         Args(device).func(window_size=window)
 
 
@@ -366,7 +366,27 @@ def test_what_is_no_tensor_is_named(device):
         fa.flash_attn_combine(partial, lse, 3)
 
 
-@pytest.mark.parametrize("longest", [float("inf"), float("nan"), "five", [5]])
+@pytest.mark.parametrize("longest", [float("inf"), float("nan"), "five", [5], "7", 7.5])
 def test_a_longest_length_that_is_no_integer_is_named(longest, device):
-    with pytest.raises(TypeError, match="max_seqlen_q: expected an integer, got"):
-        Args(device).varlen(m_q=longest)
+    a = Args(device)
+    cu = {"cu_seqlens_q": a.i(0, 5, 12), "cu_seqlens_k": a.i(0, 5, 12), "max_seqlen_k": 7}
+    q, k = a.make((12, 4, 64), (12, 2, 64))
+    for call in (
+        lambda: a.varlen(m_q=longest),
+        lambda: a.varlen(q=q.clone().requires_grad_(), m_q=longest),
+        lambda: fa._flash_attn_forward(q, k, k, **cu, max_seqlen_q=longest),
+    ):
+        with pytest.raises(TypeError, match="max_seqlen_q: expected an integer, got"):
+            call()
+
+
+@pytest.mark.parametrize("positions", [-1, 2**31, 2**70])
+def test_a_cache_length_beyond_32_bits_is_named(positions, device):
+    with pytest.raises(ValueError, match="^cache_seqlens: expected in"):
+        Args(device).cache(cache_seqlens=positions)
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float64, torch.int32, 0, "float"])
+def test_an_out_dtype_that_combine_cannot_write_is_named(out_dtype):
+    with pytest.raises(TypeError, match="^out_dtype: expected fp32, fp16, bf16 or None, got"):
+        fa.flash_attn_combine(torch.ones(3, 2, 5, 4, 32), torch.ones(3, 2, 5, 4), out_dtype=out_dtype)

@@ -154,6 +154,20 @@ def _scheduler_metadata(
     sm_margin=0,
 ):
     """get_scheduler_metadata, and its own fake."""
+    _eager.check_scheduled(
+        batch_size,
+        {"num_heads": num_heads, "num_heads_k": num_heads_k},
+        qkv_dtype,
+        {"headdim_v": headdim_v, "max_seqlen_k_new": max_seqlen_k_new, "sm_margin": sm_margin},
+        {
+            "seqused_k": (seqused_k, batch_size),
+            "cu_seqlens_q": (cu_seqlens_q, batch_size + 1),
+            "cu_seqlens_k": (cu_seqlens_k, batch_size + 1),
+            "cu_seqlens_k_new": (cu_seqlens_k_new, batch_size + 1),
+            "seqused_q": (seqused_q, batch_size),
+            "leftpad_k": (leftpad_k, batch_size),
+        },
+    )
     return _eager.scheduler_metadata(
         batch_size,
         max_seqlen_q,

@@ -6,6 +6,7 @@ checked by libattn.
 """
 
 import inspect
+import operator
 import re
 
 import libattn
@@ -18,6 +19,7 @@ from . import __version__
 
 LIBATTN = "0.1.0"
 SPLITS_MAX = 256
+QKV_DTYPES = torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float32
 
 if libattn.__version__ != LIBATTN:
     raise ImportError(
@@ -75,14 +77,17 @@ def written(*tensors):
             increment_version(x)
 
 
-def length(name, value):
-    """max_seqlen as an int: an int, a 0-dim integer tensor, or -1 for None."""
-    if value is None:
-        return -1
+def whole(name, value):
+    """value as an int: an int, or an integer tensor of one element; no fraction, no text."""
     try:
-        return int(value)
-    except (TypeError, ValueError, OverflowError):
+        return operator.index(value)
+    except TypeError:
         raise DtypeError(f"{name}: expected an integer, got {value!r}") from None
+
+
+def length(name, value):
+    """max_seqlen as an int, -1 for None."""
+    return -1 if value is None else whole(name, value)
 
 
 def window_sides(window_size):
@@ -94,9 +99,9 @@ def window_sides(window_size):
     except (TypeError, ValueError):
         raise ArgumentError(f"window_size: expected (left, right) or None, got {window_size!r}") from None
     if type(left) is not int:
-        left = -1 if left is None else int(left)
+        left = -1 if left is None else whole("window_size[0]", left)
     if type(right) is not int:
-        right = -1 if right is None else int(right)
+        right = -1 if right is None else whole("window_size[1]", right)
     return left, right
 
 
@@ -331,6 +336,12 @@ def gradients(backward, dout, saved, without, options):
     return grads
 
 
+def check_out_dtype(out_dtype):
+    """Refuses what flash_attn_combine cannot write."""
+    if out_dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
+        raise DtypeError(f"out_dtype: expected fp32, fp16, bf16 or None, got {out_dtype!r}")
+
+
 def check_given(out, out_dtype):
     """Refuses an output for flash_attn_combine that is not of out_dtype, by default fp32."""
     if not isinstance(out, torch.Tensor):
@@ -343,6 +354,7 @@ def check_given(out, out_dtype):
 
 def combine(out_partial, lse_partial, out=None, out_dtype=None):
     """flash_attn_3::fwd_combine: out [b, s, h, d_v] and lse [b, s, h], a view of [b, h, s]."""
+    check_out_dtype(out_dtype)
     if forward_ad._current_level >= 0:
         refuse_tangents(out_partial, lse_partial)
     if out_partial.dim() != 5:
@@ -359,6 +371,31 @@ def combine(out_partial, lse_partial, out=None, out_dtype=None):
     return out, lse
 
 
+def check_scheduled(batch_size, heads, qkv_dtype, sizes, index):
+    """What get_scheduler_metadata is told of later calls, and its result does not depend on.
+
+    heads: {name: h_q, name: h_k}.  sizes: {name: an int or None}.  index: {name: (tensor or None, its
+    entries)}.
+    """
+    for name, value in ({"batch_size": batch_size} | heads | sizes).items():
+        if value is not None:
+            whole(name, value)
+    (name, h_q), (name_k, h_k) = heads.items()
+    if h_k < 1 or h_q % h_k:
+        raise ArgumentError(f"{name}: expected a multiple of {name_k} {h_k}, got {h_q}")
+    if qkv_dtype not in QKV_DTYPES:
+        raise DtypeError(f"qkv_dtype: expected bf16, fp16, fp8 e4m3fn or fp32, got {qkv_dtype!r}")
+    for name, (x, entries) in index.items():
+        if x is None:
+            continue
+        if not isinstance(x, torch.Tensor) or x.dtype != torch.int32:
+            raise DtypeError(
+                f"{name}: expected a tensor of int32, got {getattr(x, 'dtype', type(x).__name__)}"
+            )
+        if x.shape != (entries,):
+            raise ShapeError(f"{name}: expected ({entries},), got {tuple(x.shape)}")
+
+
 def scheduler_metadata(
     batch_size,
     max_seqlen_q,
@@ -373,7 +410,7 @@ def scheduler_metadata(
     num_splits=0,
 ):
     """int32 tensor of upstream's length; its contents are private and mean nothing to libattn."""
-    if num_splits > SPLITS_MAX:
+    if whole("num_splits", num_splits) > SPLITS_MAX:
         raise ArgumentError(f"num_splits: expected at most {SPLITS_MAX}, got {num_splits}")
     n = mha.mha_metadata_length(
         batch_size,

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The two private functions of upstream's flash_attn_interface that clients import."""
 
+from ._eager import whole
 from ._ways import backward, forward
 
 
@@ -58,8 +59,8 @@ def _flash_attn_forward(
         cu_seqlens_k_new=cu_seqlens_k_new,
         seqused_q=seqused_q,
         seqused_k=seqused_k,
-        max_seqlen_q=None if max_seqlen_q is None else int(max_seqlen_q),
-        max_seqlen_k=None if max_seqlen_k is None else int(max_seqlen_k),
+        max_seqlen_q=None if max_seqlen_q is None else whole("max_seqlen_q", max_seqlen_q),
+        max_seqlen_k=None if max_seqlen_k is None else whole("max_seqlen_k", max_seqlen_k),
         page_table=page_table,
         kv_batch_idx=kv_batch_idx,
         leftpad_k=leftpad_k,

@@ -19,6 +19,7 @@ from ._eager import (
     score_scale,
     unit_stride,
     unit_stride_value,
+    whole,
     window_sides,
     written,
 )
@@ -364,8 +365,8 @@ def flash_attn_varlen_func(
             out=out,
         )
     else:
-        max_seqlen_q = None if max_seqlen_q is None else int(max_seqlen_q)
-        max_seqlen_k = None if max_seqlen_k is None else int(max_seqlen_k)
+        max_seqlen_q = None if max_seqlen_q is None else whole("max_seqlen_q", max_seqlen_q)
+        max_seqlen_k = None if max_seqlen_k is None else whole("max_seqlen_k", max_seqlen_k)
         if by_class(q, k, v, floats):
             out, lse = FlashAttnVarlenFunc.apply(
                 *(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q),
@@ -623,6 +624,8 @@ def flash_attn_with_kvcache(
     if qv is not None:
         softmax_scale = score_scale(softmax_scale, q, qv)
     if isinstance(cache_seqlens, int):
+        if not 0 <= cache_seqlens < 2**31:
+            raise ArgumentError(f"cache_seqlens: expected in [0, 2^31), got {cache_seqlens}")
         batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
         cache_seqlens = torch.full((batch,), cache_seqlens, dtype=torch.int32, device=k_cache.device)
     if straight:
@@ -690,7 +693,7 @@ def flash_attn_with_kvcache(
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k_new=cu_seqlens_k_new,
         seqused_k=cache_seqlens,
-        max_seqlen_q=None if max_seqlen_q is None else int(max_seqlen_q),
+        max_seqlen_q=None if max_seqlen_q is None else whole("max_seqlen_q", max_seqlen_q),
         page_table=page_table,
         kv_batch_idx=cache_batch_idx,
         leftpad_k=cache_leftpad,
@@ -818,6 +821,23 @@ def get_scheduler_metadata(
             *(cu_seqlens_k_new, None, cache_leftpad, page_size, max_seqlen_k_new, causal),
             *(left, right, attention_chunk or 0, has_softcap, num_splits, pack_gqa, sm_margin),
         )
+    _eager.check_scheduled(
+        batch_size,
+        {"num_heads_q": num_heads_q, "num_heads_kv": num_heads_kv},
+        qkv_dtype,
+        {
+            "headdim_v": headdim_v,
+            "page_size": page_size,
+            "max_seqlen_k_new": max_seqlen_k_new,
+            "sm_margin": sm_margin,
+        },
+        {
+            "cache_seqlens": (cache_seqlens, batch_size),
+            "cu_seqlens_q": (cu_seqlens_q, batch_size + 1),
+            "cu_seqlens_k_new": (cu_seqlens_k_new, batch_size + 1),
+            "cache_leftpad": (cache_leftpad, batch_size),
+        },
+    )
     return _eager.scheduler_metadata(
         batch_size,
         length("max_seqlen_q", max_seqlen_q),
