@@ -48,8 +48,8 @@ def test_get_workspace_size(args):
 
 
 def test_get_workspace_size_wants_integers():
-    for bad in ((None, 1), (1.5, 1), (1, 1, "2")):
-        with pytest.raises(TypeError):
+    for bad, name in (((None, 1), "T_total"), ((1, 1.5), "H"), ((1, 1, "2"), "N")):
+        with pytest.raises(TypeError, match=f"^{name}: expected an integer, got"):
             flash_kda.get_workspace_size(*bad)
 
 

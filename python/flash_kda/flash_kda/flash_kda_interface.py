@@ -13,11 +13,10 @@ For every sequence and head, token by token:
 docs/compatibility/flash_kda.md says what runs where.
 """
 
-import operator
-
 import libattn
 import torch
 from libattn import ArgumentError, NotBuiltError, _native, musa
+from libattn._plain import named
 from torch.autograd.graph import increment_version
 
 LIBATTN = "0.1.0"
@@ -159,25 +158,28 @@ def fwd(
         )
     if out is None:
         raise TypeError("out: expected a tensor, got None")
-    _native.kda_fwd(  # libattn.kda_fwd, without half a microsecond of keywords
-        q,
-        k,
-        v,
-        g,
-        beta,
-        out,
-        scale if type(scale) is float else _number("scale", scale),
-        lower_bound if type(lower_bound) is float else _number("lower_bound", lower_bound),
-        _threads(),
-        A_log,
-        dt_bias,
-        initial_state,
-        final_state,
-        cu_seqlens,
-        state_indices,
-        checkpoint_states,
-        checkpoint_every,
-    )
+    try:
+        _native.kda_fwd(  # libattn.kda_fwd, without half a microsecond of keywords
+            q,
+            k,
+            v,
+            g,
+            beta,
+            out,
+            scale if type(scale) is float else _number("scale", scale),
+            lower_bound if type(lower_bound) is float else _number("lower_bound", lower_bound),
+            _threads(),
+            A_log,
+            dt_bias,
+            initial_state,
+            final_state,
+            cu_seqlens,
+            state_indices,
+            checkpoint_states,
+            checkpoint_every,
+        )
+    except RuntimeError as error:
+        raise named(error, locals()) from None
     _written((out,) if final_state is None else (out, final_state))
     if checkpoint_states is not None:
         _written((checkpoint_states,))
@@ -225,27 +227,31 @@ def step(
         )
     if out is None:
         raise TypeError("out: expected a tensor, got None")
-    _native.kda_step(
-        q,
-        k,
-        v,
-        g,
-        beta,
-        out,
-        state,
-        scale if type(scale) is float else _number("scale", scale),
-        lower_bound if type(lower_bound) is float else _number("lower_bound", lower_bound),
-        _threads(),
-        A_log,
-        dt_bias,
-        state_indices,
-        cu_seqlens,
-    )
+    try:
+        _native.kda_step(
+            q,
+            k,
+            v,
+            g,
+            beta,
+            out,
+            state,
+            scale if type(scale) is float else _number("scale", scale),
+            lower_bound if type(lower_bound) is float else _number("lower_bound", lower_bound),
+            _threads(),
+            A_log,
+            dt_bias,
+            state_indices,
+            cu_seqlens,
+        )
+    except RuntimeError as error:
+        raise named(error, locals()) from None
     _written((out, state))
 
 
 def get_workspace_size(T_total, H, N=1):
     """Bytes of workspace that flash_kda_C.fwd wants from its caller: 0, as the library has its own."""
-    for size in (T_total, H, N):
-        operator.index(size)
+    for name, size in (("T_total", T_total), ("H", H), ("N", N)):
+        if not hasattr(size, "__index__"):
+            raise TypeError(f"{name}: expected an integer, got {type(size).__name__}")
     return 0

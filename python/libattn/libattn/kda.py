@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from . import _native
-from ._plain import refuse_negated
+from ._plain import named, refuse_negated
 
 _threads = torch.get_num_threads
 
@@ -49,27 +49,30 @@ def kda_fwd(
     refuse_negated(initial_state=initial_state, final_state=final_state, checkpoint_states=checkpoint_states)
     if out is None and isinstance(v, torch.Tensor):
         out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    use(
-        q,
-        k,
-        v,
-        g,
-        beta,
-        out,
-        scale,
-        lower_bound,
-        _threads(),
-        A_log,
-        dt_bias,
-        initial_state,
-        final_state,
-        cu_seqlens,
-        state_indices,
-        checkpoint_states,
-        checkpoint_every,
-        gate_activated,
-        beta_activated,
-    )
+    try:
+        use(
+            q,
+            k,
+            v,
+            g,
+            beta,
+            out,
+            scale,
+            lower_bound,
+            _threads(),
+            A_log,
+            dt_bias,
+            initial_state,
+            final_state,
+            cu_seqlens,
+            state_indices,
+            checkpoint_states,
+            checkpoint_every,
+            gate_activated,
+            beta_activated,
+        )
+    except RuntimeError as error:
+        raise named(error, locals()) from None
     return out
 
 
@@ -123,22 +126,25 @@ def kda_step(
     refuse_negated(q=q, k=k, v=v, g=g, beta=beta, state=state, A_log=A_log, dt_bias=dt_bias, out=out)
     if out is None and isinstance(v, torch.Tensor):
         out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    _native.kda_step(
-        q,
-        k,
-        v,
-        g,
-        beta,
-        out,
-        state,
-        scale,
-        lower_bound,
-        _threads(),
-        A_log,
-        dt_bias,
-        state_indices,
-        cu_seqlens,
-        gate_activated,
-        beta_activated,
-    )
+    try:
+        _native.kda_step(
+            q,
+            k,
+            v,
+            g,
+            beta,
+            out,
+            state,
+            scale,
+            lower_bound,
+            _threads(),
+            A_log,
+            dt_bias,
+            state_indices,
+            cu_seqlens,
+            gate_activated,
+            beta_activated,
+        )
+    except RuntimeError as error:
+        raise named(error, locals()) from None
     return out

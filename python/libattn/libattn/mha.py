@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from . import _native
-from ._plain import refuse_negated
+from ._plain import named, refuse_negated
 
 _threads = torch.get_num_threads
 _mha_fwd = _native.mha_fwd
@@ -294,7 +294,10 @@ def split_combine(out_partial, lse_partial, out, lse):
     but for those named.  A row whose partials are all -inf gives out 0 and lse -inf.
     """
     refuse_negated(out_partial=out_partial, lse_partial=lse_partial, out=out, lse=lse)
-    _native.split_combine(out_partial, lse_partial, out, lse, _threads())
+    try:
+        _native.split_combine(out_partial, lse_partial, out, lse, _threads())
+    except RuntimeError as error:
+        raise named(error, locals()) from None
     return out, lse
 
 

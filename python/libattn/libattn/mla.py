@@ -11,7 +11,7 @@ returned as the same object.
 import torch
 
 from . import _native
-from ._plain import refuse_negated
+from ._plain import named, refuse_negated
 
 _threads = torch.get_num_threads
 _float8 = torch.float8_e4m3fn
@@ -71,7 +71,10 @@ def mla_decode(
         causal,
         _threads(),
     )
-    use(*args) if descale_q is None and descale_k is None else use(*args, descale_q, descale_k)
+    try:
+        use(*args) if descale_q is None and descale_k is None else use(*args, descale_q, descale_k)
+    except RuntimeError as error:
+        raise named(error, locals()) from None
     return out, lse
 
 
@@ -107,21 +110,24 @@ def mla_sparse_decode(
         lse = q.new_empty((b, s_q, h_q), dtype=_float32).transpose(1, 2)
     except (AttributeError, ValueError):
         softmax_scale = 1.0
-    use(
-        q,
-        k_cache,
-        indices,
-        out,
-        lse,
-        softmax_scale,
-        head_dim_v,
-        _threads(),
-        topk_length,
-        attn_sink,
-        extra_k_cache,
-        extra_indices_in_kvcache,
-        extra_topk_length,
-    )
+    try:
+        use(
+            q,
+            k_cache,
+            indices,
+            out,
+            lse,
+            softmax_scale,
+            head_dim_v,
+            _threads(),
+            topk_length,
+            attn_sink,
+            extra_k_cache,
+            extra_indices_in_kvcache,
+            extra_topk_length,
+        )
+    except RuntimeError as error:
+        raise named(error, locals()) from None
     return out, lse
 
 
@@ -152,7 +158,10 @@ def mla_sparse_fwd(
         lse = torch.empty_like(max_logits)
     except (AttributeError, ValueError):
         pass
-    use(q, kv, indices, out, max_logits, lse, sm_scale, d_v, _threads(), topk_length, attn_sink)
+    try:
+        use(q, kv, indices, out, max_logits, lse, sm_scale, d_v, _threads(), topk_length, attn_sink)
+    except RuntimeError as error:
+        raise named(error, locals()) from None
     return out, max_logits, lse
 
 
@@ -193,7 +202,10 @@ def mla_cache_quantize(kv, cache, slots=None):
     offset, one out of range is not written; None writes all tokens in order.
     """
     refuse_negated(kv=kv)
-    _native.mla_cache_quantize(kv, cache, slots, _threads())
+    try:
+        _native.mla_cache_quantize(kv, cache, slots, _threads())
+    except RuntimeError as error:
+        raise named(error, locals()) from None
     return cache
 
 
@@ -209,5 +221,8 @@ def mla_cache_dequantize(cache, slots=None, dtype=torch.bfloat16, out=None):
         except (AttributeError, IndexError, ValueError):
             pass  # no such tensors; the native function says so
     refuse_negated(out=out)
-    _native.mla_cache_dequantize(out, cache, slots, _threads())
+    try:
+        _native.mla_cache_dequantize(out, cache, slots, _threads())
+    except RuntimeError as error:
+        raise named(error, locals()) from None
     return out
