@@ -135,7 +135,10 @@ def test_cache_seqlens_none():
 @pytest.mark.parametrize(
     "change",
     [
+        {"batch_size": "2"},
+        {"batch_size": -1},
         {"num_heads_q": 3},
+        {"num_heads_kv": None},
         {"num_heads_q": "4"},
         {"num_heads_kv": 0},
         {"num_splits": 1.5},

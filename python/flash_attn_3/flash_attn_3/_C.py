@@ -160,12 +160,12 @@ def _scheduler_metadata(
         qkv_dtype,
         {"headdim_v": headdim_v, "max_seqlen_k_new": max_seqlen_k_new, "sm_margin": sm_margin},
         {
-            "seqused_k": (seqused_k, batch_size),
-            "cu_seqlens_q": (cu_seqlens_q, batch_size + 1),
-            "cu_seqlens_k": (cu_seqlens_k, batch_size + 1),
-            "cu_seqlens_k_new": (cu_seqlens_k_new, batch_size + 1),
-            "seqused_q": (seqused_q, batch_size),
-            "leftpad_k": (leftpad_k, batch_size),
+            "seqused_k": (seqused_k, 0),
+            "cu_seqlens_q": (cu_seqlens_q, 1),
+            "cu_seqlens_k": (cu_seqlens_k, 1),
+            "cu_seqlens_k_new": (cu_seqlens_k_new, 1),
+            "seqused_q": (seqused_q, 0),
+            "leftpad_k": (leftpad_k, 0),
         },
     )
     return _eager.scheduler_metadata(

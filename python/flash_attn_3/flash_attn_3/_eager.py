@@ -375,25 +375,27 @@ def check_scheduled(batch_size, heads, qkv_dtype, sizes, index):
     """What get_scheduler_metadata is told of later calls, and its result does not depend on.
 
     heads: {name: h_q, name: h_k}.  sizes: {name: an int or None}.  index: {name: (tensor or None, its
-    entries)}.
+    entries beyond batch_size)}.
     """
+    sizes = {name: value for name, value in sizes.items() if value is not None}
     for name, value in ({"batch_size": batch_size} | heads | sizes).items():
-        if value is not None:
-            whole(name, value)
+        whole(name, value)
     (name, h_q), (name_k, h_k) = heads.items()
     if h_k < 1 or h_q % h_k:
         raise ArgumentError(f"{name}: expected a multiple of {name_k} {h_k}, got {h_q}")
     if qkv_dtype not in QKV_DTYPES:
         raise DtypeError(f"qkv_dtype: expected bf16, fp16, fp8 e4m3fn or fp32, got {qkv_dtype!r}")
-    for name, (x, entries) in index.items():
+    for name, (x, more) in index.items():
         if x is None:
             continue
         if not isinstance(x, torch.Tensor) or x.dtype != torch.int32:
             raise DtypeError(
                 f"{name}: expected a tensor of int32, got {getattr(x, 'dtype', type(x).__name__)}"
             )
-        if x.shape != (entries,):
-            raise ShapeError(f"{name}: expected ({entries},), got {tuple(x.shape)}")
+        if x.shape != (batch_size + more,):
+            raise ShapeError(
+                f"{name}: expected ({batch_size + more},) for the batch_size, got {tuple(x.shape)}"
+            )
 
 
 def scheduler_metadata(

@@ -832,10 +832,10 @@ def get_scheduler_metadata(
             "sm_margin": sm_margin,
         },
         {
-            "cache_seqlens": (cache_seqlens, batch_size),
-            "cu_seqlens_q": (cu_seqlens_q, batch_size + 1),
-            "cu_seqlens_k_new": (cu_seqlens_k_new, batch_size + 1),
-            "cache_leftpad": (cache_leftpad, batch_size),
+            "cache_seqlens": (cache_seqlens, 0),
+            "cu_seqlens_q": (cu_seqlens_q, 1),
+            "cu_seqlens_k_new": (cu_seqlens_k_new, 1),
+            "cache_leftpad": (cache_leftpad, 0),
         },
     )
     return _eager.scheduler_metadata(
