@@ -263,6 +263,15 @@ def deepseek(m):
     return out
 
 
+@probe("`torch.compile`")
+def compiled(m):
+    options = {"q": m.randn(2, 2, 4, 576), "k_cache": m.randn(6, 64, 1, 576)}
+    torch._dynamo.reset()
+    step = torch.compile(lambda: m.dense(**options)[0] + 1, backend="eager")
+    assert torch.equal(step(), m.dense(**options)[0] + 1)
+    return step()
+
+
 @probe("the Triton package's functions")
 def triton(m):
     q, kv = m.randn(2, 9, 4, 512), m.randn(2, 9, 512)
