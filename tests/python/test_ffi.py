@@ -340,6 +340,7 @@ def test_report():
     assert lines.keys() >= {"GPUs", "kernels", "MATE", "OpenMP", "tvm_ffi", "flash_mla", "flash_kda"}
     capped = python("-m", "libattn", ATTN_CPU="c").stdout
     assert "c (ATTN_CPU=c)" in capped
+    assert "(ATTN_CPU=avx3 is none of c, avx2, " in python("-m", "libattn", ATTN_CPU="avx3").stdout
 
 
 def test_report_into_a_closed_pipe():

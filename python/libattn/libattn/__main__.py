@@ -26,6 +26,7 @@ NAMES = {
     "flash_kda": "flash_kda",
     "flash_kda_C": "flash_kda",
 }
+RUNGS = "c", "avx2", "avx512", "avx512bf16", "amx"  # what ATTN_CPU may say
 
 
 def line(title: str, text: str) -> None:
@@ -105,6 +106,8 @@ def report_machine(core: ctypes.CDLL) -> None:
     for name in ("attn_cpu_rung", "attn_cpu_features", "attn_kernel_name"):
         getattr(core, name).restype = ctypes.c_char_p
     cap = os.environ.get("ATTN_CPU")
+    if cap and cap not in RUNGS:
+        cap += f" is none of {', '.join(RUNGS)}, and has no effect"
     line("CPU", core.attn_cpu_features().decode())
     line("CPU rung", core.attn_cpu_rung().decode() + (f" (ATTN_CPU={cap})" if cap else ""))
     text = ctypes.create_string_buffer(256)
