@@ -47,6 +47,13 @@ def make_case(rng):
         if rng.random() < 0.1:  # the same kernel also takes many queries
             case["s_q"] = most = s_q + 200
             case["len_q"] = [rng.randrange(0, most + 1) if ragged_q else most for _ in range(b)]
+    # What split results take, and the reference's scores: at most 1/4 and 1/2 GiB.
+    rows = case["h"] * case["s_q"]
+    case["num_splits"] = min(case["num_splits"], max(2**26 // (b * rows * case["dv"]), 1))
+    s_k = max(2**26 // rows, 1)
+    if s_k < case["s_k"]:
+        case["s_k"], case["len_k"] = s_k, [min(n, s_k) for n in case["len_k"]]
+        case["pad"] = [min(pad, n) for pad, n in zip(case["pad"], case["len_k"])]
     return case
 
 
