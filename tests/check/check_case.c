@@ -514,6 +514,9 @@ void mha_case_make(struct check_random *r, enum attn_dtype dtype, unsigned featu
         c->seq[b].first_row = c->live_rows;
         c->live_rows += c->seq[b].q_len * c->h_q;
     }
+    /* Results of splits take at most 128 MiB: a GPU's copy of a case lies in an arena of 1 GiB. */
+    int64_t most = ((int64_t)1 << 25) / (c->t_q * c->h_q * (c->d_v + 1) + 1);
+    if (c->args.num_splits > most) c->args.num_splits = most > 1 ? (int32_t)most : 1;
 
     make_indices(r, c);
     make_pages(r, c);
