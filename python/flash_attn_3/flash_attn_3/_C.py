@@ -425,6 +425,19 @@ def _loud(name):
     return kernel
 
 
+_loud_forward = _loud("fwd")
+_in_functorch = torch._C._functorch.peek_interpreter_stack
+
+
+def _straight_forward(*args):
+    """Autograd kernel of fwd: plain tensors that want no gradient go to libattn from here, as a second
+    trip through the dispatcher would take as long as the call itself."""
+    floats = args[3:7] + args[17:19] + args[20:23]  # k_new to out, rotary tables, descales
+    if _eager.direct(args[0], args[1], args[2], floats) and _in_functorch() is None:
+        return _eager.raw_forward(*args)
+    return _loud_forward(*args)
+
+
 # ---- registration ----------------------------------------------------------------------------------
 
 
@@ -448,7 +461,8 @@ def _register() -> torch.library.Library:
         library.impl(name, fake, "Meta")
     for name in ("_flash_attn_forward", "_flash_attn_forward_ext"):
         torch.library.register_autograd(f"flash_attn_3::{name}", _gradients, setup_context=_keep, lib=library)
-    for name in ("fwd", "fwd_combine", "_flash_attn_append", "_flash_attn_combine"):
+    library.impl("fwd", _straight_forward, "Autograd")
+    for name in ("fwd_combine", "_flash_attn_append", "_flash_attn_combine"):
         library.impl(name, _loud(name), "Autograd")
     return library
 

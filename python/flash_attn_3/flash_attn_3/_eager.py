@@ -12,6 +12,7 @@ import re
 import libattn
 import torch
 from libattn import ArgumentError, DtypeError, NotBuiltError, ShapeError, mha
+from libattn.mha import fresh
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
@@ -21,11 +22,44 @@ LIBATTN = "0.1.0"
 SPLITS_MAX = 256
 QKV_DTYPES = torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float32
 
+is_traced = torch.compiler.is_dynamo_compiling
+modes = torch._C._len_torch_dispatch_stack
+grad_on = torch.is_grad_enabled
+_Tensor = torch.Tensor
+_bfloat16 = torch.bfloat16
+_float32 = torch.float32
+
 if libattn.__version__ != LIBATTN:
     raise ImportError(
         f"flash_attn_3 {__version__} needs libattn {LIBATTN}, found {libattn.__version__}: "
         "install the two from one build"
     )
+
+
+def direct(q, k, v, more=()):
+    """Whether a call may go straight to libattn; `more` are its other floating-point tensors.
+
+    A negated view may not: torch's dispatcher writes it out, DLPack loses the sign.  Of bf16 there is
+    none, as no complex number has such parts.
+    """
+    if (
+        is_traced()
+        or type(q) is not _Tensor
+        or type(k) is not _Tensor
+        or type(v) is not _Tensor
+        or not (q.is_cuda or q.is_cpu)
+        or modes()
+        or forward_ad._current_level >= 0
+        or (q.dtype is not _bfloat16 and (q.is_neg() or k.is_neg() or v.is_neg()))
+    ):
+        return False
+    grad = grad_on()
+    if grad and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return False
+    for x in more:  # noqa: SIM110 (a generator takes longer)
+        if x is not None and isinstance(x, _Tensor) and ((grad and x.requires_grad) or x.is_neg()):
+            return False
+    return True
 
 
 def unit_stride(x):
@@ -169,28 +203,28 @@ def raw_forward(
         refuse_tangents(
             *(q, k, v, k_new, v_new, qv, rotary_cos, rotary_sin, q_descale, k_descale, v_descale, sinks)
         )
-    out, lse, out_accum, lse_accum = mha.attend(
-        q,
-        k,
-        v,
-        softmax_scale,
-        is_causal,
-        window_size_left,
-        window_size_right,
-        softcap,
-        attention_chunk or 0,
-        num_splits,
-        out,
-        True,
-        True,
-        (
-            cu_seqlens_q,
-            cu_seqlens_k,
-            length("max_seqlen_q", max_seqlen_q),
-            length("max_seqlen_k", max_seqlen_k),
-            seqused_q,
-            seqused_k,
-            page_table,
+    features = ()
+    if (
+        kv_batch_idx is not None
+        or leftpad_k is not None
+        or k_new is not None
+        or v_new is not None
+        or cu_seqlens_k_new is not None
+        or rotary_cos is not None
+        or rotary_sin is not None
+        or seqlens_rotary is not None
+        or qv is not None
+        or q_descale is not None
+        or k_descale is not None
+        or v_descale is not None
+        or sinks is not None
+        or cp_world_size != 1
+        or cp_tot_seqused_k is not None
+        or scheduler_metadata is not None
+        or pack_gqa is not None
+        or sm_margin
+    ):
+        features = (
             kv_batch_idx,
             leftpad_k,
             k_new,
@@ -211,15 +245,48 @@ def raw_forward(
             scheduler_metadata,
             -1 if pack_gqa is None else pack_gqa,
             sm_margin,
-        ),
+        )
+    if (
+        features
+        or cu_seqlens_q is not None
+        or cu_seqlens_k is not None
+        or seqused_q is not None
+        or seqused_k is not None
+        or page_table is not None
+    ):
+        features = (
+            cu_seqlens_q,
+            cu_seqlens_k,
+            length("max_seqlen_q", max_seqlen_q),
+            length("max_seqlen_k", max_seqlen_k),
+            seqused_q,
+            seqused_k,
+            page_table,
+            *features,
+        )
+    out, lse, out_accum, lse_accum = mha.attend(
+        q,
+        k,
+        v,
+        softmax_scale,
+        is_causal,
+        window_size_left,
+        window_size_right,
+        softcap,
+        attention_chunk or 0,
+        num_splits,
+        out,
+        True,
+        True,
+        features,
     )
     if k_new is not None:
         written(k, v)
     if given is not None:
         written(given)
     if out_accum is None:
-        out_accum = lse.new_empty(0)
-        lse_accum = lse.new_empty(0)
+        out_accum = fresh(q, (0,), (1,), _float32)
+        lse_accum = fresh(q, (0,), (1,), _float32)
     return out, lse, out_accum, lse_accum
 
 

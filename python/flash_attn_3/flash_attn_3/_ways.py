@@ -7,39 +7,10 @@ from libattn import ArgumentError, NotBuiltError
 from torch.autograd import forward_ad
 
 from . import _C, _eager
+from ._eager import direct, grad_on, is_traced, modes
 
-is_traced = torch.compiler.is_dynamo_compiling
-modes = torch._C._len_torch_dispatch_stack
-grad_on = torch.is_grad_enabled
 _Tensor = torch.Tensor
-_bfloat16 = torch.bfloat16
 _Parameter = torch.nn.Parameter
-
-
-def direct(q, k, v, more=()):
-    """Whether a call may go straight to libattn; `more` are its other floating-point tensors.
-
-    A negated view may not: torch's dispatcher writes it out, DLPack loses the sign.  Of bf16 there is
-    none, as no complex number has such parts.
-    """
-    if (
-        is_traced()
-        or type(q) is not _Tensor
-        or type(k) is not _Tensor
-        or type(v) is not _Tensor
-        or not (q.is_cuda or q.is_cpu)
-        or modes()
-        or forward_ad._current_level >= 0
-        or (q.dtype is not _bfloat16 and (q.is_neg() or k.is_neg() or v.is_neg()))
-    ):
-        return False
-    grad = grad_on()
-    if grad and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return False
-    for x in more:  # noqa: SIM110 (a generator takes longer)
-        if x is not None and isinstance(x, _Tensor) and ((grad and x.requires_grad) or x.is_neg()):
-            return False
-    return True
 
 
 def on_musa(x, name="q"):

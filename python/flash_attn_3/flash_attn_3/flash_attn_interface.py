@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 _attend = mha.attend
-_decode = mha.decode
+_plain = mha.plain
 _Tensor = torch.Tensor
 _ABSENT = list(mha.FEATURES.values())
 _NAMES = list(mha.FEATURES)
@@ -151,8 +151,24 @@ def flash_attn_func(
         sm_margin,
     )
     if direct(q, k, v, tail[_FLOATS]):
-        left, right = window_sides(window_size)
+        left, right = window_size if window_size is _WHOLE else window_sides(window_size)
         with_lse = return_attn_probs or return_softmax_lse
+        if not (tail or with_lse):
+            try:
+                return _plain(
+                    q,
+                    k,
+                    v,
+                    softmax_scale,
+                    causal,
+                    left,
+                    right,
+                    softcap,
+                    attention_chunk or 0,
+                    num_splits,
+                )
+            except ShapeError:
+                pass  # strides that are copied below, or what is wrong all the same
         out, lse, _, _ = _attend(
             q if q.is_contiguous() else unit_stride(q),
             k if k.is_contiguous() else unit_stride(k),
@@ -297,12 +313,42 @@ def flash_attn_varlen_func(
         if isinstance(out, torch.Tensor) and not is_traced() and out.is_neg():
             raise ArgumentError("out: expected a plain tensor, got a negated view")
     if direct(q, k, v, floats):
-        left, right = window_sides(window_size)
+        left, right = window_size if window_size is _WHOLE else window_sides(window_size)
+        if type(max_seqlen_q) is not int:
+            max_seqlen_q = length("max_seqlen_q", max_seqlen_q)
+        if type(max_seqlen_k) is not int:
+            max_seqlen_k = length("max_seqlen_k", max_seqlen_k)
+        with_lse = return_attn_probs or return_softmax_lse
+        if not (tail or with_lse) and out is None:
+            try:
+                return _plain(
+                    q,
+                    k,
+                    v,
+                    softmax_scale,
+                    causal,
+                    left,
+                    right,
+                    softcap,
+                    attention_chunk or 0,
+                    num_splits,
+                    (
+                        cu_seqlens_q,
+                        cu_seqlens_k,
+                        max_seqlen_q,
+                        max_seqlen_k,
+                        seqused_q,
+                        seqused_k,
+                        page_table,
+                    ),
+                )
+            except ShapeError:
+                pass  # strides that are copied below, or what is wrong all the same
         features = (
             unit_stride(cu_seqlens_q),
             unit_stride(cu_seqlens_k),
-            max_seqlen_q if type(max_seqlen_q) is int else length("max_seqlen_q", max_seqlen_q),
-            max_seqlen_k if type(max_seqlen_k) is int else length("max_seqlen_k", max_seqlen_k),
+            max_seqlen_q,
+            max_seqlen_k,
         )
         if tail or seqused_q is not None or seqused_k is not None or page_table is not None:
             features = (
@@ -325,7 +371,7 @@ def flash_attn_varlen_func(
             attention_chunk or 0,
             num_splits,
             out,
-            return_attn_probs or return_softmax_lse,
+            with_lse,
             False,
             features,
         )
@@ -535,17 +581,18 @@ def flash_attn_with_kvcache(
         and direct(q, k_cache, v_cache)
     ):  # what serving calls once a token and layer, without a look at strides
         try:
-            return _decode(
+            return _plain(
                 q,
                 k_cache,
                 v_cache,
                 softmax_scale,
                 causal,
+                -1,
+                -1,
                 softcap,
                 attention_chunk or 0,
                 num_splits,
-                cache_seqlens,
-                page_table,
+                (None, None, -1, -1, None, cache_seqlens, page_table),
             )
         except ShapeError:
             pass  # strides that are copied below, or what is said better there

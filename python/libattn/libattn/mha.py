@@ -78,6 +78,22 @@ def fresh(q, shape, strides, dtype):
     return q.new_empty(shape, dtype=dtype)
 
 
+def fresh_out(q, shape, v):
+    """The out of q, which has that shape, and v.  ValueError for a shape that q cannot have."""
+    d_v = v.shape[-1]
+    if len(shape) == 4:
+        b, s_q, h_q, _ = shape
+        row = h_q * d_v
+        out = fresh(q, (b, s_q, h_q, d_v), (s_q * row, row, d_v, 1), q.dtype)
+    else:
+        s_q, h_q, _ = shape
+        row = h_q * d_v
+        out = fresh(q, (s_q, h_q, d_v), (row, d_v, 1), q.dtype)
+    if s_q * row > LARGE and out.is_cpu:
+        _native.ask_huge_pages(out.data_ptr(), out.nbytes)
+    return out
+
+
 def attend(
     q,
     k,
@@ -113,14 +129,7 @@ def attend(
         if softmax_scale is None:
             softmax_scale = d_qk**-0.5 if d_qk else 1.0
         if out is None:
-            d_v = v.size(-1)
-            row = h_q * d_v
-            if len(shape) == 4:
-                out = fresh(q, (b, s_q, h_q, d_v), (s_q * row, row, d_v, 1), q.dtype)
-            else:
-                out = fresh(q, (s_q, h_q, d_v), (row, d_v, 1), q.dtype)
-            if s_q * row > LARGE and out.is_cpu:
-                _native.ask_huge_pages(out.data_ptr(), out.nbytes)
+            out = fresh_out(q, shape, v)
         if want_lse:
             lse = fresh(q, heads, steps, _float32)
     except (AttributeError, IndexError, ValueError):
@@ -152,28 +161,28 @@ def attend(
     return out, lse, out_accum, lse_accum
 
 
-def decode(
+def plain(
     q,
     k,
     v,
     softmax_scale,
     causal,
+    window_left,
+    window_right,
     softcap,
     attention_chunk,
     num_splits,
-    seqused_k,
-    page_table,
+    features=(),
 ):
-    """attend's out for what serving calls once a token and layer: dense q, a cache, nothing rare."""
+    """attend's out and nothing else, for what is called once a token and layer."""
+    out = None
     try:
-        b, s_q, h_q, d_qk = q.shape
-        d_v = v.size(-1)
-    except (IndexError, ValueError):
-        b = s_q = h_q = d_qk = d_v = 0  # the native function says what is wrong
-    if softmax_scale is None:
-        softmax_scale = d_qk**-0.5 if d_qk else 1.0
-    row = h_q * d_v
-    out = fresh(q, (b, s_q, h_q, d_v), (s_q * row, row, d_v, 1), q.dtype)
+        shape = q.shape
+        out = fresh_out(q, shape, v)
+        if softmax_scale is None:
+            softmax_scale = shape[-1] ** -0.5
+    except (ArithmeticError, IndexError, ValueError):
+        softmax_scale = 1.0  # no width, or the native function says what is wrong
     _mha_fwd(
         q,
         k,
@@ -182,20 +191,14 @@ def decode(
         None,
         softmax_scale,
         causal,
-        -1,
-        -1,
+        window_left,
+        window_right,
         softcap,
         attention_chunk,
         num_splits,
         _threads(),
         False,
-        None,
-        None,
-        -1,
-        -1,
-        None,
-        seqused_k,
-        page_table,
+        *features,
     )
     return out
 
