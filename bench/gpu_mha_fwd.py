@@ -7,7 +7,7 @@ A peer is a package with a `flash_attn_interface` that lies in the folder PATH, 
 example.  It is timed in a process of its own, row by row in turn with ours.
 
 A row is the median of triton's do_bench (L2 flushed between calls), the GEMM and ours in three
-turns 0.1 s apart, the middle one taken; then `sustained`: 0.2 s of calls back to back.  TFLOP/s
+turns 0.05 s apart, the middle one taken; then `sustained`: 0.2 s of calls back to back.  TFLOP/s
 count visible work only: 2 (d_qk + d_v) a visible score and head.  `share` and `asked` are of the GEMM,
 of feature rows of the plain one (its median, and sustained beside sustained).  --asked: only rows with
 a share to reach.
@@ -44,8 +44,11 @@ ASKED |= {"feature window 1024": 0.75, "feature page 256": 0.9, "feature page 64
 ASKED |= {"feature page 16": 0.7, "feature page 1": 0.7}
 
 
-def median_ms(fn, ms=120):
-    time.sleep(0.1)  # the clock recovers from what ran before
+MS = 40  # of calls for a median: with three turns, all rows of `make bench-gpu` take some 4 minutes
+
+
+def median_ms(fn, ms=MS):
+    time.sleep(0.05)  # the clock recovers from what ran before
     return do_bench(fn, warmup=25, rep=ms, return_mode="median")
 
 
@@ -278,7 +281,7 @@ def main():
     parser.add_argument("--asked", action="store_true")
     parser.add_argument("--no-cudnn", action="store_true")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PATH")
-    parser.add_argument("--ms", type=int, default=120)
+    parser.add_argument("--ms", type=int, default=MS)
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
