@@ -7,7 +7,8 @@
 
 NVRTC (nvidia-cuda-nvrtc-cu12) makes PTX, ptxas (nvidia-cuda-nvcc-cu12) makes the cubin and the report.
 Both are of CUDA 12.9: the oldest ptxas that serialises no wgmma of ours (12.8 does), and cubins that every
-driver of CUDA 12 loads.  No host compiler and no CUDA headers are needed.
+driver of CUDA 12 loads.  cooperative_groups.h is nvidia-cuda-runtime-cu12's; no host compiler and no other
+CUDA headers are needed.
 """
 
 import ctypes
@@ -33,16 +34,29 @@ typedef unsigned long long uintptr_t;
 #define INT32_MAX 2147483647
 #define UINT32_MAX 4294967295u
 #define INT64_MAX 9223372036854775807ll
-"""
+""",
+    # For cooperative_groups.h, which asks only for what sm_90 has; code may stand in parentheses.
+    b"nv/target": b"""#pragma once
+#define NV_IF_TARGET(target, code, ...) NV_JOIN(NV_CODE code)
+#define NV_IF_ELSE_TARGET(target, code, other) NV_JOIN(NV_CODE code)
+#define NV_CODE(...) NV_CODE __VA_ARGS__
+#define NV_JOIN(...) NV_JOINED(__VA_ARGS__)
+#define NV_JOINED(...) NO_##__VA_ARGS__
+#define NO_NV_CODE
+""",
 }
-MACROS = ("INFINITY=__int_as_float(0x7f800000)", "NAN=__int_as_float(0x7fffffff)")
+MACROS = (
+    "INFINITY=__int_as_float(0x7f800000)",
+    "NAN=__int_as_float(0x7fffffff)",
+    "_CG_LIMIT_INCLUDED_DEPENDENCIES",  # cooperative_groups.h without libcu++
+)
 
 
 def packaged(pattern):
     for folder in nvidia.__path__:
         for found in sorted(pathlib.Path(folder).glob(pattern)):
             return found
-    sys.exit(f"pip_nvcc.py: no {pattern}: pip install nvidia-cuda-nvrtc-cu12 nvidia-cuda-nvcc-cu12")
+    sys.exit(f"pip_nvcc.py: no {pattern}: pip install -r requirements/cuda.txt")
 
 
 def call(function, *args):
@@ -73,7 +87,10 @@ def to_ptx(source, options):
         strings(*HEADERS.values()),
         strings(*HEADERS),
     )
-    options = [f"-I{source.parent}", *(f"-D{macro}" for macro in MACROS), *options]
+    folders = [source.parent, packaged("cuda_runtime/include"), packaged("cuda_nvcc/include")]
+    # Functions of the headers that the host shares say nothing of where they run.
+    options = ["-default-device", *(f"-I{folder}" for folder in folders), *options]
+    options += [f"-D{macro}" for macro in MACROS]
     options = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
     status = nvrtc.nvrtcCompileProgram(program, len(options), options)
     print(text(nvrtc, program, "ProgramLog").decode(), end="")

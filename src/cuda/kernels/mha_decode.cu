@@ -118,9 +118,9 @@ ATTN_DEVICE void load_boxes(const attn_decode_params &p, const key_side<DQK, DV>
     if (warp == 1) { /* arrives too, or it could fall behind the ring */
         if (lane == 0) mbarrier_arrive(bar);
     } else if (side.is_v) {
-        open_tile<side.V_PANELS, N, 1>(call, dst, bar, live);
+        open_tile<key_side<DQK, DV>::V_PANELS, N, 1>(call, dst, bar, live);
     } else {
-        open_tile<side.QK_PANELS, N, 0>(call, dst, bar, live);
+        open_tile<key_side<DQK, DV>::QK_PANELS, N, 0>(call, dst, bar, live);
     }
     if (row < live) {
         int there = min(live - row, rows);

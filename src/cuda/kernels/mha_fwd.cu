@@ -205,6 +205,7 @@ template <int DQK, int DV, int M, int N, int IS_V>
 ATTN_DEVICE void load(const attn_mha_fwd_params &p, const attn_mha_fwd_maps &maps,
                       mha_fwd_smem<DQK, DV, M, N> &sm)
 {
+    using S = mha_fwd_smem<DQK, DV, M, N>;
     lean_ring tiles = {0}, stages = {2}, qs = {2};
     for (;;) {
         wait_full(sm.tile_full, tiles);
@@ -225,17 +226,17 @@ ATTN_DEVICE void load(const attn_mha_fwd_params &p, const attn_mha_fwd_maps &map
                 }
             }
             __syncwarp();
-            ring_next<sm.Q_STAGES>(qs);
+            ring_next<S::Q_STAGES>(qs);
             key_rows rows = {(const uint16_t *)p.v, p.v_stride_b, p.v_stride_s, p.v_stride_h,
                              p.d_v};
-            load_keys<DV, N, 1, sm.FEW>(p, &maps.v, rows, tile, shared_address(sm.v),
+            load_keys<DV, N, 1, S::FEW>(p, &maps.v, rows, tile, shared_address(sm.v),
                                 shared_address(sm.v_full), shared_address(sm.v_empty), 0, stages);
         } else {
             key_rows rows = {(const uint16_t *)p.k, p.k_stride_b, p.k_stride_s, p.k_stride_h,
                              p.d_qk};
             if (tile.end - tile.begin <= DRAW_AHEAD && elect_one())
                 mbarrier_arrive(shared_address(&sm.ending));
-            load_keys<DQK, N, 0, sm.FEW>(p, &maps.k, rows, tile, shared_address(sm.k),
+            load_keys<DQK, N, 0, S::FEW>(p, &maps.k, rows, tile, shared_address(sm.k),
                                  shared_address(sm.k_full), shared_address(sm.k_empty),
                                  shared_address(&sm.ending), stages);
         }
@@ -628,7 +629,7 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, const attn_mha_fwd_out &t
         }
         mbarrier_arrive(shared_address(&sm.tile_empty[tiles.stage()]));
         ring_next(tiles);
-        ring_next<sm.Q_STAGES>(qs);
+        ring_next<mha_fwd_smem<DQK, DV, M, N>::Q_STAGES>(qs);
         held = true;
     }
     if (STAGED && t == 0) bulk_wait_read(); /* shared memory lasts as long as the block */
