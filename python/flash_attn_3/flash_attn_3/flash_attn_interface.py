@@ -714,8 +714,8 @@ def flash_attn_with_kvcache(
                 attention_chunk or 0,
                 num_splits,
                 None,
-                return_softmax_lse,
-                return_softmax_lse,
+                bool(return_softmax_lse),
+                bool(return_softmax_lse),
                 features,
             )
         except (RuntimeError, TypeError) as error:

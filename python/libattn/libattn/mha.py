@@ -183,7 +183,7 @@ def plain(
             softmax_scale = shape[-1] ** -0.5
     except (ArithmeticError, IndexError, ValueError):
         softmax_scale = 1.0  # no width, or the native function says what is wrong
-    _mha_fwd(
+    args = (
         q,
         k,
         v,
@@ -198,8 +198,8 @@ def plain(
         num_splits,
         _threads(),
         False,
-        *features,
     )
+    _mha_fwd(*args, *features) if features else _mha_fwd(*args)
     return out
 
 
