@@ -33,10 +33,15 @@ _NO_DISPATCH = _Tensor.__torch_dispatch__
 
 
 def _number(name, value):
-    """value as a float; TypeError when it is none, None among them."""
-    if not hasattr(value, "__float__") and not hasattr(value, "__index__"):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    return float(value)
+    """value as a float; TypeError when it is none, None and text among them."""
+    try:
+        if not isinstance(value, str | bytes):
+            return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        pass  # said below
+    except OverflowError:
+        raise ArgumentError(f"{name}: expected a number of fp64, got one beyond its range") from None
+    raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
 
 
 def _direct(rows, more):
