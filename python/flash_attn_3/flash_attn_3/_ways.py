@@ -83,7 +83,7 @@ def forward(
         raise NotBuiltError("_flash_attn_forward: MATE has no such function for tensors on MUSA")
     ops = torch.ops.flash_attn_3
     if k_new is not None:
-        if not is_traced() and (k.is_neg() or v.is_neg()):
+        if not is_traced() and any(isinstance(x, _Tensor) and x.is_neg() for x in (k, v)):
             raise ArgumentError("k, v: expected plain tensors to append to, got a negated view")
         return ops._flash_attn_append(**rest, **ours)
     if sinks is not None or cp_world_size > 1:

@@ -94,6 +94,11 @@ def fresh_out(q, shape, v):
     return out
 
 
+def by_name(args, features):
+    """The tensors of a call of the native function, {name: tensor or None}."""
+    return dict(zip(("q", "k", "v", "out", "lse"), args)) | dict(zip(FEATURES, features))
+
+
 def attend(
     q,
     k,
@@ -151,7 +156,10 @@ def attend(
         _threads(),
         want_accum,
     )
-    splits = use(*args, *features) if features else use(*args)
+    try:
+        splits = use(*args, *features) if features else use(*args)
+    except RuntimeError as error:
+        raise named(error, by_name(args, features)) from None
     if not splits:
         return out, lse, None, None
     absent = tuple(FEATURES.values())[len(features) :]
@@ -199,7 +207,10 @@ def plain(
         _threads(),
         False,
     )
-    _mha_fwd(*args, *features) if features else _mha_fwd(*args)
+    try:
+        _mha_fwd(*args, *features) if features else _mha_fwd(*args)
+    except RuntimeError as error:
+        raise named(error, by_name(args, features)) from None
     return out
 
 
