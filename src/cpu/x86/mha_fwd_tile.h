@@ -197,9 +197,63 @@ static void move_reference(struct work *w, int side, __mmask16 over)
         _mm512_store_ps(odd, _mm512_mul_ps(_mm512_load_ps(odd), f));
     }
     _mm512_store_ps(w->m + 16 * tile, _mm512_mask_mov_ps(m, up, top));
+    _mm512_mask_store_ps(w->ruler_p + 16 * tile, up, _mm512_set1_ps(P_FIRST));
+    _mm512_mask_store_ps(w->ruler_lost + 16 * tile, up, _mm512_setzero_ps());
     _mm512_store_ps(w->beat_l + 16 * side, _mm512_setzero_ps());
     for (int i = 0; i < w->chunks; i++)
         if (i / (STEP_KEYS / chunk_keys(w->capped)) % 2 == side) exp_chunk_alone(w, i);
+}
+
+/* Rounded p of 32 keys x 16 queries, those of a step of the beat w->exp: a line holds two keys. */
+static inline const char *p_tile(const struct work *w, int64_t step, int side)
+{
+    return w->p + (w->exp.parity * BLOCK_STEPS + step % BLOCK_STEPS) * OPERAND_BYTES +
+           side * TILE_BYTES;
+}
+
+/* Makes the key of the beat whose p is `top` the ruler of its row, in these lanes.  What rounding took
+ * is known of all keys of the beat together, and is laid to it. */
+static __attribute__((noinline)) void set_ruler(struct work *w, int side, __mmask16 lanes,
+                                                __m512 top)
+{
+    const int at = 32 * w->exp.pair + 16 * side;
+    const __m512i upper = _mm512_set1_epi32(-0x10000);
+    __m512 lost = _mm512_load_ps(w->beat_l + 16 * side);
+    __m512i key = _mm512_setzero_si512();
+    for (int64_t step = w->exp.begin; step < w->exp.end; step++) {
+        for (int j = 0; j < STEP_KEYS; j += 2) {
+            const char *line = p_tile(w, step, side) + j / 2 * TILE_ROW_BYTES;
+            __m512i two = _mm512_load_si512(line), number = _mm512_set1_epi32(32 * (int)step + j);
+            __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(two, 16));
+            __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(two, upper));
+            lost = _mm512_sub_ps(lost, _mm512_add_ps(even, odd));
+            key = _mm512_mask_mov_epi32(key, _mm512_cmp_ps_mask(even, top, _CMP_EQ_OQ), number);
+            key = _mm512_mask_add_epi32(key, _mm512_cmp_ps_mask(odd, top, _CMP_EQ_OQ), number,
+                                        _mm512_set1_epi32(1));
+        }
+    }
+    _mm512_mask_store_ps(w->ruler_p + at, lanes, top);
+    _mm512_mask_store_ps(w->ruler_lost + at, lanes, lost);
+    _mm512_mask_store_epi32(w->ruler + at, lanes, key);
+}
+
+/* Looks for keys of the beat that rule their rows, among these lanes: p above all before and a share
+ * of l. */
+static __attribute__((noinline)) void find_rulers(struct work *w, int side, __mmask16 lanes,
+                                                  __m512 share)
+{
+    __m512i top = _mm512_setzero_si512();
+    for (int64_t step = w->exp.begin; step < w->exp.end; step++)
+        for (int j = 0; j < STEP_KEYS / 2; j++) {
+            const char *line = p_tile(w, step, side) + j * TILE_ROW_BYTES;
+            top = _mm512_max_epu16(top, _mm512_load_si512(line));
+        }
+    top = _mm512_max_epu16(top, _mm512_slli_epi32(top, 16));
+    __m512 p = _mm512_castsi512_ps(_mm512_and_si512(top, _mm512_set1_epi32(-0x10000)));
+    __m512 before = _mm512_load_ps(w->ruler_p + 32 * w->exp.pair + 16 * side);
+    lanes = _mm512_mask_cmp_ps_mask(lanes, p, before, _CMP_GT_OQ);
+    lanes = _mm512_mask_cmp_ps_mask(lanes, p, share, _CMP_GT_OQ);
+    if (lanes) set_ruler(w, side, lanes, p);
 }
 
 /* Ends the beat whose exponentials were taken: a larger m where one came to 2 or more, which is the
@@ -222,7 +276,11 @@ static void close_beat(struct work *w, const struct beat *next)
     }
     for (int side = 0; side < 2; side++) {
         float *l = w->l + 32 * w->exp.pair + 16 * side, *beat_l = w->beat_l + 16 * side;
-        _mm512_store_ps(l, _mm512_add_ps(_mm512_load_ps(l), _mm512_load_ps(beat_l)));
+        __m512 beat = _mm512_load_ps(beat_l), sum = _mm512_add_ps(_mm512_load_ps(l), beat);
+        __m512 share = _mm512_mul_ps(sum, _mm512_set1_ps(RULES));
+        __mmask16 large = _mm512_cmp_ps_mask(beat, share, _CMP_GT_OQ);
+        if (PLANES == 1 && large && !w->exp.first) find_rulers(w, side, large, share);
+        _mm512_store_ps(l, sum);
         _mm512_store_ps(beat_l, _mm512_setzero_ps());
         _mm512_store_si512(w->beat_or + 16 * side, _mm512_setzero_si512());
     }
@@ -376,7 +434,8 @@ static void load_intervals(struct work *w, int pair)
         if (r % 16 == 0 || lo > *all_lo) *all_lo = (int32_t)lo;
         if (r % 16 == 0 || hi < *all_hi) *all_hi = (int32_t)hi;
         w->m[r] = M_NONE;
-        w->l[r] = w->p_sum[0][r] = w->p_sum[1][r] = 0;
+        w->l[r] = w->p_sum[0][r] = w->p_sum[1][r] = w->ruler_lost[r] = 0;
+        w->ruler_p[r] = P_FIRST;
     }
     w->begin[pair] = last ? first / STEP_KEYS : 0;
     w->end[pair] = (last + STEP_KEYS - 1) / STEP_KEYS;

@@ -24,7 +24,9 @@ enum {
 };
 
 #define M_NONE (-0x1p120f)
-#define M_SLACK 8.0f /* log2: how far scores may pass the first maximum */
+#define M_SLACK 8.0f    /* log2: how far scores may pass the first maximum */
+#define P_FIRST 0x1p-7f /* p of the maximum that m was set by: 2^(1 - M_SLACK) */
+#define RULES 0.25f     /* share of l from which on a key rules its row */
 #define LOG2_E 1.44269504f
 #define LN_2 0.693147181f
 
@@ -72,6 +74,9 @@ struct work {
     float m[ROWS_MAX] __attribute__((aligned(64)));
     float l[ROWS_MAX] __attribute__((aligned(64)));
     float p_sum[2][ROWS_MAX] __attribute__((aligned(64))); /* in steps of even, odd number */
+    float ruler_p[ROWS_MAX] __attribute__((aligned(64)));  /* of the last key that ruled the row, */
+    float ruler_lost[ROWS_MAX] __attribute__((aligned(64))); /* what rounding took from it, */
+    int32_t ruler[ROWS_MAX] __attribute__((aligned(64)));    /* its number; P_FIRST, 0, -: none */
     int32_t lo[ROWS_MAX] __attribute__((aligned(64)));
     int32_t seen[ROWS_MAX] __attribute__((aligned(64)));  /* hi - lo */
     int32_t all_lo[ROWS_MAX / 16], all_hi[ROWS_MAX / 16]; /* keys that all 16 queries see */

@@ -66,6 +66,7 @@ VEC_INLINE float vec_reduce_max(vec x)
 
 VEC_INLINE vec_mask vec_gt(vec a, vec b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
 VEC_INLINE vec_mask vec_eq(vec a, vec b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
+VEC_INLINE vec_mask vec_is_nan(vec x) { return _mm256_cmp_ps(x, x, _CMP_UNORD_Q); }
 VEC_INLINE bool vec_any(vec_mask m) { return _mm256_movemask_ps(m) != 0; }
 VEC_INLINE vec vec_select(vec_mask m, vec yes, vec no) { return _mm256_blendv_ps(no, yes, m); }
 

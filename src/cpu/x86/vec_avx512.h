@@ -62,6 +62,7 @@ VEC_INLINE float vec_reduce_max(vec x) { return _mm512_reduce_max_ps(x); }
 
 VEC_INLINE vec_mask vec_gt(vec a, vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
 VEC_INLINE vec_mask vec_eq(vec a, vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+VEC_INLINE vec_mask vec_is_nan(vec x) { return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q); }
 VEC_INLINE bool vec_any(vec_mask m) { return m != 0; }
 VEC_INLINE vec vec_select(vec_mask m, vec yes, vec no) { return _mm512_mask_blend_ps(m, no, yes); }
 
