@@ -211,30 +211,36 @@ static inline const char *p_tile(const struct work *w, int64_t step, int side)
            side * TILE_BYTES;
 }
 
-/* Makes the key of the beat whose p is `top` the ruler of its row, in these lanes.  What rounding took
- * is known of all keys of the beat together, and is laid to it. */
-static __attribute__((noinline)) void set_ruler(struct work *w, int side, __mmask16 lanes,
-                                                __m512 top)
+/* Makes the key of the beat whose rounded p is `top` the ruler of its row, in these lanes.  Its p is
+ * taken again to know what rounding took. */
+static __attribute__((noinline)) void set_rulers(struct work *w, int side, __mmask16 lanes,
+                                                 __m512 top)
 {
-    const int at = 32 * w->exp.pair + 16 * side;
-    const __m512i upper = _mm512_set1_epi32(-0x10000);
-    __m512 lost = _mm512_load_ps(w->beat_l + 16 * side);
+    const int pair = w->exp.pair, at = 32 * pair + 16 * side;
     __m512i key = _mm512_setzero_si512();
     for (int64_t step = w->exp.begin; step < w->exp.end; step++) {
         for (int j = 0; j < STEP_KEYS; j += 2) {
-            const char *line = p_tile(w, step, side) + j / 2 * TILE_ROW_BYTES;
-            __m512i two = _mm512_load_si512(line), number = _mm512_set1_epi32(32 * (int)step + j);
+            __m512i two = _mm512_load_si512(p_tile(w, step, side) + j / 2 * TILE_ROW_BYTES);
             __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(two, 16));
-            __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(two, upper));
-            lost = _mm512_sub_ps(lost, _mm512_add_ps(even, odd));
-            key = _mm512_mask_mov_epi32(key, _mm512_cmp_ps_mask(even, top, _CMP_EQ_OQ), number);
-            key = _mm512_mask_add_epi32(key, _mm512_cmp_ps_mask(odd, top, _CMP_EQ_OQ), number,
-                                        _mm512_set1_epi32(1));
+            __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(two, _mm512_set1_epi32(-0x10000)));
+            __mmask16 is_even = _mm512_cmp_ps_mask(even, top, _CMP_EQ_OQ);
+            __mmask16 is_odd = _mm512_cmp_ps_mask(odd, top, _CMP_EQ_OQ);
+            key = _mm512_mask_mov_epi32(key, is_even, _mm512_set1_epi32(STEP_KEYS * (int)step + j));
+            key = _mm512_mask_mov_epi32(key, is_odd,
+                                        _mm512_set1_epi32(STEP_KEYS * (int)step + j + 1));
         }
     }
-    _mm512_mask_store_ps(w->ruler_p + at, lanes, top);
-    _mm512_mask_store_ps(w->ruler_lost + at, lanes, lost);
     _mm512_mask_store_epi32(w->ruler + at, lanes, key);
+    _mm512_mask_store_ps(w->ruler_p + at, lanes, top);
+    while (lanes) {
+        int32_t one = w->ruler[at + __builtin_ctz(lanes)];
+        __mmask16 same = _mm512_mask_cmpeq_epi32_mask(lanes, key, _mm512_set1_epi32(one));
+        __m512 x = plain_score(w, pair, one / STEP_KEYS, one % STEP_KEYS, side);
+        if (w->capped) cap_few(&w->cap, &x, 1, false);
+        x = _mm512_fmsub_ps(x, _mm512_set1_ps(w->scale), _mm512_load_ps(w->m + at));
+        _mm512_mask_store_ps(w->ruler_lost + at, same, _mm512_sub_ps(exp2_16_exact(x), top));
+        lanes &= (__mmask16)~same;
+    }
 }
 
 /* Looks for keys of the beat that rule their rows, among these lanes: p above all before and a share
@@ -253,7 +259,7 @@ static __attribute__((noinline)) void find_rulers(struct work *w, int side, __mm
     __m512 before = _mm512_load_ps(w->ruler_p + 32 * w->exp.pair + 16 * side);
     lanes = _mm512_mask_cmp_ps_mask(lanes, p, before, _CMP_GT_OQ);
     lanes = _mm512_mask_cmp_ps_mask(lanes, p, share, _CMP_GT_OQ);
-    if (lanes) set_ruler(w, side, lanes, p);
+    if (lanes) set_rulers(w, side, lanes, p);
 }
 
 /* Ends the beat whose exponentials were taken: a larger m where one came to 2 or more, which is the
