@@ -42,7 +42,7 @@
  * the beat's exponentials are taken again.
  *
  * Here are beats and the task; what they are made of is in mha_fwd_tile_work.h (the state), _exp.h,
- * _product.h and _finish.h.
+ * _ruler.h, _product.h and _finish.h.
  */
 #ifndef ATTN_CPU_X86_MHA_FWD_TILE_H
 #define ATTN_CPU_X86_MHA_FWD_TILE_H
@@ -87,39 +87,11 @@ static void multiply_all(struct work *w)
     store_pending(w);
 }
 
-/* K tiles of a step. */
-static inline const char *k_tiles(const struct work *w, int64_t step)
-{
-    return w->task->packed + step / BLOCK_STEPS * w->block_bytes +
-           step % BLOCK_STEPS * w->k_steps * OPERAND_BYTES;
-}
-
-static inline char *q_tiles(const struct work *w, int pair)
-{
-    return w->q + pair * w->k_steps * OPERAND_BYTES;
-}
-
 /* S of one beat; the last step's tiles are not stored yet. */
 static void score(struct work *w, const struct beat *b)
 {
     for (int64_t i = b->begin; i < b->end; i++)
         product_s(w, k_tiles(w, i), q_tiles(w, b->pair), s_quad(w, b, i));
-}
-
-/* Scores of key j of a step with 16 queries, first planes only. */
-static __m512 plain_score(const struct work *w, int pair, int64_t step, int j, int side)
-{
-    const char *k = k_tiles(w, step) + j / 16 * TILE_BYTES + j % 16 * TILE_ROW_BYTES;
-    const char *q = q_tiles(w, pair) + side * TILE_BYTES;
-    __m512 sum = _mm512_setzero_ps();
-    for (int64_t s = 0; s < w->k_steps; s++)
-        for (int i = 0; i < 16; i++) {
-            int32_t two;
-            memcpy(&two, k + s * OPERAND_BYTES + 4 * i, 4);
-            __m512i q_pair = _mm512_load_si512(q + s * OPERAND_BYTES + i * TILE_ROW_BYTES);
-            sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(two), (__m512bh)q_pair);
-        }
-    return sum;
 }
 
 /* With more planes an infinity meets zeros and other signs in the second ones, and gives NaN where
@@ -198,68 +170,10 @@ static void move_reference(struct work *w, int side, __mmask16 over)
     }
     _mm512_store_ps(w->m + 16 * tile, _mm512_mask_mov_ps(m, up, top));
     _mm512_mask_store_ps(w->ruler_p + 16 * tile, up, _mm512_set1_ps(P_FIRST));
-    _mm512_mask_store_ps(w->ruler_lost + 16 * tile, up, _mm512_setzero_ps());
+    _mm512_mask_store_epi32(w->ruler + 16 * tile, up, _mm512_set1_epi32(-1));
     _mm512_store_ps(w->beat_l + 16 * side, _mm512_setzero_ps());
     for (int i = 0; i < w->chunks; i++)
         if (i / (STEP_KEYS / chunk_keys(w->capped)) % 2 == side) exp_chunk_alone(w, i);
-}
-
-/* Rounded p of 32 keys x 16 queries, those of a step of the beat w->exp: a line holds two keys. */
-static inline const char *p_tile(const struct work *w, int64_t step, int side)
-{
-    return w->p + (w->exp.parity * BLOCK_STEPS + step % BLOCK_STEPS) * OPERAND_BYTES +
-           side * TILE_BYTES;
-}
-
-/* Makes the key of the beat whose rounded p is `top` the ruler of its row, in these lanes.  Its p is
- * taken again to know what rounding took. */
-static __attribute__((noinline)) void set_rulers(struct work *w, int side, __mmask16 lanes,
-                                                 __m512 top)
-{
-    const int pair = w->exp.pair, at = 32 * pair + 16 * side;
-    __m512i key = _mm512_setzero_si512();
-    for (int64_t step = w->exp.begin; step < w->exp.end; step++) {
-        for (int j = 0; j < STEP_KEYS; j += 2) {
-            __m512i two = _mm512_load_si512(p_tile(w, step, side) + j / 2 * TILE_ROW_BYTES);
-            __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(two, 16));
-            __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(two, _mm512_set1_epi32(-0x10000)));
-            __mmask16 is_even = _mm512_cmp_ps_mask(even, top, _CMP_EQ_OQ);
-            __mmask16 is_odd = _mm512_cmp_ps_mask(odd, top, _CMP_EQ_OQ);
-            key = _mm512_mask_mov_epi32(key, is_even, _mm512_set1_epi32(STEP_KEYS * (int)step + j));
-            key = _mm512_mask_mov_epi32(key, is_odd,
-                                        _mm512_set1_epi32(STEP_KEYS * (int)step + j + 1));
-        }
-    }
-    _mm512_mask_store_epi32(w->ruler + at, lanes, key);
-    _mm512_mask_store_ps(w->ruler_p + at, lanes, top);
-    while (lanes) {
-        int32_t one = w->ruler[at + __builtin_ctz(lanes)];
-        __mmask16 same = _mm512_mask_cmpeq_epi32_mask(lanes, key, _mm512_set1_epi32(one));
-        __m512 x = plain_score(w, pair, one / STEP_KEYS, one % STEP_KEYS, side);
-        if (w->capped) cap_few(&w->cap, &x, 1, false);
-        x = _mm512_fmsub_ps(x, _mm512_set1_ps(w->scale), _mm512_load_ps(w->m + at));
-        _mm512_mask_store_ps(w->ruler_lost + at, same, _mm512_sub_ps(exp2_16_exact(x), top));
-        lanes &= (__mmask16)~same;
-    }
-}
-
-/* Looks for keys of the beat that rule their rows, among these lanes: p above all before and a share
- * of l. */
-static __attribute__((noinline)) void find_rulers(struct work *w, int side, __mmask16 lanes,
-                                                  __m512 share)
-{
-    __m512i top = _mm512_setzero_si512();
-    for (int64_t step = w->exp.begin; step < w->exp.end; step++)
-        for (int j = 0; j < STEP_KEYS / 2; j++) {
-            const char *line = p_tile(w, step, side) + j * TILE_ROW_BYTES;
-            top = _mm512_max_epu16(top, _mm512_load_si512(line));
-        }
-    top = _mm512_max_epu16(top, _mm512_slli_epi32(top, 16));
-    __m512 p = _mm512_castsi512_ps(_mm512_and_si512(top, _mm512_set1_epi32(-0x10000)));
-    __m512 before = _mm512_load_ps(w->ruler_p + 32 * w->exp.pair + 16 * side);
-    lanes = _mm512_mask_cmp_ps_mask(lanes, p, before, _CMP_GT_OQ);
-    lanes = _mm512_mask_cmp_ps_mask(lanes, p, share, _CMP_GT_OQ);
-    if (lanes) set_rulers(w, side, lanes, p);
 }
 
 /* Ends the beat whose exponentials were taken: a larger m where one came to 2 or more, which is the
@@ -440,8 +354,9 @@ static void load_intervals(struct work *w, int pair)
         if (r % 16 == 0 || lo > *all_lo) *all_lo = (int32_t)lo;
         if (r % 16 == 0 || hi < *all_hi) *all_hi = (int32_t)hi;
         w->m[r] = M_NONE;
-        w->l[r] = w->p_sum[0][r] = w->p_sum[1][r] = w->ruler_lost[r] = 0;
+        w->l[r] = w->p_sum[0][r] = w->p_sum[1][r] = 0;
         w->ruler_p[r] = P_FIRST;
+        w->ruler[r] = -1;
     }
     w->begin[pair] = last ? first / STEP_KEYS : 0;
     w->end[pair] = (last + STEP_KEYS - 1) / STEP_KEYS;

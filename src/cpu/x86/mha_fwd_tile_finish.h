@@ -7,7 +7,7 @@
 
 #include <math.h>
 
-#include "cpu/x86/mha_fwd_tile_exp.h"
+#include "cpu/x86/mha_fwd_tile_ruler.h"
 
 /* A bit for every key of a step whose V row has an infinity or a NaN. */
 static inline uint32_t bad_values(const struct work *w, int64_t step)
@@ -47,24 +47,6 @@ static inline __m512i round_out(__m512i low, __m512i high)
     return _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
 }
 
-/* Adds f times elements [32 s, 32 s + 32) of the V of the key that rules row r, infinities and NaNs
- * left out. */
-static __attribute__((noinline)) void add_ruler(const struct work *w, int r, int64_t s, float f,
-                                                __m512i *low, __m512i *high)
-{
-    const struct attn_mha_task *t = w->task;
-    const char *v = t->kv.v + attn_kv_v_offset(&t->kv, w->ruler[r]);
-    struct elements e = load_row(w->dtype, v, t->d_v, NULL, 0, s);
-    __m512i words = _mm512_maskz_mov_epi16((__mmask32)~not_finite(ATTN_BF16, e), e.part[0]);
-    __m256i half[2] = {_mm512_castsi512_si256(words), _mm512_extracti64x4_epi64(words, 1)};
-    __m512i *out[2] = {low, high};
-    for (int i = 0; i < 2; i++) {
-        __m512 x = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half[i]), 16));
-        x = _mm512_fmadd_ps(_mm512_set1_ps(f), x, _mm512_castsi512_ps(*out[i]));
-        *out[i] = _mm512_castps_si512(x);
-    }
-}
-
 /* out and lse of one tile of queries. */
 static void finish_tile(struct work *w, int tile)
 {
@@ -72,8 +54,9 @@ static void finish_tile(struct work *w, int tile)
     int rows = t->rows - 16 * tile;
     if (rows > 16) rows = 16;
     __m512 m = _mm512_load_ps(w->m + 16 * tile), l = _mm512_load_ps(w->l + 16 * tile);
-    __m512 p_sum = l, lost = _mm512_load_ps(w->ruler_lost + 16 * tile);
-    __mmask16 ruled = _mm512_cmp_ps_mask(lost, _mm512_setzero_ps(), _CMP_NEQ_OQ);
+    __m512 p_sum = l, lost = _mm512_setzero_ps();
+    const __mmask16 ruled = PLANES == 1 ? still_ruled(w, tile) : 0;
+    if (ruled) lost = rulers_lost(w, tile, ruled);
     if (t->partial)
         p_sum = _mm512_add_ps(lost, _mm512_add_ps(_mm512_load_ps(w->p_sum[0] + 16 * tile),
                                                   _mm512_load_ps(w->p_sum[1] + 16 * tile)));
@@ -113,8 +96,7 @@ static void finish_tile(struct work *w, int tile)
         __mmask32 live = lanes_within(s, 0, t->d_v);
         for (int i = 0; i < rows; i++) {
             char *out = t->out + t->out_row[16 * tile + i];
-            if (PLANES == 1 && ruled >> i & 1)
-                add_ruler(w, 16 * tile + i, s, lost_f[i], &low[i], &high[i]);
+            if (ruled >> i & 1) add_ruler(w, 16 * tile + i, s, lost_f[i], &low[i], &high[i]);
             if (t->partial || w->dtype == ATTN_F32) {
                 _mm512_mask_storeu_epi32(out + 128 * s, (__mmask16)live, low[i]);
                 _mm512_mask_storeu_epi32(out + 128 * s + 64, (__mmask16)(live >> 16), high[i]);

@@ -74,9 +74,8 @@ struct work {
     float m[ROWS_MAX] __attribute__((aligned(64)));
     float l[ROWS_MAX] __attribute__((aligned(64)));
     float p_sum[2][ROWS_MAX] __attribute__((aligned(64))); /* in steps of even, odd number */
-    float ruler_p[ROWS_MAX] __attribute__((aligned(64)));  /* of the last key that ruled the row, */
-    float ruler_lost[ROWS_MAX] __attribute__((aligned(64))); /* what rounding took from it, */
-    int32_t ruler[ROWS_MAX] __attribute__((aligned(64)));    /* its number; P_FIRST, 0, -: none */
+    float ruler_p[ROWS_MAX] __attribute__((aligned(64)));  /* P of the last key to rule the row */
+    int32_t ruler[ROWS_MAX] __attribute__((aligned(64)));  /* and the key; P_FIRST, -1: none */
     int32_t lo[ROWS_MAX] __attribute__((aligned(64)));
     int32_t seen[ROWS_MAX] __attribute__((aligned(64)));  /* hi - lo */
     int32_t all_lo[ROWS_MAX / 16], all_hi[ROWS_MAX / 16]; /* keys that all 16 queries see */
@@ -106,6 +105,36 @@ static inline float *o_line(const struct work *w, int64_t tile, int64_t d)
 static inline char *s_quad(const struct work *w, const struct beat *b, int64_t step)
 {
     return w->s + (b->slot + step - b->begin) % S_STEPS * QUAD_BYTES;
+}
+
+/* K tiles of a step. */
+static inline const char *k_tiles(const struct work *w, int64_t step)
+{
+    return w->task->packed + step / BLOCK_STEPS * w->block_bytes +
+           step % BLOCK_STEPS * w->k_steps * OPERAND_BYTES;
+}
+
+static inline char *q_tiles(const struct work *w, int pair)
+{
+    return w->q + pair * w->k_steps * OPERAND_BYTES;
+}
+
+/* Scores of key j of a step with 16 queries, first planes only. */
+static inline __m512 plain_score(const struct work *w, int pair, int64_t step, int j, int side)
+{
+    const char *k = k_tiles(w, step) + j / 16 * TILE_BYTES + j % 16 * TILE_ROW_BYTES;
+    const char *q = q_tiles(w, pair) + side * TILE_BYTES;
+    __m512 sum[4];
+    EACH(i, 4) sum[i] = _mm512_setzero_ps();
+    for (int64_t s = 0; s < w->k_steps; s++) VEC_UNROLL
+    for (int i = 0; i < 16; i++) {
+        int32_t two;
+        memcpy(&two, k + s * OPERAND_BYTES + 4 * i, 4);
+        __m512i q_pair = _mm512_load_si512(q + s * OPERAND_BYTES + i * TILE_ROW_BYTES);
+        sum[i % 4] = _mm512_dpbf16_ps(sum[i % 4], (__m512bh)_mm512_set1_epi32(two),
+                                      (__m512bh)q_pair);
+    }
+    return _mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3]));
 }
 
 #endif
