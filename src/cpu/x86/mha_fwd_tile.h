@@ -14,7 +14,8 @@
  * six largest are taken, which leaves out 2^-26 of |a| |b|: less than fp32's own rounding.
  *
  * A partial result, which is fp32, is divided by the sum of the rounded P instead: a row ruled by
- * one key then gives that key's V to fp32's accuracy.
+ * one key then gives that key's V to fp32's accuracy.  In bf16 the P of a key that rules its row is
+ * not rounded at all: see mha_fwd_tile_ruler.h.
  *
  * m is a reference, not the maximum: it begins M_SLACK - 1 above the largest score of the first
  * beat (64 keys) and moves, to as much above a later one, only when an exponential comes to 2 or
