@@ -20,25 +20,27 @@ import sys
 PLAIN = re.compile(r"^ATTN_PLAIN_KERNEL\((\w+), (\w+)\)")
 LINE = re.compile(r"^ATTN_KERNEL\((\w+), (\w+), (\w+), (\d+), (\d+), (\d+), (\d+)\)")
 ALLOWED = re.compile(r"/\* spills (\d+) bytes: ")  # behind a line, with the reason
-FIELDS = ("DTYPE", "DQK", "DV", "ROWS", "KEYS")
+FIELDS = ("OP", "DTYPE", "DQK", "DV", "ROWS", "KEYS")
 # C7504-C7508: setmaxnreg ignored; C7509-C7515, C7520: wgmma serialised; C7602: too many registers.
 FATAL = re.compile(r"\(C75(0[4-9]|1[0-5]|20)\)|\(C7602\)|Potential Performance Loss")
 SPILL = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 
 
 def variants(path):
-    """{kernel name: {"op": .., "DTYPE": .., "DQK": ..}} in the list's order."""
+    """{kernel name: {"source": .., "OP": .., "DTYPE": ..}} in the list's order."""
     found = {}
     for line in path.read_text().splitlines():
         match = LINE.match(line)
         if match:
             op, arch, dtype, dqk, dv, rows, keys = match.groups()
             name = f"attn_{op}_{arch}_{dtype}_d{dqk}x{dv}_m{rows}n{keys}"
-            found[name] = {"op": op, **dict(zip(FIELDS, (dtype, dqk, dv, rows, keys)))}
+            fields = (op, dtype, dqk, dv, rows, keys)
+            found[name] = {"source": path.with_suffix(".cu"), **dict(zip(FIELDS, fields))}
             if allowed := ALLOWED.search(line):
                 found[name]["spills"] = int(allowed[1])
         elif match := PLAIN.match(line):
-            found["attn_{}_{}".format(*match.groups())] = {"op": match.group(1)}
+            op, arch = match.groups()
+            found[f"attn_{op}_{arch}"] = {"source": path.with_name(op + ".cu")}
         elif re.match("ATTN_.*KERNEL", line):
             sys.exit(f"{path}: not understood: {line}")
     return found
@@ -55,9 +57,8 @@ def faults(report, spills=0):
     return bad
 
 
-def build(nvcc, deflist, name, fields, out):
+def build(nvcc, name, fields, out):
     out.mkdir(parents=True, exist_ok=True)
-    source = deflist.with_name(fields["op"] + ".cu")
     command = [
         *([sys.executable] if nvcc.endswith(".py") else []),
         nvcc,
@@ -70,7 +71,7 @@ def build(nvcc, deflist, name, fields, out):
         "-v",
         "-o",
         str(out / f"{name}.cubin"),
-        str(source),
+        str(fields["source"]),
     ]
     command += [f"-DVARIANT_{field}={fields[field]}" for field in FIELDS if field in fields]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -108,7 +109,7 @@ def main():
         report(args.deflist, args.out)
     else:
         for name in known if args.name == "all" else [args.name]:
-            build(args.nvcc, args.deflist, name, known[name], args.out)
+            build(args.nvcc, name, known[name], args.out)
 
 
 if __name__ == "__main__":

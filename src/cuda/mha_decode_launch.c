@@ -71,7 +71,7 @@ static attn_status choose(const problem_t *p, const struct attn_cuda_device *dev
     int count = attn_mha_decode_kernel_count + attn_mla_decode_kernel_count;
     for (int i = 0; i < count; i++) {
         const struct attn_cuda_kernel *k = kernel_at(i);
-        tiles[i] = (struct attn_mha_fwd_cuda_tile){k->dtype, k->d_qk, k->d_v, k->rows, k->keys};
+        tiles[i] = (struct attn_mha_fwd_cuda_tile){k->dtype, k->d_qk, k->d_v, k->rows, k->keys, 0};
     }
     ATTN_TRY(attn_mha_decode_cuda_choose(p, tiles, count, device->multiprocessors, plan));
     if (is_latent(plan->kernel)) return ATTN_OK;

@@ -24,6 +24,7 @@ struct attn_mha_fwd_cuda_plan {
 /* What a kernel of the table must be good at, so that plans can be tested without one. */
 struct attn_mha_fwd_cuda_tile {
     int dtype, d_qk, d_v, rows, keys;
+    int capped; /* 1: with softcap, 0: without */
 };
 
 /* ATTN_E_NOT_BUILT names the feature that no kernel has; ATTN_E_SHAPE a tensor whose rows the

@@ -11,7 +11,6 @@
 
 #define KERNELS_MAX 64
 #define LOG2E 1.4426950408889634
-#define BOUNDED_EXPONENT 80 /* leaves 2^47 for the count of keys and for v */
 #define TICKET_BYTES 64 /* behind kv_append's part of the workspace: a counter on its own line */
 
 typedef struct attn_mha_fwd_problem problem_t;
@@ -22,7 +21,8 @@ static attn_status choose(const problem_t *p, const struct attn_cuda_device *dev
     struct attn_mha_fwd_cuda_tile tiles[KERNELS_MAX];
     for (int i = 0; i < attn_mha_fwd_kernel_count; i++) {
         const struct attn_cuda_kernel *k = &attn_mha_fwd_kernels[i];
-        tiles[i] = (struct attn_mha_fwd_cuda_tile){k->dtype, k->d_qk, k->d_v, k->rows, k->keys};
+        tiles[i] = (struct attn_mha_fwd_cuda_tile){k->dtype, k->d_qk, k->d_v,
+                                                   k->rows,  k->keys, k->capped};
     }
     return attn_mha_fwd_cuda_choose(p, tiles, attn_mha_fwd_kernel_count, device->multiprocessors,
                                     plan);
@@ -33,6 +33,32 @@ static int32_t window(int64_t edge)
     return edge < 0 || edge > ATTN_WINDOW_OFF ? ATTN_WINDOW_OFF : (int32_t)edge;
 }
 
+/* The exponent limit tanh(S c), see struct attn_softcap.  tanh y is y (1 - y^2 / 3 + ..), with the coefficients
+ * that err least up to 0.4.  Where these leave fp32's range no score counts as small. */
+static struct attn_softcap softcap(double c, double limit)
+{
+    const double a = 0.9999937 * limit * c, b = -0.3326241 * limit * pow(c, 3);
+    const double d = 0.121267 * limit * pow(c, 5), t = 0.16 / (c * c);
+    struct attn_softcap x = {
+        .small = -1.0f,
+        .t = -1.0f,
+        .sign = c < 0 ? -1.0f : 1.0f,
+        .rate = (float)(2 * LOG2E * fabs(c)),
+        .limit = (float)limit,
+        .deep = INFINITY,
+    };
+    if (!(c > 0 && d > 1e-30 && d < 1e30 && t > 1e-30 && t < 1e30)) return x;
+    x.small = (float)(0.399999 / c);
+    x.t = (float)t;
+    x.a = (float)(a + b * t + d * t * t);
+    x.b = (float)(b + 2 * d * t);
+    x.d = (float)d;
+    double largest = limit * tanh(0.399999);
+    x.shallow = (float)(largest - ATTN_SOFTCAP_SLACK - 1e-3);
+    if (16 - largest <= x.shallow) x.deep = (float)(16 - largest);
+    return x;
+}
+
 static void fill_scores(const problem_t *p, struct attn_mha_fwd_params *out)
 {
     out->score = ATTN_SCORE_PLAIN;
@@ -40,8 +66,8 @@ static void fill_scores(const problem_t *p, struct attn_mha_fwd_params *out)
     if (p->softcap > 0) {
         out->score_scale = (float)(p->scale / p->softcap);
         out->exp_scale = (float)(p->softcap * LOG2E);
-        bool bounded = p->dtype == ATTN_BF16 && out->exp_scale <= BOUNDED_EXPONENT;
-        out->score = bounded ? ATTN_SCORE_BOUNDED : ATTN_SCORE_CAPPED;
+        out->score = ATTN_SCORE_CAPPED;
+        out->softcap = softcap(p->scale / p->softcap, p->softcap * LOG2E);
     } else if (!(p->scale > 0)) {
         out->score = ATTN_SCORE_SCALED;
         out->score_scale = (float)p->scale;

@@ -187,6 +187,7 @@ attn_status attn_mha_fwd_cuda_choose(const struct attn_mha_fwd_problem *p,
     for (int i = 0; i < tile_count; i++) {
         const struct attn_mha_fwd_cuda_tile *t = &tiles[i];
         if (t->dtype != (int)p->dtype || t->d_qk < p->d_qk || t->d_v < p->d_v) continue;
+        if (t->capped != (p->softcap > 0)) continue;
         if (panels(t->d_qk) != panels(p->d_qk)) continue; /* no box wholly right of k's head */
         bool packs = may_pack && (p->pack_gqa > 0 || packs_tighter(p, t->rows));
         for (int packed = packs && p->pack_gqa > 0; packed <= packs; packed++) {

@@ -49,15 +49,21 @@
      .d_v = dv,                                                                                    \
      .rows = rows_,                                                                                \
      .keys = keys_,                                                                                \
+     .capped = CAPPED(op),                                                                         \
      .shared_bytes = SMEM(dqk, dv, rows_, keys_),                                                  \
      .cubin = CUBIN(op, arch, dtype_, dqk, dv, rows_, keys_),                                      \
      .lock = PTHREAD_MUTEX_INITIALIZER},
+enum { CAPPED_mha_fwd, CAPPED_mha_fwd_cap };
+#define CAPPED(op) CAPPED_##op
 #define SMEM ATTN_MHA_FWD_SMEM
 struct attn_cuda_kernel attn_mha_fwd_kernels[] = {
 #include "cuda/kernels/mha_fwd.def"
 };
 #undef SMEM
+#undef CAPPED
 const int attn_mha_fwd_kernel_count = sizeof attn_mha_fwd_kernels / sizeof *attn_mha_fwd_kernels;
+
+#define CAPPED(op) 0
 
 #define SMEM(dqk, dv, rows, keys) ATTN_KDA_FWD_SMEM(dqk, rows)
 struct attn_cuda_kernel attn_kda_fwd_kernels[] = {

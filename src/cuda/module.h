@@ -25,6 +25,7 @@ struct attn_cuda_kernel {
     int dtype;      /* enum attn_dtype */
     int d_qk, d_v;  /* widths it holds */
     int rows, keys; /* of a block's tile, of a step */
+    int capped;     /* mha_fwd: 1 where scores are capped */
     int shared_bytes;
     const unsigned char *cubin;
 

@@ -168,7 +168,8 @@ static void run_mha(struct attn_mha_fwd_args *a)
 
 /* Queries and keys of one length, causal: boxes shared by a cluster of 2.  Tiles of 192 rows are for
  * more than 128 queries, of sequences for all multiprocessors. */
-static void mha_dense(DLDataType type, int64_t d_qk, int64_t d_v, int64_t b, int64_t s)
+static void mha_dense(DLDataType type, int64_t d_qk, int64_t d_v, int64_t b, int64_t s,
+                      double softcap)
 {
     struct attn_mha_fwd_args a = {
         .q = filled(type, SHAPE(b, s, 2, d_qk)),
@@ -177,6 +178,7 @@ static void mha_dense(DLDataType type, int64_t d_qk, int64_t d_v, int64_t b, int
         .v = filled(type, SHAPE(b, s, 1, d_v)),
         .out = empty(type, SHAPE(b, s, 2, d_v)),
         .lse = empty(fp32, SHAPE(b, 2, s)),
+        .softcap = softcap,
         .num_splits = 1,
         .causal = 1,
         .window_left = -1,
@@ -185,7 +187,7 @@ static void mha_dense(DLDataType type, int64_t d_qk, int64_t d_v, int64_t b, int
 }
 
 /* Packed queries with an empty sequence, pages of 3 tokens (gathered), and what a score can get. */
-static void mha_gathered(DLDataType type, int64_t d_qk, int64_t d_v, int64_t s)
+static void mha_gathered(DLDataType type, int64_t d_qk, int64_t d_v, int64_t s, double softcap)
 {
     struct attn_mha_fwd_args a = {
         .q = filled(type, SHAPE(s + 20, 2, d_qk)),
@@ -199,7 +201,7 @@ static void mha_gathered(DLDataType type, int64_t d_qk, int64_t d_v, int64_t s)
         .page_table = table(3, 40),
         .sinks = filled(fp32, SHAPE(2)),
         .max_seqlen_q = s,
-        .softcap = 5,
+        .softcap = softcap,
         .num_splits = 1,
         .causal = 1,
         .window_left = 90,
@@ -239,10 +241,12 @@ static void mha_decode(DLDataType type, int64_t d_qk, int64_t d_v, int num_split
 static void mha_group(int dtype, int64_t d_qk, int64_t d_v)
 {
     DLDataType type = types[dtype];
-    mha_dense(type, d_qk, d_v, 1, 100);
-    mha_dense(type, d_qk, d_v, 70, 150);
-    mha_gathered(type, d_qk, d_v, 100);
-    mha_gathered(type, d_qk, d_v, 150);
+    mha_dense(type, d_qk, d_v, 1, 100, 0);
+    mha_dense(type, d_qk, d_v, 70, 150, 0);
+    mha_dense(type, d_qk, d_v, 1, 150, 5);
+    mha_gathered(type, d_qk, d_v, 100, 0);
+    mha_gathered(type, d_qk, d_v, 150, 0);
+    mha_gathered(type, d_qk, d_v, 100, 5);
     mha_decode(type, d_qk, d_v, 0);
     mha_decode(type, d_qk, d_v, 3);
 }

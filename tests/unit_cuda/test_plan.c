@@ -13,10 +13,12 @@
 
 #include "cuda/mha_decode_cuda.h"
 
-static const struct attn_mha_fwd_cuda_tile tiles[] = {
-#define ATTN_KERNEL(op, arch, dtype, dqk, dv, rows, keys) {DTYPE_##dtype, dqk, dv, rows, keys},
+enum { CAPPED_mha_fwd, CAPPED_mha_fwd_cap, CAPPED_mha_decode = 0, CAPPED_mla_decode = 0 };
+#define ATTN_KERNEL(op, arch, dtype, dqk, dv, rows, keys)                                          \
+    {DTYPE_##dtype, dqk, dv, rows, keys, CAPPED_##op},
 #define DTYPE_bf16 ATTN_BF16
 #define DTYPE_fp16 ATTN_F16
+static const struct attn_mha_fwd_cuda_tile tiles[] = {
 #include "cuda/kernels/mha_fwd.def"
 };
 static const struct attn_mha_fwd_cuda_tile decode_tiles[] = {
@@ -70,6 +72,7 @@ static void random_problem(struct attn_mha_fwd_problem *p)
     if (below(3) == 0) p->window_left = PICK(0, 127, 4096);
     if (p->causal) p->window_right = 0;
     if (below(4) == 0) p->chunk = PICK(1, 100, 8192);
+    if (below(4) == 0) p->softcap = 30;
     if (below(4) == 0) p->cu_seqlens_q = there;
     if (below(3) == 0) {
         p->page_table = there;
@@ -167,6 +170,7 @@ int main(int argc, char **argv)
         EXPECT(plan.pack == group || 64 % group || p.pack_gqa <= 0);
         if (p.pack_gqa < 0 && group > 1 && 64 % group == 0 && p.s_q == 17 && p.b * p.h_k > 132)
             EXPECT(plan.pack == group);
+        EXPECT(t->capped == (p.softcap > 0));
         EXPECT(t->dtype == (int)p.dtype && t->d_qk >= p.d_qk && t->d_v >= p.d_v);
         EXPECT((t->d_qk + 63) / 64 == (p.d_qk + 63) / 64); /* no box wholly right of k's head */
         EXPECT(plan.cluster == 1 || (plan.cluster == 2 && !plan.gather));

@@ -83,35 +83,15 @@ ATTN_DEVICE void issue_pv(float (&o)[DV / 2], uint32_t (&packed)[N / 4], uint32_
     wgmma_commit_group();
 }
 
-/* Softcap, and a scale that is not positive.  SMALL: bounded scores beside softmax_exponentiate_small, a
- * small one to the same bits, so that no row depends on the others of its warp. */
-template <int N, int SMALL = 0>
-ATTN_DEVICE void transform_scores(const attn_mha_fwd_params &p, float (&s)[N / 2])
+/* Softcap, and a scale that is not positive, in decode. */
+template <int N> ATTN_DEVICE void transform_scores(const attn_mha_fwd_params &p, float (&s)[N / 2])
 {
-    if (SMALL && p.score == ATTN_SCORE_BOUNDED) {
+    bool capped = p.score != ATTN_SCORE_SCALED; /* one loop: two of them spill in d64 */
 #pragma unroll
-        for (int i = 0; i < N / 2; i++) {
-            float y = s[i] * p.score_scale;
-            s[i] = fabsf(y) <= 0.4f ? tanh_small(y) : tanh_approx(y);
-        }
-    } else {
-        bool capped = p.score != ATTN_SCORE_SCALED; /* one loop: two of them spill in d64 */
-#pragma unroll
-        for (int i = 0; i < N / 2; i++) {
-            s[i] *= p.score_scale;
-            if (capped) s[i] = tanh_approx(s[i]);
-        }
+    for (int i = 0; i < N / 2; i++) {
+        s[i] *= p.score_scale;
+        if (capped) s[i] = tanh_approx(s[i]);
     }
-}
-
-/* True where softmax_exponentiate_small may take a warp's scores. */
-template <int N> ATTN_DEVICE bool small_scores(const attn_mha_fwd_params &p, const float (&s)[N / 2])
-{
-    float top = fabsf(s[0]);
-#pragma unroll
-    for (int i = 1; i < N / 2; i++)
-        top = fmaxf(top, fabsf(s[i]));
-    return __all_sync(0xffffffff, top * fabsf(p.score_scale) <= 0.4f);
 }
 
 ATTN_DEVICE float load_sink(const attn_mha_fwd_params &p, int h_q)

@@ -23,14 +23,6 @@ ATTN_DEVICE uint32_t mul_bf16x2(uint32_t x, uint32_t y)
     return z;
 }
 
-/* 1 / x, relative error 2^-23.  PTX ISA: rcp */
-ATTN_DEVICE float rcp_approx(float x)
-{
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 /* 1 / sqrt x, relative error 2^-22.  PTX ISA: rsqrt */
 ATTN_DEVICE float rsqrt_approx(float x)
 {

@@ -5,8 +5,8 @@
  * Math, a query row i over its visible keys j (mask.cuh: one interval a row):
  *     S = q_i . k_j       P = 2^(S k - m k)       l = sum P       out_i = sum P v_j / l
  *     lse_i = (m k + log2 l) ln 2                 k = scale log2 e, m = a running maximum of S
- * S, m, l and O are fp32, P is rounded to the inputs' type.  Softcap: S = tanh(S scale / cap),
- * k = cap log2 e.  A row without visible keys gives 0 and lse -inf.
+ * S, m, l and O are fp32, P is rounded to the inputs' type.  Softcap has kernels of its own (CAP), and its
+ * exponents are in softcap.cuh.  A row without visible keys gives 0 and lse -inf.
  *
  * Layout.  q, out [b, s_q, h_q, d] or [t_q, h_q, d]; k, v [b, s_k, h_k, d], [t_k, h_k, d] or pages.
  * A block has M / 64 consumer warpgroups of 64 rows and a producer warpgroup; sched.cuh says which
@@ -29,6 +29,7 @@
  * step.
  */
 #include "attend.cuh"
+#include "softcap.cuh"
 #include "softmax.cuh"
 #include "tile.cuh"
 
@@ -337,10 +338,11 @@ ATTN_DEVICE void release(const attn_mha_fwd_params &p, const uint64_t *empty, ri
     ring_next(r);
 }
 
-/* Writes out and lse of a warpgroup's live rows, whose first query is `top`. */
+/* Writes out and lse of a warpgroup's live rows, whose first query is `top`; maxima times `unit` are
+ * exponents. */
 template <int FP16, int DV>
 ATTN_DEVICE void store_rows(const attn_mha_fwd_params &p, const row_tile &tile, int top,
-                            softmax_rows &rows, float (&o)[DV / 2])
+                            softmax_rows &rows, float unit, float (&o)[DV / 2])
 {
     int c = (int)threadIdx.x % 4, b = p.cu_seqlens_q ? 0 : tile.b;
     float normalise[2];
@@ -352,8 +354,8 @@ ATTN_DEVICE void store_rows(const attn_mha_fwd_params &p, const row_tile &tile, 
         int i = query_of(p, row), h_q = tile.h_q + row - i * p.pack;
         live[h] = i < p.queries && (uint32_t)(top + i) < (uint32_t)tile.seq.s_q;
         float sink = p.sink != ATTN_SINK_NONE ? load_sink(p, live[h] ? h_q : 0) : 0.0f, lse;
-        softmax_finish(rows.max[h], quad_sum(rows.sum[h]), p.exp_scale, p.sink != ATTN_SINK_NONE,
-                       sink, p.lse_empty, &normalise[h], &lse);
+        softmax_finish(rows.max[h], quad_sum(rows.sum[h]), unit, p.sink != ATTN_SINK_NONE, sink,
+                       p.lse_empty, &normalise[h], &lse);
         int64_t at = (int64_t)tile.seq.q_offset + top + i;
         if (live[h] && c == 0 && p.lse)
             p.lse[b * p.lse_stride_b + h_q * p.lse_stride_h + at] = lse;
@@ -390,7 +392,7 @@ ATTN_DEVICE void store_rows(const attn_mha_fwd_params &p, const row_tile &tile, 
  * where all 64 rows are live the copy engine stores them, else the threads do, 16 bytes each. */
 template <int FP16, int DV, int M>
 ATTN_DEVICE void stage_rows(const attn_mha_fwd_params &p, const attn_mha_fwd_out &to,
-                            const row_tile &tile, int group, softmax_rows &rows,
+                            const row_tile &tile, int group, softmax_rows &rows, float unit,
                             float (&o)[DV / 2], uint32_t place)
 {
     constexpr int CHUNKS = DV / 8; /* of 16 bytes */
@@ -403,8 +405,8 @@ ATTN_DEVICE void stage_rows(const attn_mha_fwd_params &p, const attn_mha_fwd_out
         int i = query_of(p, row), h_q = tile.h_q + row - i * p.pack;
         bool lives = i < p.queries && (uint32_t)(top + i) < (uint32_t)tile.seq.s_q;
         float sink = p.sink != ATTN_SINK_NONE ? load_sink(p, lives ? h_q : 0) : 0.0f, lse;
-        softmax_finish(rows.max[h], quad_sum(rows.sum[h]), p.exp_scale, p.sink != ATTN_SINK_NONE,
-                       sink, p.lse_empty, &normalise[h], &lse);
+        softmax_finish(rows.max[h], quad_sum(rows.sum[h]), unit, p.sink != ATTN_SINK_NONE, sink,
+                       p.lse_empty, &normalise[h], &lse);
         if (lives && lane % 4 == 0 && p.lse)
             p.lse[b * p.lse_stride_b + h_q * p.lse_stride_h + tile.seq.q_offset + top + i] = lse;
     }
@@ -446,7 +448,7 @@ ATTN_DEVICE void stage_rows(const attn_mha_fwd_params &p, const attn_mha_fwd_out
     named_barrier_sync_at<128>(1 + group); /* before one thread frees the place */
 }
 
-template <int FP16, int DQK, int DV, int M, int N>
+template <int CAP, int FP16, int DQK, int DV, int M, int N>
 ATTN_DEVICE void consume(const attn_mha_fwd_params &p, const attn_mha_fwd_out &to,
                          mha_fwd_smem<DQK, DV, M, N> &sm, int group)
 {
@@ -459,7 +461,8 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, const attn_mha_fwd_out &t
     constexpr bool STORES_LATE = mha_fwd_smem<DQK, DV, M, N>::STORES_LATE;
     constexpr bool STAGED = mha_fwd_smem<DQK, DV, M, N>::STAGED;
     constexpr bool HALVES = N == 128; /* steps of which a warpgroup may see but one 64 by 64 triangle */
-    constexpr bool SMALL = M < 192 || N < 128; /* softcap without its tanh; 160 registers are too few */
+    constexpr int LOOK = 2; /* in `accumulate`: capped scores are looked at before they count as small */
+    const float unit = CAP ? 1.0f : p.exp_scale;
     float o[DV / 2], s[N / 2];
     uint32_t packed[N / 4];
     softmax_rows rows;
@@ -496,16 +499,20 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, const attn_mha_fwd_out &t
             return !(half & 1);
         };
         auto scores_to_probabilities = [&](int n) {
-            if (SMALL && p.score == ATTN_SCORE_BOUNDED && n < whole_end && n >= whole_begin &&
-                softmax_settled(rows) && small_scores<N>(p, s)) {
-                softmax_exponentiate_small<N>(rows, s, p.score_scale, p.exp_scale);
-                return;
+            if constexpr (CAP) {
+                softcap_open<N>(s, p.softcap);
+                mask(n);
+                softcap_exponentiate<N>(rows, s, p.softcap);
+            } else {
+                if (p.score == ATTN_SCORE_SCALED) {
+#pragma unroll
+                    for (int i = 0; i < N / 2; i++)
+                        s[i] *= p.score_scale;
+                }
+                mask(n);
+                softmax_update_max<N, ATTN_PREFILL_SLACK>(rows, s, p.exp_scale);
+                softmax_exponentiate<N>(rows, s, p.exp_scale);
             }
-            if (p.score != ATTN_SCORE_PLAIN) transform_scores<N, SMALL>(p, s);
-            mask(n);
-            if (p.score == ATTN_SCORE_BOUNDED) softmax_settle_max<N>(rows, s, p.exp_scale);
-            else softmax_update_max<N, ATTN_PREFILL_SLACK>(rows, s, p.exp_scale);
-            softmax_exponentiate<N>(rows, s, p.exp_scale);
         };
         auto release_k = [&](int n) { /* and q behind the last product that reads it */
             release(p, sm.k_empty, ks);
@@ -523,10 +530,10 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, const attn_mha_fwd_out &t
 
         auto store = [&](const row_tile &of, int stage) {
             if constexpr (STAGED)
-                stage_rows<FP16, DV, M>(p, to, of, group, rows, o,
+                stage_rows<FP16, DV, M>(p, to, of, group, rows, unit, o,
                                         shared_address(sm.q[stage]) + group * 8192);
             else
-                store_rows<FP16, DV>(p, of, of.query + group * p.pitch, rows, o);
+                store_rows<FP16, DV>(p, of, of.query + group * p.pitch, rows, unit, o);
         };
         auto release_last_q = [&]() { /* once the copy engine has read out from it */
             if (STAGED && held && t == 0) {
@@ -554,7 +561,16 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, const attn_mha_fwd_out &t
         if (ends) break;
         if (sees) {
             release_k(n);
-            if (p.score == ATTN_SCORE_PLAIN) {
+            if constexpr (CAP) {
+                if (softcap_small<N>(s, p.softcap)) {
+                    bool upper = mask(n);
+                    softcap_start<N>(rows, s, upper, p.softcap);
+                    softcap_keep_max<FP16, N, 0>(rows, packed, s, upper, true, p.softcap);
+                } else {
+                    scores_to_probabilities(n);
+                    softmax_pack<FP16, N>(packed, s);
+                }
+            } else if (p.score == ATTN_SCORE_PLAIN) {
                 bool upper = mask(n);
                 softmax_start<N>(rows, s, upper);
                 softmax_keep_max<FP16, N, 0>(rows, packed, s, upper, p.exp_scale);
@@ -564,6 +580,7 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, const attn_mha_fwd_out &t
             }
             release_last_q();
             int accumulate = 0; /* the first product overwrites what O holds of the last tile */
+            if (CAP && !softcap_deep(rows, p.softcap)) accumulate = LOOK;
             for (n++; n < end; n++) {
                 wait_k();
                 wgmma_pin(s);
@@ -572,11 +589,26 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, const attn_mha_fwd_out &t
                 wgmma_fence();
                 issue_qk<FP16, DQK, M, N>(s, q, shared_address(sm.k[ks.stage()]));
                 wait_v();
-                issue_pv<FP16, DV, N>(o, packed, shared_address(sm.v[vs.stage()]), accumulate);
-                accumulate = 1;
+                issue_pv<FP16, DV, N>(o, packed, shared_address(sm.v[vs.stage()]), accumulate & 1);
+                accumulate |= 1;
                 wgmma_wait_group<1>();
                 wgmma_pin(s);
                 release_k(n);
+                if constexpr (CAP) {
+                    wgmma_wait_group<0>();
+                    wgmma_pin(o);
+                    wgmma_pin(packed);
+                    release(p, sm.v_empty, vs);
+                    bool look = accumulate & LOOK, small = !look || softcap_small<N>(s, p.softcap);
+                    bool upper = mask(n);
+                    if (small && softcap_keep_max<FP16, N>(rows, packed, s, upper, look, p.softcap))
+                        continue;
+                    accumulate |= LOOK;
+                    scores_to_probabilities(n);
+                    softmax_pack<FP16, N>(packed, s);
+                    softmax_rescale<DV>(rows, o);
+                    continue;
+                }
                 if (p.score == ATTN_SCORE_PLAIN) {
                     bool upper = mask(n);
                     wgmma_wait_group<0>(); /* not for long: it has started, or we would not be here */
@@ -600,14 +632,14 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, const attn_mha_fwd_out &t
                 wgmma_pin(packed);
                 wgmma_fence();
                 issue_pv<FP16, DV, N, N / 32>(o, packed, shared_address(sm.v[vs.stage()]),
-                                              accumulate);
+                                              accumulate & 1);
                 wgmma_wait_group<0>();
                 wgmma_pin(o);
             } else {
                 wgmma_pin(o);
                 wgmma_pin(packed);
                 wgmma_fence();
-                issue_pv<FP16, DV, N>(o, packed, shared_address(sm.v[vs.stage()]), accumulate);
+                issue_pv<FP16, DV, N>(o, packed, shared_address(sm.v[vs.stage()]), accumulate & 1);
                 wgmma_wait_group<0>();
                 wgmma_pin(o);
             }
@@ -637,7 +669,7 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, const attn_mha_fwd_out &t
 
 /* ---- the kernel ------------------------------------------------------------------------------ */
 
-template <int FP16, int DQK, int DV, int M, int N>
+template <int CAP, int FP16, int DQK, int DV, int M, int N>
 ATTN_DEVICE void mha_fwd_body(const attn_mha_fwd_params &p, const attn_mha_fwd_maps &maps,
                               const attn_mha_fwd_out &out)
 {
@@ -685,13 +717,15 @@ ATTN_DEVICE void mha_fwd_body(const attn_mha_fwd_params &p, const attn_mha_fwd_m
             load<DQK, DV, M, N, 1>(p, maps, sm);
     } else {
         setmaxnreg_inc<smem::CONSUMER_REGISTERS>();
-        consume<FP16, DQK, DV, M, N>(p, out, sm, group);
+        consume<CAP, FP16, DQK, DV, M, N>(p, out, sm, group);
     }
     __syncwarp();
     cluster_sync();
 }
 
 /* The build compiles this file once a line of mha_fwd.def, with the line's fields as macros. */
+#define mha_fwd_CAP 0
+#define mha_fwd_cap_CAP 1
 #define ATTN_KERNEL(op, arch, dtype, dqk, dv, rows, keys)                                          \
     extern "C" __global__ void __launch_bounds__((rows) * 2 + 128, 1)                              \
         attn_##op##_##arch##_##dtype##_d##dqk##x##dv##_m##rows##n##keys(                           \
@@ -699,7 +733,7 @@ ATTN_DEVICE void mha_fwd_body(const attn_mha_fwd_params &p, const attn_mha_fwd_m
             const __grid_constant__ attn_mha_fwd_maps maps,                                        \
             const __grid_constant__ attn_mha_fwd_out out)                                          \
     {                                                                                              \
-        op##_body<DTYPE_##dtype, dqk, dv, rows, keys>(p, maps, out);                               \
+        mha_fwd_body<op##_CAP, DTYPE_##dtype, dqk, dv, rows, keys>(p, maps, out);                  \
     }
 #define ATTN_EXPAND(...) ATTN_KERNEL(__VA_ARGS__)
-ATTN_EXPAND(mha_fwd, sm90, VARIANT_DTYPE, VARIANT_DQK, VARIANT_DV, VARIANT_ROWS, VARIANT_KEYS)
+ATTN_EXPAND(VARIANT_OP, sm90, VARIANT_DTYPE, VARIANT_DQK, VARIANT_DV, VARIANT_ROWS, VARIANT_KEYS)

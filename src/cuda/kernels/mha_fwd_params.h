@@ -44,11 +44,22 @@ static inline struct attn_division attn_division_by(int32_t n)
 }
 
 enum attn_mha_fwd_score {
-    ATTN_SCORE_PLAIN,   /* exponent = score * exp_scale */
-    ATTN_SCORE_SCALED,  /* exponent = score * score_scale * exp_scale: a scale <= 0 */
-    ATTN_SCORE_CAPPED,  /* exponent = tanh(score * score_scale) * exp_scale: softcap */
-    ATTN_SCORE_BOUNDED, /* the same with exp_scale <= 80 and bf16: m is set once */
+    ATTN_SCORE_PLAIN,  /* exponent = score * exp_scale */
+    ATTN_SCORE_SCALED, /* exponent = score * score_scale * exp_scale: a scale <= 0 */
+    ATTN_SCORE_CAPPED, /* exponent = tanh(score * score_scale) * exp_scale: softcap */
 };
+
+/* Softcap in prefill (softcap.cuh): x = limit tanh(S scale / cap).  Of a score of at most `small` it is
+ * S (a + b z + d z^2), z = S^2 - t; of a larger one limit - 2 limit / (2^(S sign rate) + 1). */
+struct attn_softcap {
+    float small; /* 0.4 cap / scale; -1: no score is small */
+    float t;     /* small^2 */
+    float a, b, d;
+    float sign; /* of the scale */
+    float rate, limit;
+    float deep, shallow; /* the least and the largest m with which no score is looked at */
+};
+#define ATTN_SOFTCAP_SLACK 8 /* p <= 2^8 then */
 
 /* k and v rows copied one by one, where no box fits. */
 enum attn_mha_fwd_gather {
@@ -115,7 +126,8 @@ struct attn_mha_fwd_params {
     int32_t sink;      /* enum attn_mha_fwd_sink */
     float score_scale; /* before the tanh */
     float exp_scale;   /* log2 e, times the softmax scale or the cap: positive */
-    float lse_empty;   /* LSE of a row without keys: -inf, or +inf when the call has no keys */
+    struct attn_softcap softcap;
+    float lse_empty; /* LSE of a row without keys: -inf, or +inf when the call has no keys */
 };
 
 /* Shared memory of a kernel: one or, where they fit, two stages of q, two each of k and v (panels of
@@ -133,9 +145,9 @@ struct attn_mha_fwd_params {
 
 #ifdef __cplusplus
 static_assert(sizeof(struct attn_mha_fwd_maps) == 384, "three tensor maps");
-static_assert(sizeof(struct attn_mha_fwd_params) == 360, "the host's and the kernel's layout");
+static_assert(sizeof(struct attn_mha_fwd_params) == 400, "the host's and the kernel's layout");
 #else
 _Static_assert(sizeof(struct attn_mha_fwd_maps) == 384, "three tensor maps");
-_Static_assert(sizeof(struct attn_mha_fwd_params) == 360, "the host's and the kernel's layout");
+_Static_assert(sizeof(struct attn_mha_fwd_params) == 400, "the host's and the kernel's layout");
 #endif
 #endif

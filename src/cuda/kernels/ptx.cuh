@@ -347,20 +347,27 @@ ATTN_DEVICE float lg2_approx(float x)
     return y;
 }
 
-/* tanh y, absolute error 3e-7: that of the instruction, 8e-6, is a visible part of an lse.  PTX ISA:
- * rcp.approx.ftz, whose 1 / inf is 0 */
-ATTN_DEVICE float tanh_approx(float y)
+/* 1 / x, relative error 2^-23; 0 of inf.  PTX ISA: rcp */
+ATTN_DEVICE float rcp_approx(float x)
 {
-    float inverse, x = ex2_approx(y * 2.8853900817779268f) + 1.0f;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(x));
-    return fmaf(-2.0f, inverse, 1.0f);
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
 }
 
-/* tanh y for |y| <= 0.4, relative error 6.5e-6. */
-ATTN_DEVICE float tanh_small(float y)
+/* tanh y, absolute error 3e-7: that of the instruction, 8e-6, is a visible part of an lse. */
+ATTN_DEVICE float tanh_approx(float y)
 {
-    float square = y * y;
-    return y * fmaf(square, __fadd_rn(__fmul_rn(square, 0.121267f), -0.3326241f), 0.9999937f);
+    return fmaf(-2.0f, rcp_approx(ex2_approx(y * 2.8853900817779268f) + 1.0f), 1.0f);
+}
+
+/* `yes` or `no` without a branch.  PTX ISA: selp */
+ATTN_DEVICE float select(bool condition, float yes, float no)
+{
+    asm("{ .reg .pred p; setp.ne.u32 p, %3, 0; selp.f32 %0, %1, %2, p; }"
+        : "=f"(no)
+        : "f"(yes), "f"(no), "r"((uint32_t)condition));
+    return no;
 }
 
 /* The fp16 number in the low half of `bits`.  PTX ISA: cvt.f32.f16 */

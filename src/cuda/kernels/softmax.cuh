@@ -66,33 +66,6 @@ ATTN_DEVICE void softmax_update_max(softmax_rows &r, const float (&s)[N / 2], fl
     }
 }
 
-/* True where every row of the warp has seen a key. */
-ATTN_DEVICE bool softmax_settled(const softmax_rows &r)
-{
-    return __all_sync(0xffffffff, r.max[0] != ATTN_MAX_NONE && r.max[1] != ATTN_MAX_NONE);
-}
-
-/* Where no exponent S k can overflow, m is set but once, by the largest S of a row's first keys: to
- * what brings that one's exponent to the nearest integer.  Its p is then a power of two, so that a row
- * of one key gives that key's v exactly. */
-template <int N>
-ATTN_DEVICE void softmax_settle_max(softmax_rows &r, const float (&s)[N / 2], float exp_scale)
-{
-    if (softmax_settled(r)) return;
-    float top[2] = {s[0], s[2]};
-#pragma unroll
-    for (int i = 0; i < N / 2; i += 4) {
-        top[0] = fmaxf(top[0], fmaxf(s[i], s[i + 1]));
-        top[1] = fmaxf(top[1], fmaxf(s[i + 2], s[i + 3]));
-    }
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        float exponent = quad_max(top[h]) * exp_scale;
-        if (r.max[h] == ATTN_MAX_NONE && exponent > -INFINITY)
-            r.max[h] = __fdividef(exponent - rintf(exponent), exp_scale);
-    }
-}
-
 /* S becomes P, and P is added to the sums. */
 template <int N>
 ATTN_DEVICE void softmax_exponentiate(softmax_rows &r, float (&s)[N / 2], float exp_scale)
@@ -164,17 +137,6 @@ ATTN_DEVICE bool softmax_keep_max(softmax_rows &r, uint32_t (&packed)[N / 4],
     r.sum[0] += sum0;
     r.sum[1] += sum1;
     return true;
-}
-
-/* softmax_exponentiate of tanh(S c), for small S c alone.  Bounded exponents: no maximum moves. */
-template <int N>
-ATTN_DEVICE void softmax_exponentiate_small(softmax_rows &r, float (&s)[N / 2], float c,
-                                            float exp_scale)
-{
-#pragma unroll
-    for (int i = 0; i < N / 2; i++)
-        s[i] = tanh_small(s[i] * c);
-    softmax_exponentiate<N>(r, s, exp_scale);
 }
 
 /* The accumulator of P in the layout of an A operand. */
