@@ -21,7 +21,8 @@
 #include <time.h>
 #include <unistd.h>
 
-/* Of runs for each rate, the best of many short ones, as neighbours come and go; of a rate alone. */
+/* Of runs for each rate, the best of many short ones, as neighbours come and go; of a rate
+ * alone. */
 #define SECONDS 0.7
 #define SECONDS_ALONE 0.15
 #define STEPS 200000 /* of a loop of 12 or 4 independent chains */
@@ -35,8 +36,9 @@ static double now(void)
 
 static volatile float sink; /* keeps results alive */
 
-/* Twelve chains hide the latency of 4 to 6 clocks on two ports.  Names, not an array: gcc 12 keeps an
- * array of vectors that an asm touches in memory, and the loop then runs at a quarter of its rate. */
+/* Twelve chains hide the latency of 4 to 6 clocks on two ports.  Names, not an array: gcc 12 keeps
+ * an array of vectors that an asm touches in memory, and the loop then runs at a quarter of its
+ * rate. */
 #define CHAINS(step)                                                                               \
     step(0) step(1) step(2) step(3) step(4) step(5) step(6) step(7) step(8) step(9) step(10)       \
         step(11)

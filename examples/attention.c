@@ -2,10 +2,10 @@
  *
  * Attention from C, without Python: causal, grouped queries, fp32, two sequences.
  *
- *   cc attention.c $(pkg-config --cflags --libs attn) -o attention        or CMakeLists.txt beside it
+ *   cc attention.c $(pkg-config --cflags --libs attn) -o attention    or CMakeLists.txt beside it
  *
- * Every op goes the same way: describe the tensors, plan, bring the workspace the plan asks for, run.
- * At the end the result is compared with attn_mha_fwd_ref, the library's plain scalar C.
+ * Every op goes the same way: describe the tensors, plan, bring the workspace the plan asks for,
+ * run.  At the end the result is compared with attn_mha_fwd_ref, the library's plain scalar C.
  */
 #include <attn/attn.h>
 #include <math.h>

@@ -169,19 +169,19 @@ ATTN_API int64_t attn_mha_metadata_length(int64_t b, int64_t s_q, int64_t s_k, i
 
 /* For every sequence and head, tokens one after another, S [V, K] the state, row = value index:
  *   k^ = k / sqrt(sum k^2 + 1e-6), q^ likewise
- *   gamma = lower_bound * sigmoid(exp(A_log) (g + dt_bias))  per key channel; with gate_activated: g
+ *   gamma = lower_bound * sigmoid(exp(A_log) (g + dt_bias))  per key channel; g with gate_activated
  *   b = sigmoid(beta); with beta_activated: beta
  *   S <- S diag(exp gamma);  S <- S + b (v - S k^) k^T;  out = scale S q^
  *
- * Tensors are [b, t, h, d] with d = K = V, 64 or 128, last stride 1; each batch row is a sequence of
- * t tokens.  With cu_seqlens [n + 1] b is 1 and sequence i is tokens cu[i] <= token < cu[i + 1];
+ * Tensors are [b, t, h, d] with d = K = V, 64 or 128, last stride 1; each batch row is a sequence
+ * of t tokens.  With cu_seqlens [n + 1] b is 1 and sequence i is tokens cu[i] <= token < cu[i + 1];
  * tokens outside are neither read nor written.  n is the number of sequences.
  *
  * States are [n, h, V, K], or [slots, h, V, K] with state_indices [n], which names the slot that
  * sequence i starts from and ends in; slots that get a state must differ, and -1 is no state in and
- * none out.  V and K are contiguous, the outer strides free.  A state is kept in fp32 from the first
- * token to the last; bf16 is a type of memory only.  A sequence without tokens hands its state on.
- * final_state may be initial_state itself. */
+ * none out.  V and K are contiguous, the outer strides free.  A state is kept in fp32 from the
+ * first token to the last; bf16 is a type of memory only.  A sequence without tokens hands its
+ * state on.  final_state may be initial_state itself. */
 struct attn_kda_fwd_args {
     uint32_t size;   /* sizeof(struct attn_kda_fwd_args) */
     int32_t threads; /* CPU threads to use at most; 0: the OpenMP run time's own number */
@@ -249,8 +249,9 @@ ATTN_API attn_status attn_kda_step_run(const struct attn_kda_step_args *args, vo
 
 /* ---- split_combine: merge partial results by their LSE --------------------------------------- */
 
-/* out = sum_s w_s out_partial_s / sum_s w_s, w_s = exp(lse_partial_s - max);  lse = max + ln sum w_s.
- * A row whose partials are all -inf gives out 0 and lse -inf; its partials are not read. */
+/* out = sum_s w_s out_partial_s / sum_s w_s, w_s = exp(lse_partial_s - max);
+ * lse = max + ln sum w_s.  A row whose partials are all -inf gives out 0 and lse -inf; its partials
+ * are not read. */
 struct attn_split_combine_args {
     uint32_t size;
     int32_t threads;
@@ -263,10 +264,11 @@ struct attn_split_combine_args {
 ATTN_API attn_status attn_split_combine_run(const struct attn_split_combine_args *args,
                                             void *stream);
 
-/* ---- mla: attention over a latent cache, decode and prefill ----------------------------------- */
+/* ---- mla: attention over a latent cache, decode and prefill ---------------------------------- */
 
-/* One key row serves as K and, with its first d_v values, as V: K = [latent 512 | rope 64] (d_qk 576)
- * or all 512 values (d_qk 512); d_v is 512.  For query row (i, t, h) and its keys S, a multiset:
+/* One key row serves as K and, with its first d_v values, as V: K = [latent 512 | rope 64] (d_qk
+ * 576) or all 512 values (d_qk 512); d_v is 512.  For query row (i, t, h) and its keys S, a
+ * multiset:
  *
  *   score(j) = softmax_scale * descale_q * descale_k * (q . k_j)
  *   max = max_j score(j),  lse = max + ln sum_j exp(score(j) - max)      natural units, no sink
@@ -315,8 +317,8 @@ struct attn_mla_decode_args {
 };
 
 /* mla_sparse_decode: S = the rows that indices[i][t][0 .. topk_length[i]) name in k_cache together
- * with those that extra_indices[i][t][0 .. extra_topk_length[i]) name in extra_k_cache.  An index is
- * page number * page + offset; one outside [0, num_pages * page) is skipped. */
+ * with those that extra_indices[i][t][0 .. extra_topk_length[i]) name in extra_k_cache.  An index
+ * is page number * page + offset; one outside [0, num_pages * page) is skipped. */
 struct attn_mla_sparse_decode_args {
     uint32_t size;
     int32_t threads;

@@ -77,7 +77,8 @@ static inline uint16_t attn_float_to_f16(float f)
     return (uint16_t)(sign | ((r - 0x38000000u) >> 13));
 }
 
-/* e4m3fn: 1 sign, 4 exponent (bias 7), 3 mantissa bits; no infinities, 0x7f is NaN, 448 the largest. */
+/* e4m3fn: 1 sign, 4 exponent (bias 7), 3 mantissa bits; no infinities, 0x7f is NaN, 448 the
+ * largest. */
 static inline float attn_f8_to_float(uint8_t h)
 {
     uint32_t sign = (uint32_t)(h & 0x80u) << 24, e = (h >> 3) & 15u, m = h & 7u;

@@ -48,11 +48,12 @@ attn_status attn_tensor_check(const DLTensor *t, const char *name, int32_t ndim,
 /* attn_tensor_check and int32 elements on `device`; one dimension of extent n, contiguous. */
 attn_status attn_index_check(const DLTensor *t, const char *name, int64_t n, DLDevice device);
 
-/* An output's elements share no memory, as far as counting tells: no stride of 0, and from the first
- * element to the last at least as many places as elements. */
+/* An output's elements share no memory, as far as counting tells: no stride of 0, and from the
+ * first element to the last at least as many places as elements. */
 attn_status attn_distinct_check(const DLTensor *t, const char *name);
 
-/* `read`, which a call reads more than once, shares no memory with what it writes; any may be NULL. */
+/* `read`, which a call reads more than once, shares no memory with what it writes; any may be
+ * NULL. */
 attn_status attn_apart_check(const DLTensor *read, const char *name, const DLTensor *const *written,
                              int count);
 

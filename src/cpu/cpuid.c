@@ -6,8 +6,8 @@
  * kernel gave permission.  ATTN_CPU is c, avx2, avx512, avx512bf16 or amx: the highest rung to use;
  * another word is ignored, and said so at ATTN_LOG=1.
  *
- * On Intel's CPUs VDPBF16PS has half the rate of fp32 multiply-adds, so there the rung avx512bf16 is
- * taken only if ATTN_CPU names it.
+ * On Intel's CPUs VDPBF16PS has half the rate of fp32 multiply-adds, so there the rung avx512bf16
+ * is taken only if ATTN_CPU names it.
  */
 #include <cpuid.h>
 #include <pthread.h>
@@ -43,7 +43,8 @@ static uint64_t xcr0(void)
     return ((uint64_t)high << 32) | low;
 }
 
-/* The features of the machine, whatever ATTN_CPU says; *slow: those that cost more than they give. */
+/* The features of the machine, whatever ATTN_CPU says; *slow: those that cost more than they
+ * give. */
 static unsigned probe(char *text, size_t bytes, unsigned *slow)
 {
     unsigned a, b, c, d, b7 = 0, c7 = 0, d7 = 0, a71 = 0, found = 0;

@@ -7,9 +7,10 @@
  * spread that over threads, with the same bits:
  *
  *   whole   a task is a unit, or as many as HEADS whose rows lie side by side: a chunk of each is
- *           prepared and scanned, then the next, so that memory is read in runs and a page is visited
- *           once.  A unit alone goes by GROUP chunks.  Where threads get but a few units each, tasks
- *           are cut into stretches, first all units' first ones: a slow thread then costs a stretch
+ *           prepared and scanned, then the next, so that memory is read in runs and a page is
+ *           visited once.  A unit alone goes by GROUP chunks.  Where threads get but a few units
+ *           each, tasks are cut into stretches, first all units' first ones: a slow thread then
+ *           costs a stretch
  *   waves   for units too few or too uneven to keep all threads busy: a turn prepares wave w of all
  *           units, a task a chunk, while slices of the state, a task each, go through wave w - 1
  *
@@ -47,10 +48,10 @@ enum {
     TOKENS_A_THREAD = 64 /* with fewer, a thread costs more than it does */
 };
 
-/* ---- the cut into chunks ------------------------------------------------------------------------- */
+/* ---- the cut into chunks --------------------------------------------------------------------- */
 
-/* Chunks end at multiples of `chunk` tokens from the sequence's start, or, with checkpoints, from the
- * last checkpoint, and at each checkpoint. */
+/* Chunks end at multiples of `chunk` tokens from the sequence's start, or, with checkpoints, from
+ * the last checkpoint, and at each checkpoint. */
 struct cut {
     int64_t chunk, every, per; /* per: chunks between two checkpoints; 0 without them */
 };
@@ -80,14 +81,15 @@ static int64_t cut_rows(const struct cut *c, int64_t i, int64_t len)
     return end - begin;
 }
 
-/* ---- plan ---------------------------------------------------------------------------------------- */
+/* ---- plan ------------------------------------------------------------------------------------ */
 
 static int64_t record_bytes(const kernel_t *kernel, int64_t d)
 {
     return round_up(kernel->record_bytes(d), 64);
 }
 
-/* Workspace: [checkpoint rows of sequences][stretches done][scratch of threads][states][records]. */
+/* Workspace: [checkpoint rows of sequences][stretches done][scratch of
+ * threads][states][records]. */
 struct layout {
     int64_t done, scratch, states, records, bytes;
 };
@@ -103,8 +105,8 @@ static struct layout lay_out(const problem_t *p, const plan_t *plan, const kerne
     return l;
 }
 
-/* Heads a task takes side by side: where rows of heads are closer than those of tokens, and enough tasks
- * remain for the threads to share evenly. */
+/* Heads a task takes side by side: where rows of heads are closer than those of tokens, and enough
+ * tasks remain for the threads to share evenly. */
 static int64_t heads_of_task(const problem_t *p, int64_t threads)
 {
     int64_t heads = 1, units = p->n * p->h;
@@ -144,7 +146,7 @@ attn_status attn_kda_fwd_cpu_plan_with(const struct attn_cpu_kernels *table, con
     return ATTN_OK;
 }
 
-/* ---- tasks --------------------------------------------------------------------------------------- */
+/* ---- tasks ----------------------------------------------------------------------------------- */
 
 struct call {
     const problem_t *p;
@@ -211,8 +213,8 @@ static void prepare(const struct call *c, const struct attn_kda_seq *s, int64_t 
     c->kernel->prepare(&tokens, record, scratch_of(c, thread));
 }
 
-/* Takes slices [slice0, slice1) of unit (i, h) through its chunks [begin, end), the first of which has
- * `records`.  Begins the sequence at chunk 0 and ends it with its last chunk. */
+/* Takes slices [slice0, slice1) of unit (i, h) through its chunks [begin, end), the first of which
+ * has `records`.  Begins the sequence at chunk 0 and ends it with its last chunk. */
 static void scan(const struct call *c, int64_t i, const struct attn_kda_seq *s, int64_t h,
                  int64_t begin, int64_t end, const char *records, char *states, int64_t slice0,
                  int64_t slice1, int thread)
@@ -295,8 +297,8 @@ static void run_heads(const struct call *c, int64_t i, const struct attn_kda_seq
     }
 }
 
-/* A stretch of a unit or of some heads' units.  The one before it was begun long ago, and the thread
- * that has it waits for earlier ones alone. */
+/* A stretch of a unit or of some heads' units.  The one before it was begun long ago, and the
+ * thread that has it waits for earlier ones alone. */
 static void whole_task(void *context, int64_t task, int thread)
 {
     const struct call *c = context;
@@ -427,7 +429,7 @@ attn_status attn_kda_fwd_cpu_run_with(const struct attn_cpu_kernels *table, cons
     return ATTN_OK;
 }
 
-/* ---- kda_step ------------------------------------------------------------------------------------ */
+/* ---- kda_step -------------------------------------------------------------------------------- */
 
 enum { STEP_RUN = 4, STEP_TASKS = 8 }; /* heads a task, if that leaves so many tasks a thread */
 

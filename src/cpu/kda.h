@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT
  *
- * kda_fwd and kda_step on a CPU: the plan, the driver that cuts a problem into kernel tasks, and the
- * scalar reference.  What they share about one sequence is here too.
+ * kda_fwd and kda_step on a CPU: the plan, the driver that cuts a problem into kernel tasks, and
+ * the scalar reference.  What they share about one sequence is here too.
  */
 #ifndef ATTN_CPU_KDA_H
 #define ATTN_CPU_KDA_H

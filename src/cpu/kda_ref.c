@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT
  *
- * kda_fwd, token by token in fp64, written from the definition in attn.h and sharing no formula with
- * the chunked kernels: the oracle of the tests and the fallback below AVX2.
+ * kda_fwd, token by token in fp64, written from the definition in attn.h and sharing no formula
+ * with the chunked kernels: the oracle of the tests and the fallback below AVX2.
  *
  * Rows of the state (value indices) never mix, so ROWS of them at a time go through the whole
  * sequence on the stack; what all rows share is computed again for each group of rows.

@@ -105,7 +105,8 @@ struct attn_mha_kernel {
 
 /* Rotates one row: y = rotate(x) over the first r elements (cos and sin hold r / 2), the rest of d
  * copied.  Computed in fp32, rounded to the dtype.  y == x is allowed.
- *   interleaved: pairs (2m, 2m + 1), else (m, m + r / 2);  x' = x cos - y sin, y' = x sin + y cos */
+ *   interleaved: pairs (2m, 2m + 1), else (m, m + r / 2)
+ *   x' = x cos - y sin, y' = x sin + y cos */
 struct attn_rotary_kernel {
     const char *name; /* attn_rotary_bf16_avx512 */
     void (*run)(const void *x, void *y, const void *cos, const void *sin, int32_t d, int32_t r,
@@ -113,7 +114,8 @@ struct attn_rotary_kernel {
 };
 
 /* Combines one row: out[0..d_v) from `splits` partial rows o + s * o_split (elements) with weights
- * exp(lse[s * lse_split] - max), sink (may be NULL) added to the sum once; *lse_out is the total. */
+ * exp(lse[s * lse_split] - max), sink (may be NULL) added to the sum once; *lse_out is the
+ * total. */
 struct attn_split_combine_kernel {
     const char *name; /* attn_split_combine_avx512 */
     void (*run)(const float *o, int64_t o_split, const float *lse, int64_t lse_split,
@@ -123,13 +125,14 @@ struct attn_split_combine_kernel {
 
 /* ---- kda_fwd ----
  *
- * A sequence's tokens are cut into chunks of at most `chunk` tokens.  `prepare` turns a chunk of one
- * head into a record, all that does not depend on the state; records are independent of one another.
- * `scan` takes a slice of the state (`slice` of its rows, which never mix) through the chunks in
- * order and writes their outputs.  Bits depend on the cut into chunks alone.  Strides are bytes. */
+ * A sequence's tokens are cut into chunks of at most `chunk` tokens.  `prepare` turns a chunk of
+ * one head into a record, all that does not depend on the state; records are independent of one
+ * another.  `scan` takes a slice of the state (`slice` of its rows, which never mix) through the
+ * chunks in order and writes their outputs.  Bits depend on the cut into chunks alone.  Strides are
+ * bytes. */
 
-/* What prepare reads: tokens 0 <= t < rows of one head.  The `ahead` tokens at q + q_ahead and so on
- * will be prepared next: worth fetching now. */
+/* What prepare reads: tokens 0 <= t < rows of one head.  The `ahead` tokens at q + q_ahead and so
+ * on will be prepared next: worth fetching now. */
 struct attn_kda_tokens {
     int32_t rows, ahead, d;
     const char *q, *k, *g, *beta; /* q, k, g: d elements a token; beta: one */

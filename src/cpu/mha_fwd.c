@@ -86,8 +86,8 @@ static int64_t slot_bytes(const problem_t *p, const struct attn_mha_kernel *kern
     return round_up(ceil_div(max64(p->s_k, 1), kernel->n) * kernel->pack_bytes(d_s, p->d_v), 64);
 }
 
-/* Whether a kernel that packs finds work for many threads though its heads have one block of rows, and
- * so a task a split: packs of enough of them must be there at a time. */
+/* Whether a kernel that packs finds work for many threads though its heads have one block of rows,
+ * and so a task a split: packs of enough of them must be there at a time. */
 static bool packs_feed_threads(const problem_t *p, const struct attn_mha_kernel *kernel)
 {
     plan_t plan = {0};
@@ -339,7 +339,7 @@ static void run_task(const struct call *c, int64_t i, int64_t head, int64_t head
     c->kernel->run(&task, scratch);
 }
 
-/* ---- phases: each a body for attn_parallel ------------------------------------------------------ */
+/* ---- phases: each a body for attn_parallel --------------------------------------------------- */
 
 /* The key blocks of sequence i that some row sees: those from block *first on, their number. */
 static int64_t seen_blocks(const struct call *c, int64_t i, int64_t *first)

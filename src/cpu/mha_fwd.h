@@ -56,8 +56,8 @@ attn_status attn_mha_fwd_cpu_run_with(const struct attn_cpu_kernels *table,
                                       const struct attn_mha_fwd_plan *plan, char *workspace,
                                       int64_t workspace_bytes);
 
-/* Plain scalar C with fp64 sums, straight from the definition (mha_fwd_ref.c); in `splits` pieces of
- * `piece` keys when splits > 1. */
+/* Plain scalar C with fp64 sums, straight from the definition (mha_fwd_ref.c); in `splits` pieces
+ * of `piece` keys when splits > 1. */
 attn_status attn_mha_fwd_ref_run(const struct attn_mha_fwd_problem *p, int32_t splits,
                                  int64_t piece, int threads);
 

@@ -13,8 +13,8 @@
  *
  * so that one long sequence uses every core, many short ones are not cut at all, and at most
  * 2 * target pieces wait to be combined: a unit is cut only above one piece's length, so cutting at
- * most doubles their number; with a target of 1, none.  Lengths decide, threads never do: results do
- * not depend on them.
+ * most doubles their number; with a target of 1, none.  Lengths decide, threads never do: results
+ * do not depend on them.
  *
  * Workspace, each part 64-byte aligned:
  *   first task of each unit [units + 1] | cut units [2 target] | their first slot [2 target] |
@@ -273,8 +273,8 @@ static bool not_finite(const problem_t *p, struct attn_mla_cursor keys)
     return false;
 }
 
-/* Runs the kernel.  A kernel gives hidden keys the weight 0, and 0 * NaN is NaN: where the keys that
- * some rows do not see are not all finite, rows of equal sight go by themselves. */
+/* Runs the kernel.  A kernel gives hidden keys the weight 0, and 0 * NaN is NaN: where the keys
+ * that some rows do not see are not all finite, rows of equal sight go by themselves. */
 static void run_kernel(const struct call *c, struct attn_mla_task *work, char *scratch)
 {
     int32_t least = INT32_MAX;

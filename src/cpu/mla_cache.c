@@ -78,7 +78,7 @@ static void quantize_row(enum attn_mla_format format, const float *x, char *row,
     }
 }
 
-/* ---- the ops: a task is a run of rows ----------------------------------------------------------- */
+/* ---- the ops: a task is a run of rows -------------------------------------------------------- */
 
 enum { TASK_ROWS = 64 };
 

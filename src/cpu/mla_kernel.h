@@ -2,9 +2,9 @@
  *
  * What a kernel of the mla ops is given and must keep.
  *
- * A task is the attention of some query rows to one run of keys that all of them share: the heads of
- * a token (times its sibling tokens, in dense decode) against a piece of a sequence, or of an index
- * list.  A kernel reads each key row once for all its query rows.
+ * A task is the attention of some query rows to one run of keys that all of them share: the heads
+ * of a token (times its sibling tokens, in dense decode) against a piece of a sequence, or of an
+ * index list.  A kernel reads each key row once for all its query rows.
  */
 #ifndef ATTN_CPU_MLA_KERNEL_H
 #define ATTN_CPU_MLA_KERNEL_H
@@ -27,8 +27,8 @@ struct attn_mla_cursor {
 int32_t attn_mla_next_keys(struct attn_mla_cursor *c, int32_t max, const char **row,
                            const char **scales);
 
-/* With s_j = scale (q . k_j) over the keys that row r sees, and a reference m of the kernel's choice
- * (2^(s_j - m) must neither overflow nor lose a sum to underflow):
+/* With s_j = scale (q . k_j) over the keys that row r sees, and a reference m of the kernel's
+ * choice (2^(s_j - m) must neither overflow nor lose a sum to underflow):
  *   o[r] = sum_j 2^(s_j - m) v_j,  l[r] = sum_j 2^(s_j - m),  m[r] = m,  top[r] = max_j s_j
  * A row that sees no key gives o 0, l 0, top -inf.  A NaN or +inf score gives l NaN in its row. */
 struct attn_mla_task {

@@ -3,9 +3,9 @@
  * Units over threads: who works where.
  *
  *   units <= slots           every unit has a slot of its own; threads share units from the start
- *   units > slots >= threads  thread t owns slot t.  It begins another unit only while some unit has
- *                            not begun, and nobody helps before that; so its last unit is over and
- *                            the slot free
+ *   units > slots >= threads  thread t owns slot t.  It begins another unit only while some unit
+ *                            has not begun, and nobody helps before that; so its last unit is over
+ *                            and the slot free
  *   units > slots < threads  waves of `slots` units, each as in the first case
  */
 #include "cpu/units.h"

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT
  *
- * mha_decode on Hopper: the form of mha_fwd for few queries and long caches, for num_splits > 1, and
- * for qv and d_v above 256 with any number of queries.
+ * mha_decode on Hopper: the form of mha_fwd for few queries and long caches, for num_splits > 1,
+ * and for qv and d_v above 256 with any number of queries.
  */
 #ifndef ATTN_CUDA_MHA_DECODE_CUDA_H
 #define ATTN_CUDA_MHA_DECODE_CUDA_H

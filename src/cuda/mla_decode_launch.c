@@ -93,8 +93,8 @@ static attn_status choose(const problem_t *p, const struct attn_cuda_device *dev
     return ATTN_OK;
 }
 
-/* Whether mla_decode_few can take the call that `plan` is for, and its plan: boxes of q and of keys,
- * one KV head, pieces that one warp can find, and blocks that are on the device together. */
+/* Whether mla_decode_few can take the call that `plan` is for, and its plan: boxes of q and of
+ * keys, one KV head, pieces that one warp can find, and blocks that are on the device together. */
 static bool choose_few(const problem_t *p, const struct attn_cuda_device *device,
                        const plan_t *plan, plan_t *few)
 {
@@ -274,9 +274,9 @@ attn_status attn_mla_decode_launch(struct attn_decode_params *params,
     return attn_decode_launch(params, maps, kernel, THREADS, device, stream);
 }
 
-/* Pointers and strides may have changed since the plan was made: choosing again is cheap.  Where the
- * context has fewer multiprocessors than the device, mla_decode_few may not start: then mla_decode
- * does. */
+/* Pointers and strides may have changed since the plan was made: choosing again is cheap.  Where
+ * the context has fewer multiprocessors than the device, mla_decode_few may not start: then
+ * mla_decode does. */
 static attn_status run_on(const problem_t *p, const struct attn_cuda_device *device,
                           char *workspace, int64_t workspace_bytes, cu_stream stream)
 {

@@ -34,8 +34,8 @@ static void read_kda_fwd(struct attn_kda_fwd_args *a, ffi_args *in)
     a->beta_activated = ffi_bool(in, "beta_activated");
 }
 
-/* kda_fwd(...): the workspace is scratch of the binding's.  On a GPU dense calls need none as a rule,
- * and a plan of their own would be half a microsecond of checks. */
+/* kda_fwd(...): the workspace is scratch of the binding's.  On a GPU dense calls need none as a
+ * rule, and a plan of their own would be half a microsecond of checks. */
 FFI_FUNCTION(kda_fwd)
 {
     (void)self, (void)result;

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT
  *
- * The mla ops for Python: each takes its tensors, then numbers, then what is rare.  A tensor that is
- * off is None.  libattn/mla.py is the caller.
+ * The mla ops for Python: each takes its tensors, then numbers, then what is rare.  A tensor that
+ * is off is None.  libattn/mla.py is the caller.
  */
 #include "ffi.h"
 
@@ -15,8 +15,8 @@ static int return_plan(TVMFFIAny *result, const struct attn_mla_plan *plan)
     return ffi_return_text(result, text);
 }
 
-/* op(...) plans and runs, op_plan(...) returns "kernel workspace_bytes" (out and what follows it may
- * be None), op_ref(...) is the scalar oracle on CPU tensors. */
+/* op(...) plans and runs, op_plan(...) returns "kernel workspace_bytes" (out and what follows it
+ * may be None), op_ref(...) is the scalar oracle on CPU tensors. */
 #define MLA_FUNCTIONS(op)                                                                          \
     FFI_FUNCTION(op)                                                                               \
     {                                                                                              \

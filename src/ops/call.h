@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT
  *
- * What every call of the C ABI checks whatever its op: that caller and library mean the same structs,
- * and that the workspace is what plan asked for.
+ * What every call of the C ABI checks whatever its op: that caller and library mean the same
+ * structs, and that the workspace is what plan asked for.
  */
 #ifndef ATTN_OPS_CALL_H
 #define ATTN_OPS_CALL_H

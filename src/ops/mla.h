@@ -17,7 +17,8 @@ enum { ATTN_MLA_LATENT = 512, ATTN_MLA_ROPE = 64, ATTN_MLA_WIDTH_MAX = 576 };
 
 enum attn_mla_op { ATTN_MLA_DECODE, ATTN_MLA_SPARSE_DECODE, ATTN_MLA_SPARSE_FWD };
 
-/* How a key row is stored.  The first ones are rows of d_qk elements, numbered as enum attn_dtype. */
+/* How a key row is stored.  The first ones are rows of d_qk elements, numbered as enum
+ * attn_dtype. */
 enum attn_mla_format {
     ATTN_MLA_V32 = ATTN_DTYPES, /* 656 bytes: 512 e4m3 | 4 fp32 scales | 64 bf16 */
     ATTN_MLA_MODEL1,            /* 576 bytes: 448 e4m3 | 64 bf16; 8 bytes of scales elsewhere */
@@ -90,7 +91,7 @@ attn_status attn_mla_sparse_decode_check(const struct attn_mla_sparse_decode_arg
 attn_status attn_mla_sparse_fwd_check(const struct attn_mla_sparse_fwd_args *args,
                                       struct attn_mla_problem *problem, bool outputs);
 
-/* ---- what the three checks share (mla.c) ------------------------------------------------------ */
+/* ---- what the three checks share (mla.c) ----------------------------------------------------- */
 
 /* Rank, device, and the extents in want[] that are not negative. */
 attn_status attn_mla_shape_check(const DLTensor *t, const char *name, const char *wish,
@@ -126,7 +127,7 @@ attn_status attn_mla_run_problem(const struct attn_mla_problem *problem,
                                  const struct attn_mla_plan *plan, void *workspace,
                                  int64_t workspace_bytes, void *stream);
 
-/* ---- the cache's writer and reader ------------------------------------------------------------ */
+/* ---- the cache's writer and reader ----------------------------------------------------------- */
 
 struct attn_mla_cache_problem {
     DLDevice device;

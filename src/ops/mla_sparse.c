@@ -34,7 +34,7 @@ static attn_status check_list(const DLTensor *t, const char *name, const char *w
     return ATTN_OK;
 }
 
-/* ---- mla_sparse_decode ------------------------------------------------------------------------ */
+/* ---- mla_sparse_decode ----------------------------------------------------------------------- */
 
 static attn_status check_extra(const struct attn_mla_sparse_decode_args *a, problem_t *p)
 {
@@ -103,7 +103,7 @@ attn_status attn_mla_sparse_decode_run(const struct attn_mla_sparse_decode_args 
     return attn_mla_run_problem(&p, plan, workspace, workspace_bytes, stream);
 }
 
-/* ---- mla_sparse_fwd: every query token is a batch entry of one token -------------------------- */
+/* ---- mla_sparse_fwd: every query token is a batch entry of one token ------------------------- */
 
 static attn_status check_fwd_outputs(const struct attn_mla_sparse_fwd_args *a, problem_t *p)
 {

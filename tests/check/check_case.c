@@ -430,8 +430,9 @@ static double score(const struct mha_case *c, int64_t b, int64_t i, int64_t h, i
     return sum * c->args.softmax_scale;
 }
 
-/* Whether every row of key head hk holds key x's weight in fp16, of which the row's largest is 1: from
- * 2^-20 on, four bits above fp16's least number, below half of which a weight is 0.  No mask, one cache. */
+/* Whether every row of key head hk holds key x's weight in fp16, of which the row's largest is 1:
+ * from 2^-20 on, four bits above fp16's least number, below half of which a weight is 0.  No mask,
+ * one cache. */
 static bool weight_in_fp16(const struct mha_case *c, int64_t b, int64_t hk, int64_t x)
 {
     const struct mha_seq *s = &c->seq[b];
@@ -482,8 +483,9 @@ static void make_pathology(struct check_random *r, struct mha_case *c)
     if (c->pathology == 5) attn_store(c->dtype, mha_cache_at(c, ARG_k, b, x, hk), at, -INFINITY);
     if (c->pathology == 6) attn_store(c->dtype, mha_cache_at(c, ARG_k, b, x, hk), at, bad);
     if (c->pathology != 7) return;
-    /* A weight that fp16 rounds to 0 makes NaN of an infinite value, in plain fp16 and in any kernel whose
-     * weights are fp16, where the exact result is infinite: there the value is NaN at once. */
+    /* A weight that fp16 rounds to 0 makes NaN of an infinite value, in plain fp16 and in any
+     * kernel whose weights are fp16, where the exact result is infinite: there the value is NaN at
+     * once. */
     if (c->dtype == ATTN_F16 && !weight_in_fp16(c, b, hk, x)) bad = NAN;
     attn_store(c->dtype, mha_cache_at(c, ARG_v, b, x, hk), random_range(r, 0, c->d_v - 1), bad);
 }

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT
  *
- * Cases on a Hopper GPU: the arena that their tensors go to, and the runner of mha_fwd's, whose plan
- * and run are those of the C ABI.
+ * Cases on a Hopper GPU: the arena that their tensors go to, and the runner of mha_fwd's, whose
+ * plan and run are those of the C ABI.
  */
 #include <dlfcn.h>
 #include <math.h>

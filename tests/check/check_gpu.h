@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT
  *
- * Tensors of a case on a Hopper GPU.  Each goes, with the guard bytes around it, to an arena of device
- * memory; what a run wrote comes back to the case's own buffers, where it is compared as after any
- * other run.
+ * Tensors of a case on a Hopper GPU.  Each goes, with the guard bytes around it, to an arena of
+ * device memory; what a run wrote comes back to the case's own buffers, where it is compared as
+ * after any other run.
  */
 #ifndef ATTN_CHECK_GPU_H
 #define ATTN_CHECK_GPU_H
@@ -30,15 +30,15 @@ bool check_gpu(void);
 /* Empties the arena. */
 void check_mirror_open(struct check_mirror *m);
 
-/* `t`, whose bytes are those of `b`, on the device; NULL for no tensor.  `written`: it is a result. */
+/* `t`, whose bytes are those of `b`, on the device; NULL for no tensor.  `written`: a result. */
 const DLTensor *check_mirror_add(struct check_mirror *m, const DLTensor *t,
                                  const struct check_buffer *b, bool written);
 
 /* Device memory that starts with each bit set. */
 void *check_mirror_workspace(struct check_mirror *m, int64_t bytes);
 
-/* Waits, brings results back; a complaint when the device failed, or when bytes beside a tensor or of
- * one that is only read have changed. */
+/* Waits, brings results back; a complaint when the device failed, or when bytes beside a tensor or
+ * of one that is only read have changed. */
 const char *check_mirror_close(struct check_mirror *m);
 
 #endif

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT
  *
- * kda_fwd and kda_step on every rung against the fp64 recurrence: random sizes, gates from no decay to
- * all of it in one chunk, strided tensors, packed sequences with poison between them, pools of
+ * kda_fwd and kda_step on every rung against the fp64 recurrence: random sizes, gates from no decay
+ * to all of it in one chunk, strided tensors, packed sequences with poison between them, pools of
  * states, checkpoints.  Then what has to be the same to the bit: any number of threads, a sequence
  * alone and in company, a neighbour that is NaN, a run cut at a chunk.
  */
@@ -437,9 +437,9 @@ static bool on_tiles(const struct kda_case *c)
     return c->dtype == ATTN_BF16 && !c->step && (tiles || c->gpu);
 }
 
-/* Relative error allowed for results of type `result`, whose own rounding a few tokens do not average.
- * On tiles a little more than the recipe's, where that is finite: activated gates may exceed the
- * range of its 2^-G. */
+/* Relative error allowed for results of type `result`, whose own rounding a few tokens do not
+ * average.  On tiles a little more than the recipe's, where that is finite: activated gates may
+ * exceed the range of its 2^-G. */
 static double limit_of(const struct kda_case *c, enum attn_dtype result, const struct error *recipe)
 {
     double limit = (on_tiles(c) ? 0.006 : 1e-5) + 1.5 * check_unit(result);
@@ -529,7 +529,7 @@ static void compare(struct check_test *test, const struct kda_case *c, const str
     check_outside(test, c, got->out);
 }
 
-/* ---- what has to be the same to the bit --------------------------------------------------------- */
+/* ---- what has to be the same to the bit ------------------------------------------------------ */
 
 static void check_same_bits(struct check_test *test, struct check_random *r, struct kda_case *c,
                             const char *before, const struct answer *first)

@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: MIT
  *
  * Per (sequence, head) and chunk, rows i, j of 16, G_i = gamma_1 + .. + gamma_i in log2:
- *     kd_i = k_i 2^G_i    qd_i = scale q_i 2^G_i    ki_i = k_i 2^-G_i    kr_i = ki_i 2^G_16     bf16
- *     L_ij = b_i <kd_i, ki_j>, i > j     A = (1 + L)^-1 = (1 - L)(1 + L^2)(1 + L^4)(1 + L^8)    fp16
- *     M_ij = <qd_i, ki_j>, i >= j                                                               bf16
- *     R = b (v - kd S^T)    U = A R    out = qd S^T + M U    S <- S 2^G_16 + U^T kr             bf16
+ *   kd_i = k_i 2^G_i    qd_i = scale q_i 2^G_i    ki_i = k_i 2^-G_i    kr_i = ki_i 2^G_16     bf16
+ *   L_ij = b_i <kd_i, ki_j>, i > j     A = (1 + L)^-1 = (1 - L)(1 + L^2)(1 + L^4)(1 + L^8)    fp16
+ *   M_ij = <qd_i, ki_j>, i >= j                                                               bf16
+ *   R = b (v - kd S^T)    U = A R    out = qd S^T + M U    S <- S 2^G_16 + U^T kr             bf16
  * Rows past the end have k = q = v = b = gamma = 0.
  */
 #include "check_kda_recipe.h"

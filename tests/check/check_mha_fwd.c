@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: MIT
  *
- * mha_fwd as a whole, on every rung and on a Hopper GPU where there is one: each feature alone, then
- * random combinations, against the oracle of check_oracle.c.  Some cases run again with other thread
- * counts (on a GPU: as they are), and again with every query row but a few made NaN; the bits must
- * not change.
+ * mha_fwd as a whole, on every rung and on a Hopper GPU where there is one: each feature alone,
+ * then random combinations, against the oracle of check_oracle.c.  Some cases run again with other
+ * thread counts (on a GPU: as they are), and again with every query row but a few made NaN; the
+ * bits must not change.
  */
 #include <math.h>
 #include <stdio.h>
@@ -176,8 +176,8 @@ void check_mha_fwd(void)
     }
 }
 
-/* A case on a GPU hides keys behind large numbers, then behind NaN again (check_gpu.c): its caches are
- * then as they were made. */
+/* A case on a GPU hides keys behind large numbers, then behind NaN again (check_gpu.c): its caches
+ * are then as they were made. */
 static void check_hidden(enum attn_dtype dtype)
 {
     static const unsigned masks[] = {WITH_causal, WITH_window, WITH_chunk, WITH_chunk | WITH_paged};

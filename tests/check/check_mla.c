@@ -8,8 +8,8 @@
  * probability to bf16, and 0 for fp16 and fp32; lse and max within 2^-19 (1 + S + |lse|).
  *
  * All that a call must not read holds NaN or wild numbers: cache rows no list names, table entries
- * past the last page, indices past topk_length, the workspace.  What it reads is write-protected, and
- * what it must not write is compared with what was there.
+ * past the last page, indices past topk_length, the workspace.  What it reads is write-protected,
+ * and what it must not write is compared with what was there.
  */
 #include <math.h>
 #include <stdio.h>
@@ -106,7 +106,7 @@ static void *at(const struct tensor *t, int64_t i, int64_t j, int64_t k)
     return t->buffer.data + offset * (t->t.dtype.bits / 8);
 }
 
-/* ---- caches ------------------------------------------------------------------------------------ */
+/* ---- caches ---------------------------------------------------------------------------------- */
 
 /* A quantised row with scales of every kind: powers of two and not, tiny and plain. */
 static void fill_quantised(struct check_random *r, const struct mla_case *c, char *row,
@@ -178,7 +178,7 @@ static void make_cache(struct check_random *r, struct mla_case *c, int n)
     }
 }
 
-/* ---- cases ------------------------------------------------------------------------------------- */
+/* ---- cases ----------------------------------------------------------------------------------- */
 
 static void *list(int64_t n) { return check_scratch((size_t)(n > 0 ? n : 1) * sizeof(struct key)); }
 
@@ -420,7 +420,7 @@ static void run_case(void *context)
                                       c->plan.workspace_bytes);
 }
 
-/* ---- the judge --------------------------------------------------------------------------------- */
+/* ---- the judge ------------------------------------------------------------------------------- */
 
 static bool near(double x, double want, double limit)
 {
@@ -582,7 +582,7 @@ static void check_one(struct check_test *test, struct check_random *r, struct ml
     if (!ok) check_fail(test, "%s: %s", text, why);
 }
 
-/* ---- the tests --------------------------------------------------------------------------------- */
+/* ---- the tests ------------------------------------------------------------------------------- */
 
 struct kind {
     enum attn_mla_op op;

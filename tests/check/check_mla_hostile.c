@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT
  *
- * Hostile calls of the mla ops: one argument of a call that works is spoiled at a time.  Each has to
- * come back with the status named here and a message that begins with the argument, and must write
- * nothing.
+ * Hostile calls of the mla ops: one argument of a call that works is spoiled at a time.  Each has
+ * to come back with the status named here and a message that begins with the argument, and must
+ * write nothing.
  */
 #include <math.h>
 #include <stdio.h>
@@ -85,7 +85,8 @@ static void make_call(struct call *c, int op)
     }
 }
 
-/* The call's own copies of shapes and strides are read only here, where they have found their place. */
+/* The call's own copies of shapes and strides are read only here, where they have found their
+ * place. */
 static const DLTensor *given(struct call *c, int n)
 {
     struct argument *a = &c->a[n];

@@ -198,8 +198,8 @@ static void run_in_state(void *context)
     _mm_setcsr(before);
 }
 
-/* The caller's rounding mode, flushed denormals and traps are kept and have no influence; AMX tiles are
- * left empty. */
+/* The caller's rounding mode, flushed denormals and traps are kept and have no influence; AMX tiles
+ * are left empty. */
 static void check_fp_state(void)
 {
     static const struct {

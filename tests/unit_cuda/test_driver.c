@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT
  *
- * What src/cuda/driver.c makes of drivers and GPUs: none, too old, without an entry point, failing, of
- * another compute capability, and as it wants them.  dlopen and dlsym are this file's, so libcuda is too.
- * A process opens its driver once, so each case runs in a child.
+ * What src/cuda/driver.c makes of drivers and GPUs: none, too old, without an entry point, failing,
+ * of another compute capability, and as it wants them.  dlopen and dlsym are this file's, so
+ * libcuda is too.  A process opens its driver once, so each case runs in a child.
  */
 #include <dlfcn.h>
 #include <stdbool.h>

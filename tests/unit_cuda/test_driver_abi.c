@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT
  *
- * Compiles only when the numbers and layouts of src/cuda/driver.h are those of the toolkit's cuda.h:
+ * Compiles only when the numbers and layouts of src/cuda/driver.h are those of the toolkit's
+ * cuda.h:
  *     cc -fsyntax-only -Isrc -Iinclude -I$CUDA_HOME/include tests/unit_cuda/test_driver_abi.c
  */
 #include <cuda.h>

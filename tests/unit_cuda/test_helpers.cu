@@ -94,7 +94,8 @@ static __device__ void to_panels(uint8_t *dst, int pitch, const uint16_t *src, i
 // ---- wgmma --------------------------------------------------------------------------------------
 
 // out = a[64][d] b[n][d]^T: accumulator map, K-major descriptors, every k step.
-template <int N, int D> static __global__ void run_qk(const uint16_t *a, const uint16_t *b, float *out)
+template <int N, int D>
+static __global__ void run_qk(const uint16_t *a, const uint16_t *b, float *out)
 {
     extern __shared__ __align__(1024) uint8_t raw[];
     uint8_t *k = raw + (D + 63) / 64 * 64 * 128;
@@ -384,7 +385,7 @@ static void test_schedule()
     report("find_item: every item once, dense and ragged", bad);
 }
 
-// ---- barriers, boxes, clusters --------------------------------------------------------------------
+// ---- barriers, boxes, clusters ------------------------------------------------------------------
 
 // One warp fills a ring of two stages, another empties it, over many passes.
 static __global__ void run_ring(int *out, int n)

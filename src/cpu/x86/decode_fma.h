@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT
  *
- * The products of mha_decode_vec.h by fp32 multiply-adds: elements are widened as row_<isa>.h does, a
- * step is its pair of vectors, and V is taken a key at a time.  decode_dot.h gives the same names.
+ * The products of mha_decode_vec.h by fp32 multiply-adds: elements are widened as row_<isa>.h does,
+ * a step is its pair of vectors, and V is taken a key at a time.  decode_dot.h gives the same
+ * names.
  */
 #ifndef ATTN_CPU_X86_DECODE_FMA_H
 #define ATTN_CPU_X86_DECODE_FMA_H

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT
  *
- * The words of mha_fwd_vec.h as pairs of bf16, for bf16 and for fp8, which is exact in it: products are
- * VDPBF16PS, which multiplies a pair by a pair and adds to one fp32 lane.  A key's word holds elements
- * 2i and 2i + 1 of its row, a word of V or P those of keys 2j and 2j + 1.
+ * The words of mha_fwd_vec.h as pairs of bf16, for bf16 and for fp8, which is exact in it: products
+ * are VDPBF16PS, which multiplies a pair by a pair and adds to one fp32 lane.  A key's word holds
+ * elements 2i and 2i + 1 of its row, a word of V or P those of keys 2j and 2j + 1.
  */
 #ifndef ATTN_CPU_X86_FWD_DOT_H
 #define ATTN_CPU_X86_FWD_DOT_H
@@ -43,8 +43,8 @@ VEC_INLINE bool keep_finite(__m256i *x)
     return bad;
 }
 
-/* d elements of two rows of V (the second may be NULL: zeros), 8 words in each of the panels, `panel`
- * apart.  Infinities and NaNs become zeros; a bit for each row that has any. */
+/* d elements of two rows of V (the second may be NULL: zeros), 8 words in each of the panels,
+ * `panel` apart.  Infinities and NaNs become zeros; a bit for each row that has any. */
 VEC_INLINE unsigned value_words(enum attn_dtype t, const char *const v[PAIR], int32_t d, float *y,
                                 int64_t panel)
 {
@@ -64,8 +64,8 @@ VEC_INLINE unsigned value_words(enum attn_dtype t, const char *const v[PAIR], in
     return bad;
 }
 
-/* d elements of each of up to VEC_LANES rows become d / 2 vectors of words, `width` apart; of the scale
- * they take the sign. */
+/* d elements of each of up to VEC_LANES rows become d / 2 vectors of words, `width` apart; of the
+ * scale they take the sign. */
 VEC_INLINE void query_words(enum attn_dtype t, const char *x, const int64_t *at, int32_t rows,
                             int32_t d, float scale, float *y, int width)
 {

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT
  *
- * What the kernels of kda_fwd share, written over vec_ for every rung: the triangular inverse, the state's
- * way from memory and back.
+ * What the kernels of kda_fwd share, written over vec_ for every rung: the triangular inverse, the
+ * state's way from memory and back.
  */
 #ifndef ATTN_CPU_X86_KDA_CHUNK_VEC_H
 #define ATTN_CPU_X86_KDA_CHUNK_VEC_H
@@ -37,7 +37,7 @@ static void kda_inverse(const float *n, const float *b, int32_t rows, float *t)
     }
 }
 
-/* ---- the state: [V, K] in memory, [place of K][KDA_SLICE values] here ---------------------------- */
+/* ---- the state: [V, K] in memory, [place of K][KDA_SLICE values] here ------------------------ */
 
 VEC_INLINE void kda_load_slice(enum attn_dtype t, enum attn_dtype memory, const char *from,
                                int32_t v0, int32_t d, float *state)

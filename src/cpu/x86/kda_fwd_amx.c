@@ -41,8 +41,8 @@ static inline __attribute__((always_inline)) void kda_product(float (*c)[32], bo
     tile_store_at(3, c[16] + 16, row);
 }
 
-/* C[16 m][32] of row tile m: loaded, multiplied and stored while its neighbours are.  Tiles 0 and 1 or 2
- * and 3 are C, 4 or 5 A; 6 and 7, B, stay. */
+/* C[16 m][32] of row tile m: loaded, multiplied and stored while its neighbours are.  Tiles 0 and 1
+ * or 2 and 3 are C, 4 or 5 A; 6 and 7, B, stay. */
 #define KDA_ROWS_LOAD(c0, c1, a0, m)                                                               \
     tile_load_at(c0, c[16 * (m)], row);                                                            \
     tile_load_at(c1, c[16 * (m)] + 16, row);                                                       \

@@ -6,14 +6,16 @@
  *   kda_product(c, add, a, a_next, b, b_next, steps):
  *     C[32][32] = (add ? C : 0) + A[32][32 steps] B[32 steps][32]
  *     A: tiles of 16 rows x 32 bf16; row tile m, step p at a + m a_next + p KB
- *     B: tiles of 16 pairs of rows x 16 columns x 2 bf16; step p, column tile n at b + p b_next + n KB
+ *     B: tiles of 16 pairs of rows x 16 columns x 2 bf16; step p, column tile n at b + p b_next
+ *        + n KB
  *     C: fp32, row after row of 32
  *
- * The math is kda_fwd_vec.h's.  What is rounded to bf16: kd, qd, kr, the factors of N and M, M, X, U,
- * and S as an operand; S itself stays fp32.  Two remedies keep errors from piling up:
- *   - T is a sum of two bf16, T' + T'': terms of T X cancel, and T's rounding would be most of U's error;
- *   - 1 / |k| is r 2^e, 1 <= r < 2: kr holds 2^e, U holds r (by T's rows), M's columns 1 / r.  So kr has
- *     k's own bits where nothing decays, which is where S keeps its rounding errors.
+ * The math is kda_fwd_vec.h's.  What is rounded to bf16: kd, qd, kr, the factors of N and M, M, X,
+ * U, and S as an operand; S itself stays fp32.  Two remedies keep errors from piling up:
+ *   - T is a sum of two bf16, T' + T'': terms of T X cancel, and T's rounding would be most of
+ *     U's error;
+ *   - 1 / |k| is r 2^e, 1 <= r < 2: kr holds 2^e, U holds r (by T's rows), M's columns 1 / r.  So
+ *     kr has k's own bits where nothing decays, which is where S keeps its rounding errors.
  *
  *   operand          rows x columns          made by
  *   kd qd    A       token x place of K      packing 32 places of a token
@@ -37,10 +39,11 @@
 
 enum { KDA_TILE = 1024, KDA_LINE = 64, KDA_STEP_CHANNELS = 32 };
 
-/* Chunks of bf16 operands have whole tiles of rows; those that want more go through the kernel for fp32
- * operands, which keeps the state as it is kept here:
- *   - an odd number of tokens, the end of a sequence: where its q are nearly at right angles to k and to
- *     the state, the operands' rounding is most of its output, and there is no other to outweigh it;
+/* Chunks of bf16 operands have whole tiles of rows; those that want more go through the kernel for
+ * fp32 operands, which keeps the state as it is kept here:
+ *   - an odd number of tokens, the end of a sequence: where its q are nearly at right angles to k
+ *     and to the state, the operands' rounding is most of its output, and there is no other to
+ *     outweigh it;
  *   - decays that no reference point serves (`apart`);
  *   - in a slice whose state is this many times its values (RMS): an initial state that is being
  *     forgotten.  What is left of it in the end is a difference of such states. */

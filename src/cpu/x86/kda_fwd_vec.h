@@ -8,12 +8,13 @@
  *   T = (I + diag(b) N)^-1 diag(b)
  * and with S0 the state before it, [K, V] as it is held here:
  *   X = V - kd S0    U = T X    O = qd S0 + M U    S1 = diag(D) S0 + kr^T U
- * prepare computes all that has no S in it, scan the second line for a slice of V.  O is scaled last.
+ * prepare computes all that has no S in it, scan the second line for a slice of V.  O is scaled
+ * last.
  *
  * D_i / D_j is split at the middle token m into (D_i / D_m) (D_m / D_j), so that N and M are matrix
  * products.  Away from m one factor is a product of decays, the other its reciprocal; what lies
- * above the diagonal may be huge and is not looked at.  Where even that could overflow kda_apart takes
- * pairs one by one.
+ * above the diagonal may be huge and is not looked at.  Where even that could overflow kda_apart
+ * takes pairs one by one.
  *
  * Every product is C[rows][slice] += A[rows][n] B[n][slice] with scalars of A broadcast:
  * KDA_ROWS rows x 2 vectors of sums stay in registers.
@@ -108,7 +109,8 @@ static inline int32_t kda_round_up(int32_t rows)
 
 /* For chunks that no reference point serves: the two triangles pair by pair, by products of decays
  * <= 1 alone.  k and q are [C][KDA_WIDTH], normalised.
- *   n[i][j] = sum over channels of k_i k_j D_i / D_j  (j < i)     m[i][j] = the same with q_i (j <= i) */
+ *   n[i][j] = sum over channels of k_i k_j D_i / D_j  (j < i)
+ *   m[i][j] = the same with q_i  (j <= i) */
 static void kda_apart(const struct kda_gates *g, const float *k, const float *q, int32_t rows,
                       int32_t d, float *n, float *m)
 {

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT
  *
- * What the kernels of kda_fwd and kda_step share, written over vec_ for every rung: the gates and norms
- * of up to 32 tokens.
+ * What the kernels of kda_fwd and kda_step share, written over vec_ for every rung: the gates and
+ * norms of up to 32 tokens.
  *
  * Names of one chunk, rows i = 0 .. C - 1 tokens, all per key channel unless said otherwise:
  *   a_i = exp(gamma_i)     a token's decay, in (0, 1]
@@ -24,9 +24,9 @@ enum {
 
 #define KDA_LOG2_E 1.44269504088896341f
 #define KDA_EPSILON 1e-6f
-/* A row's k_i and q_i meet D_i / D_m, with lower_bound -5 exp(5 * 15) = 2^108 down to exp(-5 * 16) =
- * 2^-115.5, a column's k_j its reciprocal: times this and divided by it both stay as far above the
- * least floats, so that small elements of k are not flushed. */
+/* A row's k_i and q_i meet D_i / D_m, with lower_bound -5 exp(5 * 15) = 2^108 down to exp(-5 * 16)
+ * = 2^-115.5, a column's k_j its reciprocal: times this and divided by it both stay as far above
+ * the least floats, so that small elements of k are not flushed. */
 #define KDA_LIFT 0x1p4f
 /* Lifted products of decays from the middle beyond this are left to kda_apart. */
 #define KDA_RANGE 0x1p114f
@@ -91,8 +91,8 @@ VEC_INLINE void kda_betas(enum attn_dtype t, const struct attn_kda_tokens *x, fl
     for (int32_t i = x->rows; i < KDA_CHUNK; ++i) b[i] = 0;
 }
 
-/* True where lifted products of decays away from the middle token stay within KDA_RANGE; NaN counts as
- * within. */
+/* True where lifted products of decays away from the middle token stay within KDA_RANGE; NaN counts
+ * as within. */
 VEC_INLINE bool kda_within(const struct kda_gates *g, int32_t rows, int32_t d)
 {
     vec widest = vec_set1(1.0f), least = vec_set1(1.0f);

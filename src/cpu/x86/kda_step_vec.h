@@ -3,9 +3,10 @@
  * kda_step in fp32 vectors: the body of the AVX2 and AVX-512 rungs.
  *
  * A state row s (one value index v, K wide) meets token after token:
- *   u = b (v - s (a k))    out = scale (s (a q) + u (k q))    s <- s a + u k    a, k, q: the token's
- * so both sums come from the state before the token, in one sweep.  VEC_LANES rows at a time are read
- * into L1, taken through all tokens and written back by the last one: memory is read and written once.
+ *   u = b (v - s (a k))    out = scale (s (a q) + u (k q))    s <- s a + u k
+ * with the token's a, k, q; so both sums come from the state before the token, in one sweep.
+ * VEC_LANES rows at a time are read into L1, taken through all tokens and written back by the last
+ * one: memory is read and written once.
  */
 #ifndef ATTN_CPU_X86_KDA_STEP_VEC_H
 #define ATTN_CPU_X86_KDA_STEP_VEC_H
@@ -51,8 +52,8 @@ VEC_INLINE void kda_step_token(enum attn_dtype t, const struct attn_kda_tokens *
     to->kq = vec_reduce_add(kq);
 }
 
-/* Stores and fetches the same place `ahead` bytes on, so that memory is read while rows are worked on.
- * After the last rows that is the next head's state, or nobody's, which is no fault. */
+/* Stores and fetches the same place `ahead` bytes on, so that memory is read while rows are worked
+ * on.  After the last rows that is the next head's state, or nobody's, which is no fault. */
 VEC_INLINE void kda_step_put(enum attn_dtype memory, char *to, int64_t ahead, vec x)
 {
     _mm_prefetch((const char *)((uintptr_t)to + (uintptr_t)ahead), _MM_HINT_T0);

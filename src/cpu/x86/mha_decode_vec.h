@@ -202,8 +202,8 @@ VEC_INLINE void dot_group(enum attn_dtype t, int R, vec *acc, const float *q,
     }
 }
 
-/* s[n][VEC_LANES] = raw scores of the tile's rows and the KEYS keys of each score vector n, for keys
- * [j, j + keys); asks for the rows `ahead` keys later. */
+/* s[n][VEC_LANES] = raw scores of the tile's rows and the KEYS keys of each score vector n, for
+ * keys [j, j + keys); asks for the rows `ahead` keys later. */
 VEC_INLINE void scores(enum attn_dtype t, int R, const struct attn_mha_task *task,
                        const struct tile *tile, const struct window *rows, int32_t h, int32_t j,
                        int32_t stop, int32_t ahead, struct head head)

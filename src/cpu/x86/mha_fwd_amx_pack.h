@@ -6,7 +6,7 @@
  *   K, A    [32 keys][d_s / 32]      [planes][2 tiles of 16 keys]    [16 keys][32 d]
  *   V, A    [d_v / 32][32 keys]      [planes][2 tiles of 16 d]       [16 d][32 keys]
  *   Q, B    [32 queries][d_s / 32]   [planes][2 tiles of 16 queries] [16 pairs of d][16 queries][2]
- *   P, B    [32 queries][32 keys]    [planes][2 tiles of 16 queries] [16 pairs of keys][16 queries][2]
+ *   P, B    [32 queries][32 keys]    [planes][2 tiles of 16 queries] [16 key pairs][16 queries][2]
  *   S, C    [32 queries]             [2 x 16 keys][2 x 16 queries]   [16 keys][16 queries] fp32
  *   O, C    [32 queries][d_v / 32]   [2 x 16 d][2 x 16 queries]      [16 d][16 queries] fp32
  *
@@ -14,10 +14,10 @@
  * and fp32 three: x is exactly the sum of x1 = bf16(x), x2 = bf16(x - x1) and x3 = x - x1 - x2.  Of
  * an infinity or NaN all planes but the first are 0.
  *
- * A packed block of n keys is its K tiles, its V tiles and 64 bytes with a bit for every key whose V
- * row, and then whose K row, has an infinity or a NaN.  V's are packed as zeros, since 0 * NaN would
- * reach rows that do not see the key, and are added at the end to the rows that do.  Widths are
- * padded with zeros.
+ * A packed block of n keys is its K tiles, its V tiles and 64 bytes with a bit for every key whose
+ * V row, and then whose K row, has an infinity or a NaN.  V's are packed as zeros, since 0 * NaN
+ * would reach rows that do not see the key, and are added at the end to the rows that do.  Widths
+ * are padded with zeros.
  *
  * Who includes this file defines PLANES before.
  */

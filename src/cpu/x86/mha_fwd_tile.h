@@ -286,8 +286,8 @@ static inline void fetch_rows(const struct work *w, const char *base, const int6
         for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(base + at[r] + i, _MM_HINT_T1);
 }
 
-/* What a beat's pair will want besides K and V: its own q, and that of the pair after it, before its
- * first beat; a share of its rows of out before those of its last block. */
+/* What a beat's pair will want besides K and V: its own q, and that of the pair after it, before
+ * its first beat; a share of its rows of out before those of its last block. */
 static void fetch_for(struct work *w, const struct beat *b)
 {
     const struct attn_mha_task *t = w->task;

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT
  *
- * Exponentials of mha_fwd_tile.h: P = 2^(S c - m) of a few keys x 16 queries, to be taken between tile
- * products.
+ * Exponentials of mha_fwd_tile.h: P = 2^(S c - m) of a few keys x 16 queries, to be taken between
+ * tile products.
  */
 #ifndef ATTN_CPU_X86_MHA_FWD_TILE_EXP_H
 #define ATTN_CPU_X86_MHA_FWD_TILE_EXP_H
@@ -143,8 +143,8 @@ static inline __attribute__((always_inline)) void cap_minus(const struct work *w
 }
 
 /* One chunk: some keys x 16 queries from s[keys][16] to p[keys / 2][16 pairs].  Exponentials are
- * exact for rows that do not see all keys of the step: such a row may see few, and the error of each
- * is that of its lse.  Which these are is asked row by row, since no row may depend on its
+ * exact for rows that do not see all keys of the step: such a row may see few, and the error of
+ * each is that of its lse.  Which these are is asked row by row, since no row may depend on its
  * neighbours. */
 static inline __attribute__((always_inline)) void exp_rows(struct work *w, int tile, int32_t key,
                                                            const float *s, char *p, bool plain,

@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: MIT
  *
- * Keys that rule a row of mha_fwd_tile.h, where P is one plane of bf16: those with a p above all before
- * and RULES of l or more.  Rounding such a p by half a unit would move out by as much, while the rounding
- * of many small ones cancels.  The key that m was set by has P_FIRST, exactly; of a later one what rounding
- * took is added in the end, times its V.  Rows are ruled when beats are closed, by lanes alone.
+ * Keys that rule a row of mha_fwd_tile.h, where P is one plane of bf16: those with a p above all
+ * before and RULES of l or more.  Rounding such a p by half a unit would move out by as much, while
+ * the rounding of many small ones cancels.  The key that m was set by has P_FIRST, exactly; of a
+ * later one what rounding took is added in the end, times its V.  Rows are ruled when beats are
+ * closed, by lanes alone.
  */
 #ifndef ATTN_CPU_X86_MHA_FWD_TILE_RULER_H
 #define ATTN_CPU_X86_MHA_FWD_TILE_RULER_H
@@ -39,8 +40,8 @@ static __attribute__((noinline)) void set_rulers(struct work *w, int side, __mma
     _mm512_mask_store_ps(w->ruler_p + at, lanes, top);
 }
 
-/* Looks for keys of the beat that rule their rows, among these lanes: p above all before and a share
- * of l. */
+/* Looks for keys of the beat that rule their rows, among these lanes: p above all before and a
+ * share of l. */
 static __attribute__((noinline)) void find_rulers(struct work *w, int side, __mmask16 lanes,
                                                   __m512 share)
 {

@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: MIT
  *
- * mha_fwd on vectors, written once over the vec_ abstraction.  What is multiplied are words of 32 bits:
- * one fp32, by FMA, for all four element types (fwd_fma.h), or a pair of bf16, by dot products, for
- * bf16 and fp8 (fwd_dot.h).  mha_fwd_<isa>.c includes a vec_<isa>.h, one of the two and then this file.
+ * mha_fwd on vectors, written once over the vec_ abstraction.  What is multiplied are words of 32
+ * bits: one fp32, by FMA, for all four element types (fwd_fma.h), or a pair of bf16, by dot
+ * products, for bf16 and fp8 (fwd_dot.h).  mha_fwd_<isa>.c includes a vec_<isa>.h, one of the two
+ * and then this file.
  *
  * Math.  For query row r and its visible keys lo[r] <= j < hi[r], block by block of N keys:
  *
@@ -12,12 +13,12 @@
  *
  * with p' = p, or p rounded to bf16.  m is a reference, not the maximum: it moves up to a block's
  * maximum only when that exceeds it by more than SLACK (then l, r and o are multiplied by
- * 2^(m_old - m)), so p stays below 2^SLACK and most blocks rescale nothing.  Where p is rounded it moves
- * to any key that rules its row, with RULES of l or more: that p is then 1, exactly.  In the end
- * out = o * out_scale / r and lse = ln l + m ln 2.  Hidden scores are -inf, their p is exactly 0.  A
- * row that sees no key, or only scores of -inf, keeps m = -inf and l = r = 0: out 0, lse -inf or the
- * sink.  A weight below 2^-126 is 0, so an infinite v_j under it gives NaN where exact arithmetic
- * gives inf.
+ * 2^(m_old - m)), so p stays below 2^SLACK and most blocks rescale nothing.  Where p is rounded it
+ * moves to any key that rules its row, with RULES of l or more: that p is then 1, exactly.  In the
+ * end out = o * out_scale / r and lse = ln l + m ln 2.  Hidden scores are -inf, their p is exactly
+ * 0.  A row that sees no key, or only scores of -inf, keeps m = -inf and l = r = 0: out 0, lse -inf
+ * or the sink.  A weight below 2^-126 is 0, so an infinite v_j under it gives NaN where exact
+ * arithmetic gives inf.
  *
  * Layout.  S^T = K Q^T and O^T = V^T P^T: keys run down, queries across, a lane is a query.  So
  * maximum, sum, rescaling and mask are vertical operations, and lanes never mix: a row's bits do
@@ -31,8 +32,9 @@
  *   k [N]               | k_j (with qv: k_j, v_j) | pad |   rows of one key block
  *   v [d_v / A_ROWS][N] | A_ROWS elements of v_j |          its V in panels, a pad after each
  *
- * with d_s / 2 words of pairs (q[2i], q[2i + 1]) and (k[2i], k[2i + 1]), and N / 2 of pairs of keys in
- * V and P, where words hold two.  Pairs take c = |scale| log2 e after their product, and the sign with q.
+ * with d_s / 2 words of pairs (q[2i], q[2i + 1]) and (k[2i], k[2i + 1]), and N / 2 of pairs of keys
+ * in V and P, where words hold two.  Pairs take c = |scale| log2 e after their product, and the
+ * sign with q.
  *
  * A tile of O^T walks down one panel of V: contiguous, where a column of rows would touch a line a
  * key.  Pads keep rows and panels off multiples of 4 KB, where all would share a few sets of L1.
@@ -114,9 +116,9 @@ static int64_t fwd_scratch_bytes(int64_t d_s, int64_t d_v, int64_t rows, int64_t
 
 /* ---- products -------------------------------------------------------------------------------- */
 
-/* C[A_ROWS][cols] = or += A B over `depth` words.  A[r][k] is a[r * a_row + k * a_step], B and C have cols vectors a
- * row.  cols, accumulate and one of a's strides are constants where this is called, and the
- * accumulators stay in registers. */
+/* C[A_ROWS][cols] = or += A B over `depth` words.  A[r][k] is a[r * a_row + k * a_step], B and C
+ * have cols vectors a row.  cols, accumulate and one of a's strides are constants where this is
+ * called, and the accumulators stay in registers. */
 VEC_INLINE void product(const float *a, int64_t a_row, int64_t a_step, const float *b,
                         int64_t depth, float *c, int cols, bool accumulate)
 {
@@ -194,7 +196,8 @@ static void values_poisoned(const struct forward *f, const struct group *g, stru
     }
 }
 
-/* Of pairs, where infinities and NaNs of V are words of zero: adds them to the rows that see their key. */
+/* Of pairs, where infinities and NaNs of V are words of zero: adds them to the rows that see their
+ * key. */
 static void add_not_finite(const struct forward *f, const struct group *g, struct span w)
 {
     const struct attn_mha_task *t = f->task;

@@ -5,11 +5,11 @@
  * Rows are padded to row tiles of 16 and taken two at a time, keys in blocks of up to 256; while a
  * block is multiplied, lines of the next one are asked for:
  *
- *   rows -> K, V      16 keys of a page are a tile of K where they lie; others are copied, or decoded.
- *                     V is two rows interleaved, made once for all row tiles.
+ *   rows -> K, V      16 keys of a page are a tile of K where they lie; others are copied, or
+ *                     decoded.  V is two rows interleaved, made once for all row tiles.
  *   S^T = K Q^T       2 x 2 tiles of 16 keys x 16 rows; Q of a row pair stays in L1, K streams
- *   P = 2^(scale S - m)  a lane is a row, so maximum and sum are vertical; 16 pairs of keys are then
- *                     transposed, 16 x 16 dwords, to be A of the next product
+ *   P = 2^(scale S - m)  a lane is a row, so maximum and sum are vertical; 16 pairs of keys are
+ *                     then transposed, 16 x 16 dwords, to be A of the next product
  *   O += P V          2 x 2 tiles of 16 rows x 16 columns, over the block's keys
  *
  *   K, A   [16 keys][32 d]            in place, rows any distance apart
@@ -20,8 +20,9 @@
  *   O, C   [row tile][16 columns]     [16 rows][16 columns] fp32
  *
  * Up to 16 rows have their own form of P V, which takes V where it lies, too.  As an operand B, a
- * row of V is 32 columns in pairs, so that two operands A for 16 keys, each with zeros in every other
- * place, give the even and the odd columns; twice the products, but no copy of V, which cost more:
+ * row of V is 32 columns in pairs, so that two operands A for 16 keys, each with zeros in every
+ * other place, give the even and the odd columns; twice the products, but no copy of V, which cost
+ * more:
  *
  *   P, A   [16 keys][even, odd]       [16 rows][16 keys][2]: (p, 0), (0, p)
  *   O, C   [32 columns][even, odd]    [16 rows][16 columns] fp32
@@ -105,7 +106,7 @@ static int64_t scratch_bytes(int64_t rows, int64_t d_qk)
     return lay_out(&w, base, rows, d_qk);
 }
 
-/* ---- operands ---------------------------------------------------------------------------------- */
+/* ---- operands -------------------------------------------------------------------------------- */
 
 /* q as tiles B: 16 rows at a time, 16 x 16 dwords transposed; rows past the last are 0. */
 static void pack_q(const struct attn_mla_task *t, enum attn_mla_format format, const struct work *w)
@@ -142,7 +143,7 @@ static bool evenly_spaced(const char *const *row)
     return even;
 }
 
-/* ---- a block of keys --------------------------------------------------------------------------- */
+/* ---- a block of keys ------------------------------------------------------------------------- */
 
 struct block {
     const char **row, **scales; /* [n] */
@@ -198,7 +199,7 @@ VEC_INLINE void make_values(const struct work *w, const struct block *b, int32_t
         memset(v, 0, V_ROW - 64);
 }
 
-/* ---- P of 32 keys x 16 rows ---------------------------------------------------------------------- */
+/* ---- P of 32 keys x 16 rows ------------------------------------------------------------------ */
 
 /* S of row tile r: key j at s + j / 16 * s_tile + j % 16 * 64, its P tile at p. */
 struct strip {
@@ -315,7 +316,7 @@ static struct strip strip_of(const struct work *w, char *s, int64_t s_tile, int 
                           .p = w->p + ((int64_t)r * STEPS + x) * TILE_BYTES};
 }
 
-/* ---- S^T = K Q^T ------------------------------------------------------------------------------- */
+/* ---- S^T = K Q^T ----------------------------------------------------------------------------- */
 
 /* What one 32 x 32 product of S does beside its own work. */
 struct beside {
@@ -352,9 +353,9 @@ VEC_INLINE void scores_pair(const struct work *w, const struct key_tile *k, cons
     }
 }
 
-/* S and P of row tiles r and r + 1 over the block; the exponentials of a step go beside the products
- * of the next, those of the last step of all beside the next pair's first.  `due` are the strips that
- * wait: none, or two. */
+/* S and P of row tiles r and r + 1 over the block; the exponentials of a step go beside the
+ * products of the next, those of the last step of all beside the next pair's first.  `due` are the
+ * strips that wait: none, or two. */
 static void weigh_pair(const struct work *w, const struct attn_mla_task *t, const struct block *b,
                        int r, int32_t least, struct strip due[2], bool *waiting, int *turn)
 {
@@ -463,7 +464,7 @@ static void weigh_lone(const struct work *w, const struct attn_mla_task *t, cons
     }
 }
 
-/* ---- O += P V ---------------------------------------------------------------------------------- */
+/* ---- O += P V -------------------------------------------------------------------------------- */
 
 /* 32 rows x 32 columns. */
 static void values_pair(const char *p0, const char *p1, const char *v, int steps, bool first,
@@ -579,7 +580,7 @@ static void values_lone(const struct work *w, int key_tiles, bool first)
     }
 }
 
-/* ---- a task ------------------------------------------------------------------------------------ */
+/* ---- a task ---------------------------------------------------------------------------------- */
 
 /* O to [rows][512], columns put back in order.  True: a NaN in a row whose l is a number. */
 static bool write_rows(const struct attn_mla_task *t, const struct work *w)

@@ -11,8 +11,8 @@
  *
  *   S [64 keys][group]  = K Q^T     a word of K broadcast, against Q [words][group]
  *   P = 2^(scale S - m)             in place of S; with pairs, two keys in a word
- *   O [512][group]     += V^T P^T   a word of V broadcast; V is K's first 512 values, and with pairs
- *                                   two rows interleaved: [32][512]
+ *   O [512][group]     += V^T P^T   a word of V broadcast; V is K's first 512 values, and with
+ *                                   pairs two rows interleaved: [32][512]
  *
  * The reference m of a row moves only when a score exceeds it by 8, so O is rarely rescaled; 2^8 is
  * no danger to any sum.  A kernel reads each cache row once for all groups.
@@ -34,7 +34,7 @@ enum {
 
 #define SLACK 8.0f /* log2 units by which a score may exceed the reference */
 
-/* ---- scratch ----------------------------------------------------------------------------------- */
+/* ---- scratch --------------------------------------------------------------------------------- */
 
 struct work {
     float *q; /* [groups][words][lanes of the group] */
@@ -86,7 +86,7 @@ struct block {
 /* Vectors of the next group of `vectors` that are left. */
 static int group_cols(int vectors) { return vectors == 4 ? 2 : vectors < COLS ? vectors : COLS; }
 
-/* ---- rows to words ----------------------------------------------------------------------------- */
+/* ---- rows to words --------------------------------------------------------------------------- */
 
 #if MLA_STEP == 1
 VEC_INLINE vec word(const float *p) { return vec_set1(*p); }
@@ -217,7 +217,7 @@ static void pack_q(const struct attn_mla_task *t, enum attn_mla_format format, c
     }
 }
 
-/* ---- the two products ---------------------------------------------------------------------------- */
+/* ---- the two products ------------------------------------------------------------------------ */
 
 /* S rows of KEYS keys: s[i][c] = k[i] . q[.][c] */
 VEC_INLINE void scores(const float *const *k, const float *q, int32_t words, int cols, float *s)

@@ -2,9 +2,9 @@
  *
  * Softcap of a few vectors of scores beside tile products: x = cap log2(e) tanh(x scale / cap).
  *
- * By a table of polynomials (tanh_table.h) whose coefficients two-register permutes look up: they are
- * port 5's, while port 0 has most of the rest.  All factors are in the coefficients.  Adding 1.5 2^23
- * leaves the number of the nearest piece in the low bits.
+ * By a table of polynomials (tanh_table.h) whose coefficients two-register permutes look up: they
+ * are port 5's, while port 0 has most of the rest.  All factors are in the coefficients.  Adding
+ * 1.5 2^23 leaves the number of the nearest piece in the low bits.
  *
  * Up to |score| = 0.4 cap an odd polynomial of three terms does it: most scores of most models, and
  * then without the table.  Which of the two is decided a lane at a time, so that no query's bits

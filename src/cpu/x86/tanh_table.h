@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT
  *
- * tanh on [0, 31 w], w = TANH_STEP, by 32 polynomials of degree 3: for i = a / w rounded to nearest,
+ * tanh on [0, 31 w], w = TANH_STEP, by 32 polynomials of degree 3, with i = a / w rounded:
  *   tanh a = c[0][i] + c[1][i] a + c[2][i] a^2 + c[3][i] a^3      to 2.8e-6, for small a to 5e-8
  * fitted at Chebyshev nodes.  The last is a constant, for all larger a too.
  */

@@ -212,8 +212,8 @@ VEC_INLINE vec vec_exp2(vec x)
     return _mm256_and_ps(vec_mul(p, scale), live);
 }
 
-/* 2^x for factors that are multiplied by the thousand: exact at 0 and to a rounding beside it (degree
- * 6, 2e-9), so that decays close to 1 do not drift.  Else as vec_exp2. */
+/* 2^x for factors that are multiplied by the thousand: exact at 0 and to a rounding beside it
+ * (degree 6, 2e-9), so that decays close to 1 do not drift.  Else as vec_exp2. */
 VEC_INLINE vec vec_exp2_fine(vec x)
 {
     const vec magic = vec_set1(0x1.8p23f + 127.0f);

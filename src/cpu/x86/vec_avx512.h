@@ -198,8 +198,8 @@ VEC_INLINE vec vec_exp2(vec x)
     return _mm512_scalef_ps(p, x);
 }
 
-/* 2^x for factors that are multiplied by the thousand: exact at 0 and to a rounding beside it (degree
- * 6 on [-1/2, 1/2], 2e-9), so that decays close to 1 do not drift.  Else as vec_exp2. */
+/* 2^x for factors that are multiplied by the thousand: exact at 0 and to a rounding beside it
+ * (degree 6 on [-1/2, 1/2], 2e-9), so that decays close to 1 do not drift.  Else as vec_exp2. */
 VEC_INLINE vec vec_exp2_fine(vec x)
 {
     vec f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

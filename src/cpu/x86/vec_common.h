@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT
  *
- * What vec_avx2.h and vec_avx512.h have in common, written over what they define; each includes it at
- * its end.
+ * What vec_avx2.h and vec_avx512.h have in common, written over what they define; each includes it
+ * at its end.
  */
 #ifndef ATTN_CPU_X86_VEC_COMMON_H
 #define ATTN_CPU_X86_VEC_COMMON_H

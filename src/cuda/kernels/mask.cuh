@@ -46,8 +46,8 @@ ATTN_DEVICE key_interval visible_keys(const attn_mha_fwd_params &p, int i, int s
     return {min(max(lo, 0), s_k), max(min(hi, s_k), 0)};
 }
 
-/* Sets to -inf, of the scores from column FIRST to LAST, those of keys at or past the hi of their row; of all,
- * those before its lo. */
+/* Sets to -inf, of the scores from column FIRST to LAST, those of keys at or past the hi of their
+ * row; of all, those before its lo. */
 template <int FIRST, int LAST, int COUNT>
 ATTN_DEVICE void mask_after(float (&s)[COUNT], int key, int hi0, int hi1)
 {

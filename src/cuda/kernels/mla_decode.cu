@@ -387,8 +387,8 @@ ATTN_DEVICE void accumulate(const attn_decode_params &p, const attn_mha_fwd_maps
 
 /* ---- the kernel ------------------------------------------------------------------------------ */
 
-/* The block's next pieces into sm.piece[]; false: there are none.  All threads call it, each role in
- * a loop of its own; thread 0, of those that SEARCH, finds them. */
+/* The block's next pieces into sm.piece[]; false: there are none.  All threads call it, each role
+ * in a loop of its own; thread 0, of those that SEARCH, finds them. */
 template <bool SEARCH>
 ATTN_DEVICE bool find_pieces(const attn_decode_params &p, mla_smem &sm)
 {
