@@ -27,16 +27,12 @@ static struct attn_cuda_kernel *kernel_of(const problem_t *p)
     return NULL;
 }
 
-/* Gates that came activated have no bound; and less than a chunk of tokens is so few products that the
- * rounding of a chunk's factors would show: both go token by token, in fp32. */
-static bool by_token(const problem_t *p) { return p->gate_activated || p->t < CHUNK; }
-
 static attn_status choose(const problem_t *p, int multiprocessors, plan_t *plan,
                           struct attn_cuda_kernel **kernel)
 {
     memset(plan, 0, sizeof *plan);
     ATTN_TRY(attn_kda_cuda_check(p));
-    if (by_token(p)) return attn_plain_kernel("attn_kda_scan_sm90", kernel);
+    if (p->gate_activated) return attn_plain_kernel("attn_kda_scan_sm90", kernel);
     attn_kda_cuda_choose(p, multiprocessors, plan);
     *kernel = kernel_of(p);
     ATTN_CHECK(*kernel, ATTN_E_NOT_BUILT,
@@ -219,8 +215,8 @@ attn_status attn_kda_fwd_cuda_run(const problem_t *p, const struct attn_kda_fwd_
     (void)plan;
     if (p->n * p->h == 0) return ATTN_OK;
     ATTN_TRY(attn_cuda_enter(p->device.device_id, &device));
-    attn_status status = by_token(p) ? attn_kda_step_launch(p, device.device, stream)
-                                     : launch(p, &device, workspace, workspace_bytes, stream);
+    attn_status status = p->gate_activated ? attn_kda_step_launch(p, device.device, stream)
+                                           : launch(p, &device, workspace, workspace_bytes, stream);
     attn_cuda_leave(&device);
     return status;
 }

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT
  *
- * kda_step on Hopper, and kda_fwd with activated gates or few tokens: one launch.
+ * kda_step on Hopper, and kda_fwd with activated gates: one launch.
  */
 #include "cuda/kda_cuda.h"
 #include "cuda/kernels/kda_step_params.h"

@@ -280,7 +280,7 @@ def test_inputs_are_not_written(device):
 
 def test_packed_equals_separate(device):
     """Bit for bit, packed or in batch rows."""
-    lengths = (33, 0, 64, 5, 80)
+    lengths = (33, 0, 64, 5, 80, 1, 15, 16)
     packed = draw((1, sum(lengths), 2), 128, lengths=lengths, state="fp32", device=device)
     out, states = packed.run()
     for n, (begin, end) in enumerate(packed.sequences):
@@ -303,10 +303,10 @@ def test_final_state_may_be_the_initial_one(packed, state, device):
     assert torch.equal(out, want) and torch.equal(states, want_states)
 
 
-@pytest.mark.parametrize("cut", [1, 15, 16, 17, 50, 64, 100, 128, 149])
+@pytest.mark.parametrize("cut", [1, 15, 16, 17, 50, 64, 100, 128, 144, 149])
 def test_cut_and_resumed(cut, device):
     """A run cut anywhere and resumed from its fp32 state equals the whole; bit for bit where the cut
-    lies between chunks."""
+    lies between chunks, however few tokens are left."""
     whole = draw((2, 150, 2), 128, state="fp32", device=device)
     want, want_states = whole.run()
     first, second = (draw((2, 1, 2), 128, device=device) for _ in range(2))
@@ -319,7 +319,7 @@ def test_cut_and_resumed(cut, device):
     rest, states = second.run()
     out = torch.cat([begun, rest], 1)
     check(whole, out, states)
-    if cut % 64 == 0:
+    if cut % (64 if device == "cpu" else 16) == 0:
         assert torch.equal(out, want) and torch.equal(states, want_states)
 
 

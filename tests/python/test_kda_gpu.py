@@ -114,7 +114,8 @@ def test_graph_replays_with_other_lengths(heads):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         flash_kda.fwd(out=out, final_state=final, **call)
-    for ends in ([0, 300, 345, 1045, 1100], [0, 0, 17, 1000, 1100], [0, 1100, 1100, 1100, 1100]):
+    few = [0, 1, 6, 21, 1100], [0, 500, 1085, 1098, 1100]  # sequences below a chunk
+    for ends in ([0, 300, 345, 1045, 1100], [0, 0, 17, 1000, 1100], [0, 1100, 1100, 1100, 1100], *few):
         call["cu_seqlens"].copy_(torch.tensor(ends))
         want, want_state = run(call)
         out.fill_(torch.nan)

@@ -9,12 +9,13 @@
  *     r_i = (|k_i|^2 + 1e-6)^-1/2     s_i = scale (|q_i|^2 + 1e-6)^-1/2     b_i = sigmoid(beta_i)
  *     L_ij = b_i r_i <kd_i, ki_j> 2^40 r_j, i > j
  *     A_ij = 2^40 r_i ((1 + L)^-1)_ij b_j
- *     M_ij = <qd_i, ki_j>, i >= j
+ *     M_ij = <qd_i, ki_j>, i > j      M_ii = <q_i, k_i> 2^-40
  *     R = v - r (kd S^T)      U = A R      out = s (qd S^T + M U)      S <- S 2^G_16 + U^T kr
  * k and q are never normalised themselves: r and s scale rows of the small products.  The 2^40
  * keeps ki inside bf16 for long keys under the strongest decay (2^115 over a chunk).  Factors are
- * bf16, the inverse is a substitution in fp32, sums are fp32.  Rows past the end of a sequence have
- * k = 0, gamma = 0, r = 0, b = 0, v = 0.
+ * bf16, the inverse is a substitution in fp32, sums are fp32.  M_ii holds no decay and is a product of
+ * the inputs: it may be all of a token's output, where the rounding of qd and ki would show.  Rows
+ * past the end of a sequence have k = 0, gamma = 0, r = 0, b = 0, v = 0.
  *
  * Layout.  q k g v out [b, t, h, d]; a block holds VB = 64 value rows of one (sequence, head) at a
  * time.  With d 128 two blocks are a cluster: each prepares every other chunk and sends it across.

@@ -48,13 +48,23 @@ ATTN_DEVICE void products(float (&l)[8], float (&m)[8], uint32_t kd_qd, uint32_t
     }
 }
 
-/* scale / |row| of the 16 rows of a raw tile, 0 from row `rows` on: the diagonal of X X^T.  The
- * rows from there on are not read: other warps are clearing them. */
+/* A number of each of a chunk's 16 rows to `to`, 0 from row `rows` on.  A diagonal's lanes are those
+ * with lane % 4 = lane / 8, which have rows lane / 4 and lane / 4 + 8. */
+ATTN_DEVICE void store_diagonal(uint32_t to, float upper, float lower, int rows)
+{
+    int lane = threadIdx.x % 32, g = lane / 4;
+    if (lane % 4 != g / 2) return;
+    shared_store_f(to + 4 * g, g < rows ? upper : 0.0f);
+    shared_store_f(to + 4 * g + 32, g + 8 < rows ? lower : 0.0f);
+}
+
+/* scale / |row| of the 16 rows of a raw tile: the diagonal of X X^T.  Rows from `rows` on are not
+ * read: other warps are clearing them. */
 template <int D> ATTN_DEVICE void inverse_norms(uint32_t tile, uint32_t to, float scale, int rows)
 {
     float d[8];
     uint32_t lane_offset = fragment_offset(rows);
-    uint32_t lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
+    bool odd = threadIdx.x / 4 % 2;
 #pragma unroll
     for (int i = 0; i < 8; i++) d[i] = 0;
 #pragma unroll
@@ -64,12 +74,33 @@ template <int D> ATTN_DEVICE void inverse_norms(uint32_t tile, uint32_t to, floa
         mma_16x8<0>(d, a, a[0], a[2]);
         mma_16x8<0>(d + 4, a, a[1], a[3]);
     }
-    if (c == g / 2) {
-        float upper = g % 2 ? d[1] : d[0], lower = g % 2 ? d[7] : d[6];
-        shared_store_f(to + 4 * g, g < rows ? scale * rsqrt_approx(upper + EPSILON) : 0.0f);
-        shared_store_f(to + 4 * g + 32,
-                       g + 8 < rows ? scale * rsqrt_approx(lower + EPSILON) : 0.0f);
+    float upper = rsqrt_approx((odd ? d[1] : d[0]) + EPSILON);
+    float lower = rsqrt_approx((odd ? d[7] : d[6]) + EPSILON);
+    store_diagonal(to, scale * upper, scale * lower, rows);
+}
+
+/* 1 / |k_i| to `r`, M_ii = <q_i, k_i> 2^-40 to `m`: eight rows of q above eight of k, times those of
+ * k. */
+template <int D>
+ATTN_DEVICE void key_diagonals(uint32_t q_tile, uint32_t k_tile, uint32_t r, uint32_t m, int rows)
+{
+    float upper[4], lower[4]; /* <q_i, k_i> in 0 and 1, |k_i|^2 in 2 and 3 */
+    uint32_t lane_offset = fragment_offset(rows);
+    bool odd = threadIdx.x / 4 % 2;
+#pragma unroll
+    for (int i = 0; i < 4; i++) upper[i] = lower[i] = 0;
+#pragma unroll
+    for (int s = 0; s < D / 16; s++) {
+        uint32_t q[4], k[4];
+        load_fragment<2048>(q, q_tile, lane_offset, s);
+        load_fragment<2048>(k, k_tile, lane_offset, s);
+        const uint32_t first[4] = {q[0], k[0], q[2], k[2]}, second[4] = {q[1], k[1], q[3], k[3]};
+        mma_16x8<0>(upper, first, k[0], k[2]);
+        mma_16x8<0>(lower, second, k[1], k[3]);
     }
+    store_diagonal(r, rsqrt_approx((odd ? upper[3] : upper[2]) + EPSILON),
+                   rsqrt_approx((odd ? lower[3] : lower[2]) + EPSILON), rows);
+    store_diagonal(m, (odd ? upper[1] : upper[0]) / LIFT, (odd ? lower[1] : lower[0]) / LIFT, rows);
 }
 
 template <int PAIRS> ATTN_DEVICE void load_pairs(uint32_t (&r)[PAIRS], uint32_t address)
@@ -226,10 +257,14 @@ ATTN_DEVICE void prepare_small(kda_factor<D> &factor, kda_scratch<D> &scratch, f
 #pragma unroll
         for (int tile = 0; tile < 2; tile++) {
             uint32_t i = g + 8 * half, j = 8 * tile + 2 * c;
-            float first = j <= i ? m[4 * tile + 2 * half] : 0.0f;
-            float second = j + 1 <= i ? m[4 * tile + 2 * half + 1] : 0.0f;
+            float first = m[4 * tile + 2 * half], second = m[4 * tile + 2 * half + 1];
+            if (tile == half) {
+                float own = __uint_as_float(shared_load_32(shared_address(scratch.qk) + 4 * i));
+                first = j < i ? first : j == i ? own : 0.0f;
+                second = j + 1 < i ? second : j + 1 == i ? own : 0.0f;
+            }
             shared_store_32(shared_address(factor.m) + 256 * half + 128 * tile + 4 * lane,
-                            pack_16x2<0>(first, second));
+                            tile > half ? 0 : pack_16x2<0>(first, second));
         }
     uint32_t row = lane % 16;
     float own = LIFT * __uint_as_float(shared_load_32(r + 4 * row));
@@ -261,7 +296,7 @@ ATTN_DEVICE void prepare_small(kda_factor<D> &factor, kda_scratch<D> &scratch, f
 }
 
 /* Warpgroup `group` of the producers: this block's chunks group, group + PRODUCERS, .., but for A
- * and M.  Of its four warps two have the norms of a chunk, in turn. */
+ * and M.  Of its four warps two have the diagonals of a chunk, in turn. */
 template <int D, int VB>
 ATTN_DEVICE void produce(const attn_kda_fwd_params &p, kda_fwd_smem<D, VB> &sm, int group, int rank)
 {
@@ -282,9 +317,11 @@ ATTN_DEVICE void produce(const attn_kda_fwd_params &p, kda_fwd_smem<D, VB> &sm, 
             wait_empty<smem::SCRATCHES>(sm.scratch_empty, own);
             wait_empty<smem::FACTORS>(sm.factor_empty, now);
             wait_full<smem::RAW>(sm.raw_full, own);
-            prepare_factors<D>(item, p.bound, rows, raw, factor, sm.scratch[own % smem::SCRATCHES]);
+            kda_scratch<D> &scratch = sm.scratch[own % smem::SCRATCHES];
+            prepare_factors<D>(item, p.bound, rows, raw, factor, scratch);
             if (duty == 0)
-                inverse_norms<D>(raw + smem::TILE_BYTES, shared_address(factor.r), 1.0f, rows);
+                key_diagonals<D>(raw, raw + smem::TILE_BYTES, shared_address(factor.r),
+                                 shared_address(scratch.qk), rows);
             if (duty == 2) inverse_norms<D>(raw, shared_address(factor.s), p.scale, rows);
             fence_proxy_async_shared();
             arrive<smem::FACTORS>(sm.factor_scaled, now);

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT
  *
- * kda_scan: kda_fwd with activated gates, or few tokens, token by token.  Math and layout are at the top of
+ * kda_scan: kda_fwd with activated gates, token by token.  Math and layout are at the top of
  * kda_step.cuh.
  */
 #include "kda_step.cuh"

@@ -39,6 +39,7 @@ template <int D> struct alignas(128) kda_scratch {
     uint8_t ki[D / 64 * 2048];
     float l[16 * 20]; /* L, for the inverse */
     float b[16];
+    float qk[16]; /* M's diagonal */
 };
 
 template <int D, int VB> struct kda_fwd_smem {
