@@ -67,15 +67,6 @@ static void misfit(ffi_args *in, const char *name, const char *wanted, const TVM
     in->found = got->type_index;
 }
 
-/* A tensor object is a TVMFFIObject header and then the DLTensor itself. */
-static inline const DLTensor *tensor_of(const TVMFFIAny *a)
-{
-    if (a->type_index == kTVMFFITensor)
-        return (const DLTensor *)(const void *)((const char *)a->v_obj + sizeof(TVMFFIObject));
-    if (a->type_index == kTVMFFIDLTensorPtr) return (const DLTensor *)a->v_ptr;
-    return NULL;
-}
-
 static inline int is_whole(const TVMFFIAny *a)
 {
     return a->type_index == kTVMFFIInt || a->type_index == kTVMFFIBool;
@@ -85,7 +76,7 @@ const DLTensor *ffi_tensor(ffi_args *in, const char *name)
 {
     const TVMFFIAny *a = step(in);
     if (!a) return NULL;
-    const DLTensor *t = tensor_of(a);
+    const DLTensor *t = ffi_tensor_of(a);
     if (!t) misfit(in, name, "a tensor", a);
     return t;
 }
@@ -94,7 +85,7 @@ const DLTensor *ffi_tensor_or_null(ffi_args *in, const char *name)
 {
     const TVMFFIAny *a = step(in);
     if (!a || a->type_index == kTVMFFINone) return NULL;
-    const DLTensor *t = tensor_of(a);
+    const DLTensor *t = ffi_tensor_of(a);
     if (!t) misfit(in, name, "a tensor or None", a);
     return t;
 }
@@ -276,7 +267,7 @@ static int device_scratch(ffi_scratch *scratch, const DLTensor *like, int64_t by
     };
     if (TVMFFIEnvTensorAlloc(&want, &scratch->tensor)) return -1;
     const TVMFFIAny owned = {.type_index = kTVMFFITensor, .v_obj = (TVMFFIObject *)scratch->tensor};
-    const DLTensor *t = tensor_of(&owned);
+    const DLTensor *t = ffi_tensor_of(&owned);
     scratch->memory = (char *)t->data + t->byte_offset;
     return 0;
 }

@@ -45,6 +45,16 @@ typedef struct ffi_args {
     int too_large; /* an integer beyond 32 bits: a bad value, not a bad type */
 } ffi_args;
 
+/* The tensor that an argument is, or NULL.  A tensor object is a TVMFFIObject header and then the
+ * DLTensor itself. */
+static inline const DLTensor *ffi_tensor_of(const TVMFFIAny *a)
+{
+    if (a->type_index == kTVMFFITensor)
+        return (const DLTensor *)(const void *)((const char *)a->v_obj + sizeof(TVMFFIObject));
+    if (a->type_index == kTVMFFIDLTensorPtr) return (const DLTensor *)a->v_ptr;
+    return NULL;
+}
+
 ffi_args ffi_begin(const char *function, const TVMFFIAny *args, int32_t count);
 void ffi_optional(ffi_args *in);
 const DLTensor *ffi_tensor(ffi_args *in, const char *name);

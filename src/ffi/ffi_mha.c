@@ -141,6 +141,60 @@ static int run_in_scratch(struct attn_mha_fwd_args *a, const struct attn_mha_fwd
     return ffi_status(status);
 }
 
+/* ---- the last plan ------------------------------------------------------------------------------- */
+
+/* On a GPU a plan comes of types, extents, strides and numbers alone, and the layers of a model make the
+ * same call one after the other: each thread keeps its last plan and the arguments it was made for,
+ * without addresses.  Whatever else may be wrong with a call, run checks everything again. */
+#define KEY_MAX 256
+static _Thread_local struct {
+    int64_t key[KEY_MAX];
+    int32_t words; /* of key; 0: no plan is kept */
+    struct attn_mha_fwd_plan plan;
+} last;
+
+/* Words that two calls share if and only if one plan is right for both; 0 when there are too many. */
+static int32_t describe(const TVMFFIAny *args, int32_t count, int64_t key[KEY_MAX])
+{
+    int32_t n = 0;
+    for (int32_t i = 0; i < count; i++) {
+        const DLTensor *t = ffi_tensor_of(&args[i]);
+        const int32_t ndim = t ? t->ndim : 0;
+        if (ndim > KEY_MAX / 2 || n + 3 + 2 * ndim > KEY_MAX || (t && !t->strides)) return 0;
+        key[n++] = args[i].type_index;
+        if (!t) {
+            key[n++] = args[i].v_int64;
+            continue;
+        }
+        key[n++] = (int64_t)t->device.device_type << 32 | t->device.device_id;
+        key[n++] = (int64_t)ndim << 32 | (int64_t)t->dtype.code << 24 | t->dtype.bits << 16 |
+                   t->dtype.lanes;
+        memcpy(key + n, t->shape, (size_t)ndim * sizeof *key);
+        memcpy(key + n + ndim, t->strides, (size_t)ndim * sizeof *key);
+        n += 2 * ndim;
+    }
+    return n;
+}
+
+static int find_plan(const struct attn_mha_fwd_args *a, const TVMFFIAny *args, int32_t count,
+                     struct attn_mha_fwd_plan *plan)
+{
+    int64_t key[KEY_MAX];
+    const int cpu = a->q->device.device_type == kDLCPU;
+    const int32_t words = cpu ? 0 : describe(args, count, key);
+    const size_t bytes = (size_t)words * sizeof *key;
+    if (words == 0 || words != last.words || memcmp(key, last.key, bytes) != 0) {
+        plan->size = sizeof *plan;
+        if (ffi_status(attn_mha_fwd_plan(a, plan))) return -1;
+        if (words == 0) return 0;
+        memcpy(last.key, key, bytes);
+        last.words = words;
+        last.plan = *plan;
+    }
+    *plan = last.plan;
+    return 0;
+}
+
 /* ---- functions ----------------------------------------------------------------------------------- */
 
 /* mha_fwd(...) -> int.  0: done.  n > 1: nothing ran, as the caller wants the partial
@@ -154,8 +208,7 @@ FFI_FUNCTION(mha_fwd)
     const int want_accum = read_mha_fwd(&a, &in);
     if (ffi_end(&in)) return -1;
 
-    plan.size = sizeof plan;
-    if (ffi_status(attn_mha_fwd_plan(&a, &plan))) return -1;
+    if (find_plan(&a, args, count, &plan)) return -1;
     if (plan.splits > 1 && want_accum && !a.out_accum && !a.lse_accum) {
         ffi_return_int(result, plan.splits);
         return 0;

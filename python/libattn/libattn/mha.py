@@ -66,12 +66,23 @@ FEATURES = {
 }
 
 
+_one_gpu = None  # whether CUDA has a single device; known once a tensor on it was seen
+
+
+def on_current_gpu(q):
+    """Whether q, on CUDA, lies on the current device."""
+    global _one_gpu
+    if _one_gpu is None:
+        _one_gpu = torch.cuda.device_count() == 1
+    return _one_gpu or q.get_device() == _current_device()
+
+
 def fresh(q, shape, strides, dtype):
     """A contiguous result of that shape beside q; of q's dtype fp8 it is bf16."""
     if dtype is _float8:
         dtype = _bfloat16
     if q.is_cuda:
-        if q.get_device() == _current_device():
+        if _one_gpu or on_current_gpu(q):
             return _empty_strided_cuda(shape, strides, dtype)
     elif q.is_cpu:
         return _empty_strided_cpu(shape, strides, dtype)

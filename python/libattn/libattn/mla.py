@@ -12,9 +12,9 @@ import torch
 
 from . import _native
 from ._plain import named, refuse_negated
+from .mha import fresh
 
 _threads = torch.get_num_threads
-_float8 = torch.float8_e4m3fn
 _float32 = torch.float32
 LATENT = 512
 
@@ -23,7 +23,9 @@ def _new_out(q, *shape):
     """Uninitialised, of the dtype of results; None where q is no tensor or the shape none, which the
     native function then says."""
     try:
-        return q.new_empty(shape, dtype=torch.bfloat16) if q.dtype is _float8 else q.new_empty(shape)
+        s_q, h_q, d_v = shape[-3:]
+        row = h_q * d_v
+        return fresh(q, shape, (s_q * row, row, d_v, 1)[-len(shape) :], q.dtype)
     except (AttributeError, RuntimeError, TypeError):
         return None
 
@@ -56,7 +58,7 @@ def mla_decode(
             softmax_scale = d_qk**-0.5 if d_qk else 1.0
         if out is None:
             out = _new_out(q, b, s_q, h_q, head_dim_v)
-        lse = q.new_empty((b, h_q, s_q), dtype=_float32)
+        lse = fresh(q, (b, h_q, s_q), (h_q * s_q, s_q, 1), _float32)
     except (AttributeError, ValueError):
         softmax_scale = 1.0  # q is no such tensor; the native function says so
     args = (
