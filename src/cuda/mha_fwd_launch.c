@@ -39,9 +39,11 @@ static struct attn_softcap softcap(double c, double limit)
 {
     const double a = 0.9999937 * limit * c, b = -0.3326241 * limit * pow(c, 3);
     const double d = 0.121267 * limit * pow(c, 5), t = 0.16 / (c * c);
+    static const double middle[] = {0.94986881, -0.29430307, 0.10886511, -0.03657071, 0.007636};
     struct attn_softcap x = {
         .small = -1.0f,
         .t = -1.0f,
+        .middle = -1.0f,
         .sign = c < 0 ? -1.0f : 1.0f,
         .rate = (float)(2 * LOG2E * fabs(c)),
         .limit = (float)limit,
@@ -53,6 +55,9 @@ static struct attn_softcap softcap(double c, double limit)
     x.a = (float)(a + b * t + d * t * t);
     x.b = (float)(b + 2 * d * t);
     x.d = (float)d;
+    double last = middle[4] * limit * pow(c, 9);
+    x.middle = last > 1e-36 && last < 1e36 ? (float)(1 / c) : x.small;
+    for (int i = 0; i < 5; i++) x.e[i] = (float)(middle[i] * limit * pow(c, 2 * i + 1));
     double largest = limit * tanh(0.399999);
     x.shallow = (float)(largest - ATTN_SOFTCAP_SLACK - 1e-3);
     if (16 - largest <= x.shallow) x.deep = (float)(16 - largest);

@@ -76,8 +76,8 @@ struct attn_decode_params {
 #define ATTN_MLA_FEW_THREADS 384
 
 #ifdef __cplusplus
-static_assert(sizeof(struct attn_decode_params) == 608, "the host's and the kernel's layout");
+static_assert(sizeof(struct attn_decode_params) == 632, "the host's and the kernel's layout");
 #else
-_Static_assert(sizeof(struct attn_decode_params) == 608, "the host's and the kernel's layout");
+_Static_assert(sizeof(struct attn_decode_params) == 632, "the host's and the kernel's layout");
 #endif
 #endif

@@ -16,7 +16,8 @@
  * leaves through the place of q where q has two stages.
  *
  * Pipeline: S = Q K^T of one step is computed beside O += P V of the step before.  A warp has to stay
- * until its last product has started, so the tensor cores work beside the softmax of other warpgroups.
+ * until its last product has started, so the tensor cores work beside the softmax of other warpgroups:
+ * the warpgroups of a block take turns, step by step, and who has its turn keeps it until its S is there.
  *
  *  turn     | 0         | 1                      | 2                      | last
  *  producer | Q K0 V0   | K1 V1                  | K2 V2                  | next tile: Q K0 V0
@@ -461,6 +462,7 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, const attn_mha_fwd_out &t
     constexpr bool STORES_LATE = mha_fwd_smem<DQK, DV, M, N>::STORES_LATE;
     constexpr bool STAGED = mha_fwd_smem<DQK, DV, M, N>::STAGED;
     constexpr bool HALVES = N == 128; /* steps of which a warpgroup may see but one 64 by 64 triangle */
+    constexpr int TURN = 4; /* the first warpgroup's named barrier; stage_rows has 1 to 3 */
     constexpr int LOOK = 2; /* in `accumulate`: capped scores are looked at before they count as small */
     const float unit = CAP ? 1.0f : p.exp_scale;
     float o[DV / 2], s[N / 2];
@@ -469,6 +471,7 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, const attn_mha_fwd_out &t
     row_tile last;
     bool held = false; /* the last tile's stage of q: with STAGED it takes that one's out first */
     last.b = -1;
+    if (group == M / 64 - 1) named_barrier_arrive_at<256>(TURN); /* the first turn */
 
     for (;;) {
         wait_full(sm.steps_full, tiles);
@@ -480,7 +483,13 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, const attn_mha_fwd_out &t
         int begin = steps.begin, end = steps.end, tile_end = tile.end;
         int whole_begin = steps.whole_begin, whole_end = steps.whole_end;
 
+        auto wait_turn = [&]() { named_barrier_sync_at<256>(TURN + group); };
+        auto pass_turn = [&]() {
+            named_barrier_arrive_at<256>(TURN + (group + 1 < M / 64 ? group + 1 : 0));
+        };
         auto skip = [&]() {
+            wait_turn();
+            pass_turn();
             wait_full(sm.k_full, ks);
             release(p, sm.k_empty, ks);
             wait_full(sm.v_full, vs);
@@ -551,9 +560,11 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, const attn_mha_fwd_out &t
         if (sees) wait_k();
         /* Where no key is seen, and after the last tile, this product is of whatever lies there and nobody
          * reads it: so there is one copy of the code that stores. */
+        if (sees) wait_turn();
         wgmma_pin(s);
         wgmma_fence();
         issue_qk<FP16, DQK, M, N>(s, q, shared_address(sm.k[ks.stage()]));
+        if (sees) pass_turn();
         if (STORES_LATE && last.b >= 0) store(last, qs.stage() ^ 1);
         softmax_init(rows);
         wgmma_wait_group<0>();
@@ -562,10 +573,10 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, const attn_mha_fwd_out &t
         if (sees) {
             release_k(n);
             if constexpr (CAP) {
-                if (softcap_small<N>(s, p.softcap)) {
+                if (softcap_look<N>(s, p.softcap) == SCORES_SMALL) {
                     bool upper = mask(n);
                     softcap_start<N>(rows, s, upper, p.softcap);
-                    softcap_keep_max<FP16, N, 0>(rows, packed, s, upper, true, p.softcap);
+                    softcap_keep_max<FP16, N, 0, 0>(rows, packed, s, upper, true, p.softcap);
                 } else {
                     scores_to_probabilities(n);
                     softmax_pack<FP16, N>(packed, s);
@@ -583,6 +594,7 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, const attn_mha_fwd_out &t
             if (CAP && !softcap_deep(rows, p.softcap)) accumulate = LOOK;
             for (n++; n < end; n++) {
                 wait_k();
+                wait_turn();
                 wgmma_pin(s);
                 wgmma_pin(o);
                 wgmma_pin(packed);
@@ -592,6 +604,7 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, const attn_mha_fwd_out &t
                 issue_pv<FP16, DV, N>(o, packed, shared_address(sm.v[vs.stage()]), accumulate & 1);
                 accumulate |= 1;
                 wgmma_wait_group<1>();
+                pass_turn();
                 wgmma_pin(s);
                 release_k(n);
                 if constexpr (CAP) {
@@ -599,9 +612,14 @@ ATTN_DEVICE void consume(const attn_mha_fwd_params &p, const attn_mha_fwd_out &t
                     wgmma_pin(o);
                     wgmma_pin(packed);
                     release(p, sm.v_empty, vs);
-                    bool look = accumulate & LOOK, small = !look || softcap_small<N>(s, p.softcap);
+                    bool look = accumulate & LOOK;
+                    int scores = look ? softcap_look<N>(s, p.softcap) : SCORES_SMALL;
                     bool upper = mask(n);
-                    if (small && softcap_keep_max<FP16, N>(rows, packed, s, upper, look, p.softcap))
+                    if (scores == SCORES_SMALL &&
+                        softcap_keep_max<FP16, N>(rows, packed, s, upper, look, p.softcap))
+                        continue;
+                    if (scores == SCORES_MIDDLE &&
+                        softcap_keep_max<FP16, N, 1>(rows, packed, s, upper, true, p.softcap))
                         continue;
                     accumulate |= LOOK;
                     scores_to_probabilities(n);

@@ -50,11 +50,14 @@ enum attn_mha_fwd_score {
 };
 
 /* Softcap in prefill (softcap.cuh): x = limit tanh(S scale / cap).  Of a score of at most `small` it is
- * S (a + b z + d z^2), z = S^2 - t; of a larger one limit - 2 limit / (2^(S sign rate) + 1). */
+ * S (a + b z + d z^2), z = S^2 - t; of one up to `middle` S (e[0] + e[1] z + .. e[4] z^4); of a larger one
+ * limit - 2 limit / (2^(S sign rate) + 1). */
 struct attn_softcap {
     float small; /* 0.4 cap / scale; -1: no score is small */
     float t;     /* small^2 */
     float a, b, d;
+    float middle; /* cap / scale; or -1 */
+    float e[5];
     float sign; /* of the scale */
     float rate, limit;
     float deep, shallow; /* the least and the largest m with which no score is looked at */
@@ -145,9 +148,9 @@ struct attn_mha_fwd_params {
 
 #ifdef __cplusplus
 static_assert(sizeof(struct attn_mha_fwd_maps) == 384, "three tensor maps");
-static_assert(sizeof(struct attn_mha_fwd_params) == 400, "the host's and the kernel's layout");
+static_assert(sizeof(struct attn_mha_fwd_params) == 424, "the host's and the kernel's layout");
 #else
 _Static_assert(sizeof(struct attn_mha_fwd_maps) == 384, "three tensor maps");
-_Static_assert(sizeof(struct attn_mha_fwd_params) == 400, "the host's and the kernel's layout");
+_Static_assert(sizeof(struct attn_mha_fwd_params) == 424, "the host's and the kernel's layout");
 #endif
 #endif

@@ -63,6 +63,12 @@ template <int THREADS> ATTN_DEVICE void named_barrier_sync_at(int id)
     asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(THREADS) : "memory");
 }
 
+/* The same without waiting; `threads` counts who waits, too.  PTX ISA: bar.arrive */
+template <int THREADS> ATTN_DEVICE void named_barrier_arrive_at(int id)
+{
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "n"(THREADS) : "memory");
+}
+
 /* All threads of the cluster.  PTX ISA: barrier.cluster */
 ATTN_DEVICE void cluster_sync()
 {

@@ -18,29 +18,44 @@
 #pragma once
 #include "softmax.cuh"
 
-/* x - m of a small score (z < 0).  Of S = -inf it is -inf. */
-ATTN_DEVICE float small_exponent(const attn_softcap &c, float s, float z, float m)
+/* x / S of a small score and of a middle one, z = S^2 - t. */
+ATTN_DEVICE float small_factor(const attn_softcap &c, float z)
 {
-    return fmaf(s, fmaf(fmaf(c.d, z, c.b), z, c.a), -m);
+    return fmaf(fmaf(c.d, z, c.b), z, c.a);
 }
 
-/* x - m of any score; -inf of -inf, which is no score but a masked one (softcap_open).  Scores less than
- * `below` count as small. */
+ATTN_DEVICE float middle_factor(const attn_softcap &c, float z)
+{
+    return fmaf(fmaf(fmaf(fmaf(c.e[4], z, c.e[3]), z, c.e[2]), z, c.e[1]), z, c.e[0]);
+}
+
+/* x - m of a score that is not large.  Those less than `below` count as small; of -inf it is then -inf. */
+ATTN_DEVICE float middle_exponent(const attn_softcap &c, float s, float m, float below)
+{
+    float z = fmaf(s, s, -c.t);
+    return fmaf(s, select((z < 0.0f) | (s < below), small_factor(c, z), middle_factor(c, z)), -m);
+}
+
+/* x - m of any score; -inf of -inf, which is no score but a masked one (softcap_open). */
 ATTN_DEVICE float cap_exponent(const attn_softcap &c, float s, float m, float below)
 {
-    float z = fmaf(s, s, -c.t), small = small_exponent(c, s, z, m);
+    float other = middle_exponent(c, s, m, below);
     float large = fmaf(-2.0f * c.limit, rcp_approx(ex2_approx(s * c.rate) + 1.0f), c.limit) - m;
-    return select(s == -INFINITY, s, select((z < 0.0f) | (s < below), small, large));
+    bool is_large = (fabsf(s) > c.middle) & (s >= below);
+    return select(s == -INFINITY, s, select(is_large, large, other));
 }
 
-/* True where all scores of a warp are small. */
-template <int N> ATTN_DEVICE bool softcap_small(const float (&s)[N / 2], const attn_softcap &c)
+enum { SCORES_SMALL, SCORES_MIDDLE, SCORES_LARGE };
+
+/* What the largest score of a warp is. */
+template <int N> ATTN_DEVICE int softcap_look(const float (&s)[N / 2], const attn_softcap &c)
 {
     float top = fabsf(s[0]);
 #pragma unroll
     for (int i = 1; i < N / 2; i++)
         top = fmaxf(top, fabsf(s[i]));
-    return __all_sync(0xffffffff, top <= c.small);
+    if (__all_sync(0xffffffff, top <= c.small)) return SCORES_SMALL;
+    return __all_sync(0xffffffff, top <= c.middle) ? SCORES_MIDDLE : SCORES_LARGE;
 }
 
 /* The maxima of a row tile's first step, of small scores. */
@@ -63,12 +78,15 @@ ATTN_DEVICE bool softcap_deep(const softmax_rows &r, const attn_softcap &c)
 
 /* softmax_keep_max of capped scores that are known to be small, or where softcap_deep is true: then false
  * also where one is large. */
-template <int FP16, int N, int CHECKED = 1>
+template <int FP16, int N, int MIDDLE = 0, int CHECKED = 1>
 ATTN_DEVICE bool softcap_keep_max(softmax_rows &r, uint32_t (&packed)[N / 4],
                                   const float (&s)[N / 2], bool upper, bool small,
                                   const attn_softcap &c)
 {
-    float sum[2] = {0.0f, 0.0f};
+    float sum[2] = {0.0f, 0.0f}, below[2];
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+        below[h] = r.max[h] >= c.deep ? 0.0f : -c.middle;
     upper = upper && c.limit != 0.0f; /* it is not: a branch, or ptxas begins with all polynomials */
 #pragma unroll
     for (int from = 0; from < N / 2; from += N / 4) {
@@ -81,11 +99,15 @@ ATTN_DEVICE bool softcap_keep_max(softmax_rows &r, uint32_t (&packed)[N / 4],
 #pragma unroll
         for (int i = from; i < from + N / 4; i += 2) {
             int h = i / 2 % 2;
-            float z0 = fmaf(s[i], s[i], -c.t), z1 = fmaf(s[i + 1], s[i + 1], -c.t);
-            float p0 = ex2_approx(small_exponent(c, s[i], z0, r.max[h]));
-            float p1 = ex2_approx(small_exponent(c, s[i + 1], z1, r.max[h]));
-            sum[h] += p0 + p1;
-            packed[i / 2] = pack_16x2<FP16>(p0, p1);
+            float p[2];
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                float x = s[i + e];
+                p[e] = ex2_approx(MIDDLE ? middle_exponent(c, x, r.max[h], below[h])
+                                         : fmaf(x, small_factor(c, fmaf(x, x, -c.t)), -r.max[h]));
+            }
+            sum[h] += p[0] + p[1];
+            packed[i / 2] = pack_16x2<FP16>(p[0], p[1]);
         }
     }
     float most = (float)(1 << (small ? ATTN_PREFILL_SLACK : ATTN_SOFTCAP_SLACK));
@@ -131,7 +153,7 @@ ATTN_DEVICE void softcap_exponentiate(softmax_rows &r, float (&s)[N / 2], const 
 #pragma unroll
     for (int i = 0; i < N / 2; i += 2) {
         int h = i / 2 % 2;
-        if (i == N / 4 && c.limit == 0.0f) break; /* in halves, as above */
+        if (i && i % (N / 8) == 0 && c.limit == -(float)i) break; /* never: in parts, as above */
         s[i] = ex2_approx(cap_exponent(c, s[i], r.max[h], below[h]));
         s[i + 1] = ex2_approx(cap_exponent(c, s[i + 1], r.max[h], below[h]));
         sum[h] += s[i] + s[i + 1];
