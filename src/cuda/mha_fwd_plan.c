@@ -7,7 +7,7 @@
 #include "cuda/mha_fwd_cuda.h"
 
 #define LENGTH_MAX ((int64_t)1 << 30) /* window edges and positions add up inside an int32 */
-#define L2_SHARE ((int64_t)32 << 20)  /* bytes of k and v that should stay in L2 together */
+#define L2_SHARE ((int64_t)16 << 20)  /* bytes of k and v that are read side by side */
 
 /* Panels of 64 columns, the width of a box. */
 static int64_t panels(int64_t width) { return ceil_div(width, 64); }

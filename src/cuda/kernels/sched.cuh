@@ -15,8 +15,9 @@
  * are missing from a whole number of tiles are so those of the shortest item, not of the longest.  With
  * chunks, tiles begin with query 0 and so with chunks.
  *
- * Items are numbered so that heads of one
- * section are walked together, their last (when causal: longest) rows first.  The first item of
+ * Items are numbered so that heads of one section are walked together, their last (when causal:
+ * longest) rows first in the last section, last in the one before, and so on: a section that begins
+ * with short items asks memory for the keys of new heads step by step.  The first item of
  * cluster c is item c; then either every n-th, n clusters in all, or, where items differ in length,
  * the next that nobody has: p.ticket counts them, and the cluster's first block draws for both.
  *
@@ -113,17 +114,18 @@ ATTN_DEVICE int longest_first(int k, int items, int fold)
     return k % (chunks + 1) * fold + rest - 1 - k / (chunks + 1);
 }
 
-/* Item `k` of `heads` heads with `items` items each: sections of heads, longest item first.  The first
- * section has the heads that are left over, so that the last one, in which some cluster draws its last
- * long item, is a whole one. */
+/* Item `k` of `heads` heads with `items` items each: sections of heads, longest item first in the last
+ * one, then alternately.  The first section has the heads that are left over, so that the last one, in
+ * which some cluster draws its last long item, is a whole one. */
 ATTN_DEVICE void item_in_order(int k, int heads, int items, int section, int fold, int *head,
                                int *item)
 {
-    int missing = (heads + section - 1) / section * section - heads;
+    int sections = (heads + section - 1) / section, missing = sections * section - heads;
     int place = k + missing * items, at = place / (section * items);
     int width = at ? section : section - missing, rest = at ? place - at * section * items : k;
     *head = (at ? at * section - missing : 0) + rest % width;
-    *item = longest_first(rest / width, items, fold);
+    int turn = (sections - at) % 2 ? rest / width : items - 1 - rest / width;
+    *item = longest_first(turn, items, fold);
 }
 
 /* Ragged q: the 32 sequences that are being walked, one a lane, most keys first. */
