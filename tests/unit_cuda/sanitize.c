@@ -244,6 +244,7 @@ static void mha_group(int dtype, int64_t d_qk, int64_t d_v)
     mha_dense(type, d_qk, d_v, 1, 100, 0);
     mha_dense(type, d_qk, d_v, 70, 150, 0);
     mha_dense(type, d_qk, d_v, 1, 150, 5);
+    mha_dense(type, d_qk, d_v, 70, 150, 5);
     mha_gathered(type, d_qk, d_v, 100, 0);
     mha_gathered(type, d_qk, d_v, 150, 0);
     mha_gathered(type, d_qk, d_v, 100, 5);

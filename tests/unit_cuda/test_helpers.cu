@@ -13,6 +13,7 @@
 #include <cstring>
 #include <vector>
 
+#define VARIANT_OP mha_fwd
 #define VARIANT_DTYPE bf16
 #define VARIANT_DQK 64
 #define VARIANT_DV 64
