@@ -45,7 +45,7 @@ static struct attn_softcap softcap(double c, double limit)
         .t = -1.0f,
         .middle = -1.0f,
         .sign = c < 0 ? -1.0f : 1.0f,
-        .rate = (float)(2 * LOG2E * fabs(c)),
+        .rate = (float)fmin(2 * LOG2E * fabs(c), 3e38), /* finite, or 0 times it were NaN */
         .limit = (float)limit,
         .deep = INFINITY,
     };

@@ -160,7 +160,8 @@ static int32_t describe(const TVMFFIAny *args, int32_t count, int64_t key[KEY_MA
     for (int32_t i = 0; i < count; i++) {
         const DLTensor *t = ffi_tensor_of(&args[i]);
         const int32_t ndim = t ? t->ndim : 0;
-        if (ndim > KEY_MAX / 2 || n + 3 + 2 * ndim > KEY_MAX || (t && !t->strides)) return 0;
+        if (ndim < 0 || ndim > KEY_MAX / 2 || n + 3 + 2 * ndim > KEY_MAX || (t && !t->strides))
+            return 0;
         key[n++] = args[i].type_index;
         if (!t) {
             key[n++] = args[i].v_int64;

@@ -113,6 +113,8 @@ def written(*tensors):
 
 def whole(name, value):
     """value as an int: an int, or an integer tensor of one element; no fraction, no text."""
+    if type(value) is int:
+        return value  # Dynamo's, too, of which operator.index would make a constant
     try:
         return operator.index(value)
     except TypeError:

@@ -156,6 +156,8 @@ def first_release(args, kwargs):
 
 def whole(name, n):
     """n as an int: an int, or an integer tensor of one element."""
+    if type(n) is int:
+        return n  # Dynamo's, too, of which operator.index would make a constant
     try:
         return operator.index(n)
     except TypeError:
