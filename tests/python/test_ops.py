@@ -161,20 +161,21 @@ def test_dynamic_shapes_compile_once():
     assert frames[0] == frames[-1], f"compiled again for another length: {frames}"
 
 
-def varlen(q, k, v, longest):
-    cu = int32(0, q.shape[0])
-    return fa.flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, causal=True)
-
-
 def test_lengths_compile_once():
     """max_seqlen_q and max_seqlen_k stay numbers that a graph takes, no constants of it."""
+
+    def varlen(q, k, v, cu, longest):
+        return fa.flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, causal=True)
+
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(varlen, fullgraph=True, backend=counter, dynamic=True)
-    for s in range(16, 30):
-        q, k, v = (torch.randn(s, 2, 32) for _ in range(3))
-        torch.testing.assert_close(compiled(q, k, v, s), varlen(q, k, v, s))
-    assert counter.frame_count == 1
+    q, k, v = (torch.randn(45, 2, 32) for _ in range(3))
+    cu, frames = int32(0, 20, 45), []
+    for longest in range(25, 37):
+        torch.testing.assert_close(compiled(q, k, v, cu, longest), varlen(q, k, v, cu, longest))
+        frames.append(counter.frame_count)
+    assert frames[0] == frames[-1], f"compiled again for another length: {frames}"
 
 
 def test_append_inside_a_graph_is_seen():
